@@ -1,0 +1,1 @@
+"""What the scripts share: options, the drawing loop, PNG settings, the contact sheet."""

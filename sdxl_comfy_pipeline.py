@@ -1,0 +1,645 @@
+"""StableDiffusionXLComfyPipeline: SDXL in diffusers, sampled by k-diffusion.
+
+    pipe = StableDiffusionXLComfyPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0", ...)
+    image = pipe("an astronaut", sampler="dpmpp_2m", schedule="karras", num_inference_steps=25).images[0]
+
+This file works alone: it needs torch, diffusers, transformers and k-diffusion, and can be copied anywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
+from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg, retrieve_timesteps
+from diffusers.utils.torch_utils import randn_tensor
+from torch.overrides import TorchFunctionMode
+
+# --- shared block: the same text stands in sdxl_comfy_pipeline.py and flux_comfy_pipeline.py ---
+
+
+def _k_diffusion(*submodules: str) -> list[ModuleType]:
+    """`k_diffusion.sampling` and its kind, without the package's `__init__`.
+
+    That one imports the training code, whose dependencies no longer install. An empty module stands in for the package
+    while the submodules are imported, then all of it leaves `sys.modules`, so that a later `import k_diffusion` by
+    anyone else does what it always did.
+    """
+    names = [f"k_diffusion.{name}" for name in submodules]
+    if all(name in sys.modules for name in names):
+        return [sys.modules[name] for name in names]
+    spec = importlib.util.find_spec("k_diffusion")
+    if spec is None:
+        raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "k_diffusion"}
+    sys.modules["k_diffusion"] = importlib.util.module_from_spec(spec)
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "k_diffusion"]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+sampling, external = _k_diffusion("sampling", "external")
+
+BY_LEVELS = ("model", "x", "sigmas")
+BY_RANGE = ("model", "x", "sigma_min", "sigma_max")  # dpm_fast and dpm_adaptive place their own levels in log sigma
+GIVEN = {*BY_LEVELS, *BY_RANGE, "n", "extra_args", "callback", "disable"}
+SCHEDULES = ("karras", "exponential", "polyexponential", "vp")
+
+
+def sampler_names() -> list[str]:
+    """The samplers of the installed k-diffusion, without `sample_`, in the order of its source."""
+    functions = {name: value for name, value in vars(sampling).items() if name.startswith("sample_")}
+    return [name[7:] for name, value in functions.items() if callable(value) and _first_parameters(value)]
+
+
+def _first_parameters(function: Callable) -> tuple[str, ...] | None:
+    """`BY_LEVELS` or `BY_RANGE`, by the names of the function's first parameters; None if they are others."""
+    names = tuple(inspect.signature(function).parameters)
+    return next((first for first in (BY_LEVELS, BY_RANGE) if names[: len(first)] == first), None)
+
+
+def find_sampler(sampler: str | Callable) -> Callable:
+    """The sampler of this name, with or without `sample_`. A callable with k-diffusion's signature comes back as it is.
+
+    Raises:
+        ValueError: no sampler of k-diffusion has this name; the message has the nearest ones.
+        TypeError: not a name, and not callable as `sampler(model, x, sigmas, ...)`.
+    """
+    if isinstance(sampler, str):
+        names, name = sampler_names(), sampler.removeprefix("sample_")
+        if name in names:
+            return getattr(sampling, f"sample_{name}")
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"k-diffusion has {', '.join(names)}."
+        raise ValueError(f"`sampler`: k-diffusion has no sampler {sampler!r}; {hint}")
+    try:
+        if _first_parameters(sampler) is None:
+            inspect.signature(sampler).bind("model", "x", "sigmas")
+    except (TypeError, ValueError):
+        raise TypeError(
+            "`sampler` has to be a name or a callable with k-diffusion's signature, sampler(model, x, sigmas,"
+            f" extra_args=None, callback=None, disable=None, ...), but is {sampler!r}"
+        ) from None
+    return sampler
+
+
+def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """A copy of the sampler's options. Raises a ValueError for one that it does not take, and lists those it takes."""
+    parameters = inspect.signature(sampler).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(sampler_kwargs or {})
+    known = [p.name for p in parameters if p.name not in GIVEN and p.kind is not p.POSITIONAL_ONLY]
+    unknown = [name for name in sampler_kwargs or {} if name not in known]
+    if unknown:
+        name = getattr(sampler, "__name__", repr(sampler))
+        raise ValueError(
+            f"`sampler_kwargs`: {name} takes no {', '.join(unknown)}; it takes {', '.join(known) or 'none'}"
+        )
+    return dict(sampler_kwargs or {})
+
+
+def check_sigmas(sigmas: Any, name: str = "sigmas") -> None:
+    """Raises a ValueError unless `sigmas` (any scale) are finite, positive up to a last zero, and fall strictly."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64).flatten()
+    if levels.numel() == 0 or not levels.isfinite().all():
+        raise ValueError(f"`{name}` have to be finite numbers, at least one, but are {levels.tolist()}")
+    if levels[0] <= 0 or levels[-1] < 0 or not (levels.diff() < 0).all():
+        raise ValueError(f"`{name}` have to fall from a positive number to zero or above, but are {levels.tolist()}")
+
+
+class _SamplerMode(TorchFunctionMode):
+    """Two torch calls that samplers make, answered differently while one runs, in this thread and outside the network.
+
+    `torch.randn_like`, the noise of `s_churn` and of callables, draws from the caller's generators. And a sigma that is
+    spread over the latents' dimensions stays a number: a number on the CPU combines with tensors on any device, where a
+    CPU tensor of shape (1, 1, 1, 1) does not.
+    """
+
+    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.draw = draw
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.randn_like:
+            return self.draw(args[0])
+        if func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class _Interrupted(Exception):
+    """Carries the state and its sigma out of a sampler."""
+
+
+def _is_k_diffusion(sampler: Callable) -> bool:
+    return getattr(sampler, "__module__", None) == sampling.__name__
+
+
+def _noise_sampler(
+    sampler: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+) -> Callable:
+    """Step noise of unit variance and x's shape: Brownian for `*_sde`, with a seed for each image; white for others."""
+    if not (_is_k_diffusion(sampler) and sampler.__name__.endswith("_sde")):
+        return lambda sigma, sigma_next: randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
+    seeds = [torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu").item() for g in generators]
+    # a little wider than the levels: the samplers pass them through exp(log()) and may miss by a rounding
+    low, high = sigmas[sigmas > 0].min().item() * 0.999, sigmas.max().item() * 1.001
+    return sampling.BrownianTreeNoiseSampler(x, low, high, seed=seeds)
+
+
+def _call(
+    sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, arguments: dict[str, Any]
+) -> torch.Tensor:
+    """Calls a sampler of either signature with those of the arguments that it takes.
+
+    A sampler by range stops at the lowest positive level. Where the levels end at zero, the step to it, Euler's, is
+    taken here; dpm_fast counts it among its evaluations.
+    """
+    positive = sigmas[sigmas > 0]
+    if len(sigmas) == 2 and len(positive) == 1 and _is_k_diffusion(sampler):
+        sampler = sampling.sample_euler  # one step to zero is `denoised` in all of them, and some fail on it
+    parameters = inspect.signature(sampler).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        arguments = {name: value for name, value in arguments.items() if name in parameters}
+    if _first_parameters(sampler) != BY_RANGE:
+        return sampler(model, x, sigmas, **arguments)
+    if "n" in parameters:
+        arguments["n"] = max(len(positive) - 1, 1)
+    if len(positive) > 1:
+        x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **arguments)
+        x = x[0] if isinstance(x, tuple) else x  # return_info=True
+    return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
+
+
+def _step_starts(sampler: Callable, sigmas: torch.Tensor, arguments: dict[str, Any]) -> dict[int, int]:
+    """Which evaluation of the model begins which step: {evaluation: step}, found by a run on a one-element tensor.
+
+    A sampler of k-diffusion calls back after the first evaluation of a step. Empty for one whose steps depend on its
+    error, which can't be known beforehand.
+    """
+    if "rtol" in inspect.signature(sampler).parameters:
+        return {}
+    evaluations, starts = 0, {}
+
+    def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return torch.zeros_like(x)
+
+    def callback(info: dict[str, Any]) -> None:
+        starts[evaluations - 1] = info["i"]
+
+    x = torch.ones(1, dtype=sigmas.dtype)
+    dry = {"callback": callback, "noise_sampler": lambda sigma, sigma_next: torch.zeros_like(x)}
+    with _SamplerMode(torch.zeros_like):
+        _call(sampler, model, x, sigmas, {**arguments, **dry})
+    return starts
+
+
+def run_sampler(
+    sampler: Callable,
+    sampler_kwargs: dict[str, Any],
+    denoiser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    after_step: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    on_step: Callable[[], Any] = lambda: None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One call of a k-diffusion sampler, `sampler(denoiser, x, sigmas)`, with the caller's randomness and callbacks.
+
+    Args:
+        denoiser: `denoiser(x, sigma) -> denoised`; x and denoised of shape (b, ...), sigma of shape (b,).
+        x: the state at sigmas[0], float32 or float64.
+        sigmas: on the CPU, 1-D, falling. They stay there: to compare sigmas on a GPU, the sampler would wait for it.
+        after_step: `after_step(i, x, sigma, began, denoised) -> x` gets the state that step i ended with and its sigma,
+            the sigma that the step began at and what was predicted there. The sampler goes on from what it returns.
+        on_step: called in every step.
+        interrupted: asked in every step; the run ends there if it answers True.
+
+    Returns:
+        The state at the end and its sigma, which is sigmas[-1] unless interrupted.
+    """
+    evaluations, steps = 0, {}
+    arguments = {"disable": True, **sampler_kwargs}
+    starts = _step_starts(sampler, sigmas, arguments) if after_step else {}
+    mode = _SamplerMode(lambda like: randn_tensor(like.shape, generator, like.device, like.dtype))
+
+    def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        nonlocal evaluations
+        step, evaluations = starts.get(evaluations, 0), evaluations + 1
+        mode.__exit__(None, None, None)
+        try:
+            if step > 0:
+                changed = after_step(step - 1, x, sigma[0], *steps.pop(step - 1))
+                if changed is not x:
+                    x.copy_(changed)  # x is the sampler's own tensor
+                if interrupted():
+                    raise _Interrupted(x, sigma[0].cpu())
+            return denoiser(x, sigma)
+        finally:
+            mode.__enter__()
+
+    def callback(info: dict[str, Any]) -> None:
+        on_step()
+        if interrupted():
+            raise _Interrupted(info["x"], info["sigma_hat"].cpu())
+        i, x, sigma, denoised = (info[key] for key in ("i", "x", "sigma", "denoised"))
+        if starts:
+            steps[i] = sigma, denoised
+        elif after_step and after_step(i, x, sigma, sigma, denoised) is not x:
+            name = getattr(sampler, "__name__", sampler)
+            raise ValueError(f"the latents can't be changed in a callback: {name} does not say where its steps begin")
+
+    arguments["callback"] = callback
+    if "noise_sampler" not in arguments:
+        arguments["noise_sampler"] = _noise_sampler(sampler, x, sigmas, generator)
+    try:
+        with mode:
+            x = _call(sampler, model, x, sigmas, arguments)
+    except _Interrupted as stopped:
+        return stopped.args
+    if steps:
+        last = max(steps)
+        x = after_step(last, x, sigmas[-1], *steps[last])
+    return x, sigmas[-1]
+
+
+def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
+    """k-diffusion's noise levels of this name: n from sigma_max down to sigma_min, then zero.
+
+    `vp` gets the betas that make it begin and end at the same levels.
+    """
+    if schedule == "vp":
+        eps, low, high = 1e-3, math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+        beta_min = (low - high * eps**2) / (eps - eps**2)
+        return sampling.get_sigmas_vp(n, beta_d=2 * (high - beta_min), beta_min=beta_min, eps_s=eps)
+    return getattr(sampling, f"get_sigmas_{schedule}")(n, sigma_min, sigma_max)
+
+
+def steps_of(sampler: Callable, sigmas: torch.Tensor) -> float:
+    """How many steps the sampler takes over these levels; infinity where it decides itself."""
+    return math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1
+
+
+def check_call(
+    num_inference_steps: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    shape: tuple[int | None, ...],
+) -> None:
+    """Raises a ValueError unless there is a step to take, and a generator or latents for every image."""
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` has to be a whole number, at least 1, but is {num_inference_steps!r}")
+    if isinstance(generator, list) and len(generator) != shape[0]:
+        raise ValueError(f"`generator` has to have one generator an image, {shape[0]}, but has {len(generator)}")
+    if latents is not None and [n for n, fixed in zip(latents.shape, shape) if fixed] != [n for n in shape if n]:
+        raise ValueError(f"`latents` have to be of shape {shape}, but are of shape {tuple(latents.shape)}")
+
+
+def check_schedule(schedule: str | None, **instead: Any) -> None:
+    """Raises a ValueError for an unknown name, or for one beside the arguments that also give noise levels."""
+    if schedule is None:
+        return
+    given = [name for name, value in instead.items() if value is not None]
+    if given:
+        raise ValueError(f"`schedule` and `{given[0]}` both give the noise levels: pass one of them")
+    if schedule not in SCHEDULES:
+        near = difflib.get_close_matches(str(schedule), SCHEDULES, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(SCHEDULES)}."
+        raise ValueError(f"`schedule`: there is none called {schedule!r}; {hint}")
+
+
+# --- end of the shared block ---
+
+
+class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
+    """`StableDiffusionXLPipeline` with the scheduler's loop replaced by one call of a k-diffusion sampler.
+
+    Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler says which betas the network
+    was trained with and, when the caller names no schedule, which noise levels to use; its `step` is never called.
+    """
+
+    _callback_tensor_inputs = [*StableDiffusionXLPipeline._callback_tensor_inputs, "denoised", "sigma"]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 5.0,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the parent's default
+        *,
+        sampler: str | Callable = "euler",
+        sampler_kwargs: dict[str, Any] | None = None,
+        schedule: str | None = None,
+        quantize_timesteps: bool = False,
+    ) -> StableDiffusionXLPipelineOutput | tuple:
+        """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
+
+        Args:
+            sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
+                callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
+            sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
+            schedule: noise levels by name, "karras", "exponential", "polyexponential" or "vp", between the lowest and
+                the highest level that the network was trained with. None: the scheduler's own.
+            quantize_timesteps: give the network the nearest trained timestep, as DPMSolverMultistepScheduler does, and
+                not an interpolated one, as EulerDiscreteScheduler does.
+
+        `sigmas` and the callback's `sigma` are noise levels of the variance-exploding process x = x0 + sigma noise, in
+        which `latents` live too; `timesteps` are the trained ones. The state is float32 (float64 for a float64 network)
+        whatever the network's dtype. `callback_on_step_end_tensor_inputs` may also name `denoised`, the prediction that
+        the step began with, and `sigma`, the level that it began at.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit, before any network runs.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        height = height or self.default_sample_size * self.vae_scale_factor
+        width = width or self.default_sample_size * self.vae_scale_factor
+        original_size = original_size or (height, width)
+        target_size = target_size or (height, width)
+
+        self.check_inputs(
+            prompt,
+            prompt_2,
+            height,
+            width,
+            None,
+            negative_prompt,
+            negative_prompt_2,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            ip_adapter_image,
+            ip_adapter_image_embeds,
+            callback_on_step_end_tensor_inputs,
+        )
+        if eta:
+            raise ValueError("`eta` is an option of the sampler here: pass sampler_kwargs={'eta': ...}")
+        if min(height, width) < 1:
+            raise ValueError(f"`height` and `width` have to be positive, but are {height} and {width}")
+        batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
+        batch_size *= num_images_per_prompt
+        shape = (
+            batch_size,
+            self.unet.config.in_channels,
+            height // self.vae_scale_factor,
+            width // self.vae_scale_factor,
+        )
+        check_call(num_inference_steps, generator, latents, (*shape[:2], None, None))
+        sampler = find_sampler(sampler)
+        sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
+        denoiser_class, alphas_cumprod = self._trained_with()
+        sigmas, start = self.noise_levels(num_inference_steps, timesteps, sigmas, schedule, denoising_end)
+
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._clip_skip = clip_skip
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._denoising_end = denoising_end
+        self._interrupt = False
+        self._num_timesteps = len(sigmas) - 1
+        device = self._execution_device
+
+        try:
+            # prompt -> conditioning
+            embeds = self.encode_prompt(
+                prompt=prompt,
+                prompt_2=prompt_2,
+                device=device,
+                num_images_per_prompt=num_images_per_prompt,
+                do_classifier_free_guidance=self.do_classifier_free_guidance,
+                negative_prompt=negative_prompt,
+                negative_prompt_2=negative_prompt_2,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+                lora_scale=(cross_attention_kwargs or {}).get("scale"),
+                clip_skip=clip_skip,
+            )
+            prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = embeds
+            dtype = prompt_embeds.dtype
+            state_dtype = torch.promote_types(dtype, torch.float32)
+
+            sizes = (original_size, crops_coords_top_left, target_size)
+            negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
+            if negative_original_size is None or negative_target_size is None:
+                negative_sizes = sizes
+            projection_dim = pooled_prompt_embeds.shape[-1]
+            time_ids, negative_time_ids = (
+                self._get_add_time_ids(*s, dtype=dtype, text_encoder_projection_dim=projection_dim).repeat(
+                    batch_size, 1
+                )
+                for s in (sizes, negative_sizes)
+            )
+            conditioning = {
+                "prompt_embeds": (prompt_embeds, negative_prompt_embeds),
+                "add_text_embeds": (pooled_prompt_embeds, negative_pooled_prompt_embeds),
+                "add_time_ids": (time_ids, negative_time_ids),
+            }
+            conditioning = {
+                name: (torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive).to(device)
+                for name, (positive, negative) in conditioning.items()
+            }
+            image_embeds = {}
+            if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
+                image_embeds["image_embeds"] = self.prepare_ip_adapter_image_embeds(
+                    ip_adapter_image, ip_adapter_image_embeds, device, batch_size, self.do_classifier_free_guidance
+                )
+            timestep_cond = None
+            if self.unet.config.time_cond_proj_dim is not None:
+                timestep_cond = self.get_guidance_scale_embedding(
+                    torch.tensor(guidance_scale - 1.0).repeat(batch_size), self.unet.config.time_cond_proj_dim
+                ).to(device, dtype)
+
+            # generator -> noise, the stock pipeline's own
+            noise = randn_tensor(shape, generator, device, dtype) if latents is None else latents
+            x = noise.to(device, state_dtype) * start.item()
+            sigmas = sigmas.to(state_dtype)
+
+            # conditioning -> denoiser, the only place that knows the network
+            def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+                """Epsilon or v of the input x / sqrt(sigma^2 + 1) at a timestep of shape (b,), with guidance."""
+                guided = self.do_classifier_free_guidance
+                if guided:
+                    x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
+                prediction = self.unet(
+                    x.to(dtype),
+                    timestep,
+                    encoder_hidden_states=conditioning["prompt_embeds"],
+                    timestep_cond=timestep_cond,
+                    cross_attention_kwargs=self.cross_attention_kwargs,
+                    added_cond_kwargs={
+                        "text_embeds": conditioning["add_text_embeds"],
+                        "time_ids": conditioning["add_time_ids"],
+                        **image_embeds,
+                    },
+                    return_dict=False,
+                )[0].to(state_dtype)
+                if not guided:
+                    return prediction
+                unconditional, conditional = prediction.chunk(2)
+                prediction = unconditional + self.guidance_scale * (conditional - unconditional)
+                if self.guidance_rescale > 0:
+                    prediction = rescale_noise_cfg(prediction, conditional, guidance_rescale=self.guidance_rescale)
+                return prediction
+
+            denoiser = denoiser_class(predict, alphas_cumprod.to(device, state_dtype), quantize_timesteps)
+
+            def after_step(i, x, sigma, began, denoised) -> torch.Tensor:
+                timestep = denoiser.sigma_to_t(began.to(device).reshape(1))[0]
+                tensors = {"latents": x, "sigma": began, "denoised": denoised, **conditioning}
+                chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                returned = callback_on_step_end(self, i, timestep, chosen)
+                conditioning.update({name: value for name, value in returned.items() if name in conditioning})
+                return returned.get("latents", x)
+
+            # noise, sigmas -> latents
+            with self.progress_bar(total=steps_of(sampler, sigmas)) as progress_bar:
+                latents, _ = run_sampler(
+                    sampler,
+                    sampler_kwargs,
+                    denoiser,
+                    x,
+                    sigmas,
+                    generator,
+                    after_step if callback_on_step_end is not None else None,
+                    progress_bar.update,
+                    lambda: self.interrupt,
+                )
+
+            # latents -> images
+            image = latents if output_type == "latent" else self._decode(latents.to(dtype), output_type)
+        finally:
+            self.maybe_free_model_hooks()
+        return StableDiffusionXLPipelineOutput(images=image) if return_dict else (image,)
+
+    def _trained_with(self) -> tuple[type, torch.Tensor]:
+        """k-diffusion's wrapper for the network's prediction, and the alphas_cumprod it was trained with, float64."""
+        wrappers = {
+            "epsilon": external.DiscreteEpsDDPMDenoiser,
+            "v_prediction": external.DiscreteVDDPMDenoiser,
+        }
+        prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
+        if prediction_type not in wrappers or not hasattr(self.scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"`scheduler`: needs betas and prediction_type 'epsilon' or 'v_prediction', but is"
+                f" {type(self.scheduler).__name__} with {prediction_type!r}"
+            )
+        # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
+        return wrappers[prediction_type], self.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
+
+    def noise_levels(
+        self,
+        num_inference_steps: int,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        schedule: str | None = None,
+        denoising_end: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noise levels of a call with these arguments, and the factor that takes unit noise to the first of them.
+
+        Returns:
+            sigmas of shape (steps + 1,), falling, and a number; float64, on the CPU.
+        """
+        alphas_cumprod = self._trained_with()[1]
+        check_schedule(schedule, sigmas=sigmas, timesteps=timesteps)
+        if sigmas is not None:
+            check_sigmas(sigmas)
+            sigmas = [sigma for sigma in sigmas if sigma > 0]  # the scheduler appends the zero
+        trained = external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
+        if schedule is not None:
+            low, high = trained.sigma_min.item(), trained.sigma_max.item()
+            levels = named_sigmas(schedule, num_inference_steps, low, high).double()
+            start = levels[0]
+        else:
+            scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
+            retrieve_timesteps(scheduler, num_inference_steps, "cpu", timesteps, sigmas)
+            if hasattr(scheduler, "sigmas"):
+                levels = scheduler.sigmas.double().cpu()
+            else:
+                levels = trained.t_to_sigma(scheduler.timesteps.cpu()).double()
+                levels = torch.cat([levels, levels.new_zeros(1)])
+            levels = levels.unique_consecutive()  # Heun's and KDPM2's schedulers list a level twice
+            check_sigmas(levels, name=f"{type(scheduler).__name__}.sigmas")
+            # schedulers that keep alpha x start from unit noise, which is sqrt(sigma^2 + 1) noise here
+            start = torch.as_tensor(scheduler.init_noise_sigma, dtype=torch.float64)
+            start = start if start > 1 else (levels[0] ** 2 + 1).sqrt()
+        if denoising_end is not None and 0 < denoising_end < 1:
+            count = self.scheduler.config.num_train_timesteps
+            reached = trained.sigma_to_t(levels[:-1]) >= round(count - denoising_end * count)
+            levels = levels[: int(reached.sum()) + 1]
+        return levels, start
+
+    def _decode(self, latents: torch.Tensor, output_type: str | None) -> Any:
+        """Images of the final latents, with the VAE in float32 where it would overflow in float16."""
+        vae_dtype = self.vae.dtype
+        config = self.vae.config
+        upcast = vae_dtype == torch.float16 and config.force_upcast
+        if upcast:
+            self.vae.to(dtype=torch.float32)
+        try:
+            latents = latents.to(self.vae.dtype) / config.scaling_factor
+            mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+            if mean is not None and std is not None:
+                mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
+                latents = latents * std + mean
+            image = self.vae.decode(latents, return_dict=False)[0]
+        finally:
+            if upcast:
+                self.vae.to(dtype=vae_dtype)
+        if self.watermark is not None:
+            image = self.watermark.apply_watermark(image)
+        return self.image_processor.postprocess(image, output_type=output_type)
