@@ -1,0 +1,61 @@
+"""The demo models, loaded once, in the dtypes that the tests need."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+
+from flux_comfy_pipeline import FluxComfyPipeline  # noqa: E402
+from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline  # noqa: E402
+
+PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
+
+
+def load(pipeline: type, folder: str, dtype: torch.dtype = torch.float32):
+    pipe = pipeline.from_pretrained(ROOT / "demo" / folder, torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def sdxl():
+    return load(StableDiffusionXLComfyPipeline, "sdxl")
+
+
+@pytest.fixture(scope="session")
+def flux():
+    return load(FluxComfyPipeline, "flux")
+
+
+@pytest.fixture(scope="session")
+def sdxl64():
+    """The child and, on the same weights, the parent, in float64."""
+    child = load(StableDiffusionXLComfyPipeline, "sdxl", torch.float64)
+    parent = StableDiffusionXLPipeline(**child.components)
+    parent.set_progress_bar_config(disable=True)
+    return child, parent
+
+
+@pytest.fixture(scope="session")
+def flux64():
+    """The child and, on the same weights, the parent, in float64."""
+    child = load(FluxComfyPipeline, "flux", torch.float64)
+    parent = FluxPipeline(**child.components)
+    parent.set_progress_bar_config(disable=True)
+    return child, parent
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """||a - b|| / ||b||."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()

@@ -1,0 +1,97 @@
+"""Each pipeline file works alone, and what the files say of each other is true."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import PROMPT, ROOT, seeded
+from diffusers import DiffusionPipeline
+
+FILES = {"sdxl": "sdxl_comfy_pipeline.py", "flux": "flux_comfy_pipeline.py"}
+CLASSES = {"sdxl": "StableDiffusionXLComfyPipeline", "flux": "FluxComfyPipeline"}
+
+
+def shared_block(name: str) -> str:
+    text = (ROOT / name).read_text()
+    return text[text.index("# --- shared block") : text.index("# --- end of the shared block")]
+
+
+def test_shared_block_is_the_same():
+    first, second = (shared_block(name) for name in FILES.values())
+    assert first == second
+    assert len(first.splitlines()) > 100
+
+
+def test_files_import_nothing_of_this_project():
+    modules = {path.stem for path in ROOT.glob("*.py")} | {"gallery", "demo"}
+    for name in FILES.values():
+        imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / name).read_text(), re.MULTILINE))
+        assert not imported & modules, name
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_file_alone_draws_a_picture(family, tmp_path):
+    """Copied into an empty folder and run from there, with nothing else of this project on the path."""
+    shutil.copy(ROOT / FILES[family], tmp_path)
+    (tmp_path / "draw.py").write_text(
+        f"from {FILES[family][:-3]} import {CLASSES[family]} as Pipeline\n"
+        f"pipe = Pipeline.from_pretrained({str(ROOT / 'demo' / family)!r})\n"
+        f"pipe({PROMPT!r}, sampler='dpmpp_2m', num_inference_steps=4).images[0].save('picture.png')\n"
+    )
+    run = subprocess.run([sys.executable, "draw.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_custom_pipeline(family, sdxl, flux):
+    """diffusers' own way to use a pipeline from a file gives the same picture."""
+    pipe = DiffusionPipeline.from_pretrained(ROOT / "demo" / family, custom_pipeline=str(ROOT / FILES[family]))
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe).__name__ == CLASSES[family]
+    call = {"sampler": "heun", "num_inference_steps": 3, "output_type": "latent"}
+    expected = {"sdxl": sdxl, "flux": flux}[family](PROMPT, generator=seeded(), **call).images
+    assert pipe(PROMPT, generator=seeded(), **call).images.equal(expected)
+
+
+def test_k_diffusion_is_left_as_it_was():
+    """The loader leaves nothing of itself in `sys.modules`, and works without the package's training dependencies."""
+    code = (
+        "import sys, sdxl_comfy_pipeline, flux_comfy_pipeline\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] in ('k_diffusion', 'clip', 'wandb', 'kornia')]\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_missing_k_diffusion_says_how_to_install_it(tmp_path):
+    code = (
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'k_diffusion' else find(name, *rest)\n"
+        "import sdxl_comfy_pipeline\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "ImportError: k-diffusion is not installed: pip install --no-deps k-diffusion==" in run.stderr
+
+
+def test_requirements_are_the_project_dependencies():
+    """requirements.txt is pyproject's list for pip, without k-diffusion, which pip installs with --no-deps."""
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL).group(1)
+    names = set(re.findall(r'"([^"]+)"', listed))
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = {line for line in lines if line and not line.startswith("#")}
+    assert {name for name in names if name.startswith("k-diffusion")} == {"k-diffusion==0.1.1.post1"}
+    assert required == names - {"k-diffusion==0.1.1.post1"}
+
+
+def test_demo_models_are_small():
+    size = sum(
+        path.stat().st_size for family in FILES for path in (ROOT / "demo" / family).rglob("*") if path.is_file()
+    )
+    assert size <= 25e6

@@ -1,0 +1,215 @@
+"""The shared block: names, checks, randomness, callbacks, and what a GPU asks of the samplers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import flux_comfy_pipeline
+import sdxl_comfy_pipeline as pipeline_file
+from sdxl_comfy_pipeline import find_sampler, named_sigmas, run_sampler, sampler_names, sampling
+
+THIRTEEN = [
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "lms",
+    "dpm_fast",
+    "dpm_adaptive",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+]
+SIGMAS = torch.tensor([14.6, 8.0, 4.0, 2.0, 1.0, 0.5, 0.1, 0.0])
+
+
+def gaussian(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The ideal denoiser of x0 ~ N(0, 1): x / (1 + sigma^2)."""
+    return x / (1 + sigma.view(-1, *[1] * (x.ndim - 1)) ** 2)
+
+
+def noise(batch: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) * SIGMAS[0]
+
+
+def test_all_thirteen_are_found():
+    assert sampler_names() == THIRTEEN
+    assert flux_comfy_pipeline.sampler_names() == THIRTEEN
+
+
+def test_names_with_and_without_prefix_and_callables():
+    assert find_sampler("dpmpp_2m") is find_sampler("sample_dpmpp_2m") is sampling.sample_dpmpp_2m
+    assert find_sampler(sampling.sample_heun) is sampling.sample_heun
+
+
+def test_callable_is_called_as_a_sampler():
+    def halfway(model, x, sigmas, extra_args=None, callback=None, disable=None, share=0.5):
+        return x + share * (model(x, sigmas[0] * x.new_ones([x.shape[0]])) - x)
+
+    x = noise()
+    y, sigma = run_sampler(find_sampler(halfway), {"share": 1.0}, gaussian, x, SIGMAS)
+    assert sigma == 0
+    torch.testing.assert_close(y, gaussian(x, SIGMAS[:1].expand(2)))
+    partial = functools.partial(sampling.sample_dpmpp_2m)
+    ours = run_sampler(find_sampler(partial), {}, gaussian, x, SIGMAS)[0]
+    assert ours.equal(run_sampler(sampling.sample_dpmpp_2m, {}, gaussian, x, SIGMAS)[0])
+
+
+@pytest.mark.parametrize("name", THIRTEEN)
+def test_sampler_is_k_diffusions_own(name):
+    """Called by hand with the same noise, the function gives the same numbers, to the bit."""
+    x, function = noise(), find_sampler(name)
+
+    def draws():
+        generator = torch.Generator().manual_seed(3)
+        return lambda sigma, sigma_next: torch.randn(x.shape, generator=generator)
+
+    stochastic = "noise_sampler" in inspect.signature(function).parameters
+    options = {"noise_sampler": draws()} if stochastic else {}
+    if name in ("dpm_fast", "dpm_adaptive"):
+        counted = {"n": 6} if name == "dpm_fast" else {}
+        expected = function(gaussian, x, 0.1, SIGMAS[0].item(), disable=True, **counted, **options)
+        expected = gaussian(expected, torch.tensor(0.1).expand(2))  # the step to zero, Euler's
+    else:
+        expected = function(gaussian, x, SIGMAS, disable=True, **options)
+    options = {"noise_sampler": draws()} if stochastic else {}
+    assert run_sampler(function, options, gaussian, x, SIGMAS)[0].equal(expected)
+
+
+@pytest.mark.parametrize("name", THIRTEEN)
+def test_every_draw_comes_from_the_generators(name):
+    """The same generator gives the same sample, another one another; the global one is neither needed nor moved."""
+    function, x = find_sampler(name), noise()
+
+    def run(seed):
+        churn = {"s_churn": 5.0} if "s_churn" in inspect.signature(function).parameters else {}
+        eta = {"eta": 1.0} if name in ("dpm_fast", "dpm_adaptive") else {}
+        generator = torch.Generator().manual_seed(seed)
+        return run_sampler(function, {**churn, **eta}, gaussian, x, SIGMAS, generator)[0]
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, other = run(0), run(1)
+    assert torch.get_rng_state().equal(before)
+    torch.manual_seed(2)
+    assert run(0).equal(first)
+    draws = name not in ("lms", "dpmpp_2m")
+    assert first.equal(other) != draws
+
+
+@pytest.mark.parametrize("name", [name for name in THIRTEEN if name != "dpm_adaptive"])
+def test_a_picture_does_not_depend_on_its_batch(name):
+    """With a generator for each image (dpm_adaptive is left out: its step size depends on the whole batch)."""
+    function, x = find_sampler(name), noise(3)
+    options = {"s_churn": 5.0} if "s_churn" in inspect.signature(function).parameters else {}
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    together = run_sampler(function, options, gaussian, x, SIGMAS, generators)[0]
+    alone = run_sampler(function, options, gaussian, x[1:2], SIGMAS, [torch.Generator().manual_seed(1)])[0]
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", THIRTEEN)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 20])
+def test_any_number_of_steps(name, steps):
+    """No NaN, no warning (the Brownian tree warns of a time beyond its ends), and one step gives `denoised` itself."""
+    x, sigmas = noise(), named_sigmas("karras", steps, 0.03, 14.6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = run_sampler(find_sampler(name), {}, gaussian, x, sigmas, torch.Generator().manual_seed(0))[0]
+    assert y.isfinite().all()
+    if steps == 1:
+        torch.testing.assert_close(y, gaussian(x, sigmas[:1].expand(2)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in THIRTEEN if name not in ("dpm_fast", "dpm_adaptive")])
+def test_sampler_runs_on_gpu_tensors_without_waiting(name, monkeypatch):
+    """A stand-in for CUDA tensors: it raises where a device meets another, and where the CPU waits for a value.
+
+    (dpm_fast makes a tensor on the device itself, which needs a real one; dpm_adaptive has to look at its error.)
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        x, step_noise = torch.empty(2, 4, 8, 8, device="cuda"), torch.empty(2, 4, 8, 8, device="cuda")
+    monkeypatch.setattr(pipeline_file, "randn_tensor", lambda *args, **kwargs: step_noise)
+    function = find_sampler(name)
+    options = {"noise_sampler": lambda sigma, sigma_next: step_noise}
+    options = options if "noise_sampler" in inspect.signature(function).parameters else {}
+
+    def denoiser(x, sigma):
+        assert sigma.device.type == "cuda" and sigma.shape == (2,)
+        return gaussian(x, sigma)
+
+    y, _ = run_sampler(function, options, denoiser, x, SIGMAS)
+    assert y.device.type == "cuda"
+
+
+@pytest.mark.parametrize("name", [name for name in THIRTEEN if name != "dpm_adaptive"])
+def test_after_step_sees_the_state_between_steps(name):
+    """Called once a step, in order, with the state at the level that the step ended at; what it returns goes on."""
+    function, x = find_sampler(name), noise()
+    seen = []
+
+    def after_step(i, x, sigma, began, denoised):
+        seen.append((i, sigma.item(), began.item(), x.clone(), denoised.clone()))
+        return x
+
+    y = run_sampler(function, {}, gaussian, x, SIGMAS, torch.Generator().manual_seed(0), after_step)[0]
+    assert y.equal(run_sampler(function, {}, gaussian, x, SIGMAS, torch.Generator().manual_seed(0))[0])
+    assert [one[0] for one in seen] == list(range(len(seen)))
+    assert seen[-1][1] == 0 and seen[-1][3].equal(y)
+    for one, following in zip(seen, seen[1:]):
+        assert one[1] == following[2]  # where a step ends, the next begins
+        torch.testing.assert_close(gaussian(one[3], torch.tensor(one[1]).expand(2)), following[4])
+    if name != "dpm_fast":
+        torch.testing.assert_close(torch.tensor([one[2] for one in seen]), SIGMAS[:-1])
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "dpm_2_ancestral"])
+def test_changed_latents_take_effect(name):
+    """Zeroed after a step, the state of N(0, 1) under a deterministic denoiser stays zero but for later noise."""
+    x = noise()
+
+    def after_step(i, x, sigma, began, denoised):
+        return torch.zeros_like(x) if i == 5 else x
+
+    options = {"eta": 0.0} if name == "dpm_2_ancestral" else {}
+    y = run_sampler(find_sampler(name), options, gaussian, x, SIGMAS, torch.Generator().manual_seed(0), after_step)[0]
+    scale = run_sampler(find_sampler(name), options, gaussian, x, SIGMAS)[0].abs().mean()
+    # multistep samplers carry what earlier steps predicted, single-step ones nothing
+    assert y.abs().mean() < (0.5 * scale if name == "dpmpp_2m" else 1e-6)
+
+
+def test_changed_latents_are_refused_where_steps_are_not_known():
+    with pytest.raises(ValueError, match="sample_dpm_adaptive does not say"):
+        run_sampler(sampling.sample_dpm_adaptive, {}, gaussian, noise(), SIGMAS, None, lambda i, x, *_: x * 2)
+
+
+@pytest.mark.parametrize("name", THIRTEEN)
+def test_interrupt(name):
+    """Stops where it is told to, with the state and sigma of that place."""
+    calls = []
+    y, sigma = run_sampler(
+        find_sampler(name), {}, gaussian, noise(), SIGMAS, None, None, lambda: calls.append(1), lambda: len(calls) == 2
+    )
+    assert len(calls) == 2 and 0 < sigma < SIGMAS[0]
+    assert 0.3 * sigma < y.std() < 3 * (1 + sigma)
+
+
+@pytest.mark.parametrize("schedule", pipeline_file.SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 10, 50])
+def test_named_sigmas(schedule, steps):
+    """From the highest level to the lowest, then zero, strictly falling."""
+    sigmas = named_sigmas(schedule, steps, 0.03, 14.6)
+    assert sigmas.shape == (steps + 1,) and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+    torch.testing.assert_close(sigmas[0].item(), 14.6, rtol=1e-4, atol=0)
+    if steps > 1:
+        torch.testing.assert_close(sigmas[-2].item(), 0.03, rtol=1e-3, atol=0)
