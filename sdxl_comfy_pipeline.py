@@ -15,7 +15,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -74,20 +74,24 @@ def _first_parameters(function: Callable) -> tuple[str, ...] | None:
     return next((first for first in (BY_LEVELS, BY_RANGE) if names[: len(first)] == first), None)
 
 
+def _unknown(argument: str, name: Any, known: Sequence[str]) -> ValueError:
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    return ValueError(f"`{argument}`: there is no {name!r}; {hint}")
+
+
 def find_sampler(sampler: str | Callable) -> Callable:
     """The sampler of this name, with or without `sample_`. A callable with k-diffusion's signature comes back as it is.
 
     Raises:
-        ValueError: no sampler of k-diffusion has this name; the message has the nearest ones.
+        ValueError: no sampler of k-diffusion has this name.
         TypeError: not a name, and not callable as `sampler(model, x, sigmas, ...)`.
     """
     if isinstance(sampler, str):
         names, name = sampler_names(), sampler.removeprefix("sample_")
         if name in names:
             return getattr(sampling, f"sample_{name}")
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"k-diffusion has {', '.join(names)}."
-        raise ValueError(f"`sampler`: k-diffusion has no sampler {sampler!r}; {hint}")
+        raise _unknown("sampler", sampler, names)
     try:
         if _first_parameters(sampler) is None:
             inspect.signature(sampler).bind("model", "x", "sigmas")
@@ -101,17 +105,13 @@ def find_sampler(sampler: str | Callable) -> Callable:
 
 def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """A copy of the sampler's options. Raises a ValueError for one that it does not take, and lists those it takes."""
-    parameters = inspect.signature(sampler).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(sampler_kwargs or {})
+    options, parameters = dict(sampler_kwargs or {}), inspect.signature(sampler).parameters.values()
     known = [p.name for p in parameters if p.name not in GIVEN and p.kind is not p.POSITIONAL_ONLY]
-    unknown = [name for name in sampler_kwargs or {} if name not in known]
-    if unknown:
+    unknown = ", ".join(name for name in options if name not in known)
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         name = getattr(sampler, "__name__", repr(sampler))
-        raise ValueError(
-            f"`sampler_kwargs`: {name} takes no {', '.join(unknown)}; it takes {', '.join(known) or 'none'}"
-        )
-    return dict(sampler_kwargs or {})
+        raise ValueError(f"`sampler_kwargs`: {name} takes no {unknown}; it takes {', '.join(known) or 'none'}")
+    return options
 
 
 def check_sigmas(sigmas: Any, name: str = "sigmas") -> None:
@@ -323,9 +323,7 @@ def check_schedule(schedule: str | None, **instead: Any) -> None:
     if given:
         raise ValueError(f"`schedule` and `{given[0]}` both give the noise levels: pass one of them")
     if schedule not in SCHEDULES:
-        near = difflib.get_close_matches(str(schedule), SCHEDULES, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(SCHEDULES)}."
-        raise ValueError(f"`schedule`: there is none called {schedule!r}; {hint}")
+        raise _unknown("schedule", schedule, SCHEDULES)
 
 
 # --- end of the shared block ---
@@ -561,7 +559,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 )
 
             # latents -> images
-            image = latents if output_type == "latent" else self._decode(latents.to(dtype), output_type)
+            image = latents if output_type == "latent" else self._decode(latents, output_type)
         finally:
             self.maybe_free_model_hooks()
         return StableDiffusionXLPipelineOutput(images=image) if return_dict else (image,)

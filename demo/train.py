@@ -3,8 +3,9 @@
     python demo/train.py                     all of it, one stage after the other
     python demo/train.py --stages vae-flux   one stage; two of them can run side by side in two processes
 
-The stages are vae-sdxl, vae-flux, sdxl, flux, distil and save. Each writes a checkpoint to `--work` every two minutes,
-and goes on from there when it is started again.
+The stages are vae-sdxl, vae-flux (the autoencoders), sdxl, flux (the networks with their text encoders), distil (FLUX's
+guidance), decoder-sdxl, decoder-flux (sharper decoders for the same latents) and save. Each writes a checkpoint to
+`--work` every two minutes, and goes on from there when it is started again.
 """
 
 from __future__ import annotations
@@ -47,15 +48,17 @@ from transformers import (
 
 HERE = Path(__file__).resolve().parent
 PICTURES = 16_000
-CAPTION_TOKENS = 32  # no caption is longer; T5's padding to 512 is trained on a part of the batches
+CAPTION_TOKENS = 32  # T5's; no caption is longer
 
 # steps, batch, highest learning rate
 PLAN = {
     "vae-sdxl": (3_000, 8, 1.5e-3),
     "vae-flux": (3_000, 8, 1.5e-3),
-    "sdxl": (3_600, 32, 1e-3),
-    "flux": (3_600, 32, 1e-3),
-    "distil": (500, 32, 3e-4),
+    "sdxl": (2_600, 32, 1e-3),
+    "flux": (5_000, 32, 1e-3),
+    "distil": (300, 32, 3e-4),
+    "decoder-sdxl": (1_200, 8, 1e-3),
+    "decoder-flux": (1_200, 8, 1e-3),
 }
 STAGES = (*PLAN, "save")
 
@@ -242,13 +245,36 @@ def train_vae(stage: str, work: Path, device: torch.device) -> None:
         with run.autocast():
             posterior = vae.encode(x).latent_dist
             noise = torch.randn((run.batch, latent_channels, 16, 16), generator=generator).to(device)
-            y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        error = y - x
-        # the differences of neighbours weigh edges, which a plain L1 leaves soft
-        edges = (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
+            y = vae.decode(posterior.mean + posterior.std * noise).sample
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return error.abs().mean() + edges + 2e-4 * kl
+        return difference(y, x) + 2e-4 * kl
+
+    run.train(loss_of)
+
+
+def difference(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error of the pixels, and of the differences of neighbours: edges, which it alone leaves soft."""
+    error = y.float() - x
+    return error.abs().mean() + (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
+
+
+def train_decoder(stage: str, work: Path, device: torch.device) -> None:
+    """More steps for the decoder alone, at half the cost. The latents that the networks know stay what they are."""
+    vae_stage = stage.replace("decoder", "vae")
+    mean, std, _ = latents(vae_stage, work, device)
+    pictures = drawings(work)
+    vae = load_average(work / f"{vae_stage}.pt", {"vae": make_vae(vae_stage)}, device)["vae"]
+    vae.decoder.requires_grad_(True)
+    run = Run(stage, work, {"vae": vae}, device)
+
+    def loss_of(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
+        picked = sorted(rng.sample(range(PICTURES), run.batch))
+        noise = torch.randn((run.batch, *mean.shape[1:]), generator=generator)
+        z = (mean[picked] + std[picked] * noise).to(device)
+        with run.autocast():
+            y = vae.decode(z).sample
+        return difference(y, pixels(pictures[picked], device))
 
     run.train(loss_of)
 
@@ -452,8 +478,8 @@ def flux_batch(
     factors: dict,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str], int]:
     """Packed noised latents, their noise - x0, t, captions and the number of T5 tokens."""
-    # the pipeline pads to 512 tokens: one batch in eight learns that, smaller, since it costs as much as the rest
-    length, batch = (512, run.batch // 4) if step % 8 == 7 else (rng.choice((CAPTION_TOKENS, 48)), run.batch)
+    # the pipeline pads to 512 tokens, or what its caller says: some batches learn that, smaller, since they cost more
+    length, batch = {15: (512, run.batch // 8), 7: (64, run.batch * 3 // 4)}.get(step % 16, (CAPTION_TOKENS, run.batch))
     picked = rng.sample(range(PICTURES), batch)
     noise = torch.randn((2, batch, 16, 16, 16), generator=generator)
     x0 = (mean[picked] + std[picked] * noise[0] - factors["shift_factor"]) * factors["scaling_factor"]
@@ -512,18 +538,17 @@ def distil_flux(work: Path, device: torch.device) -> None:
 def save(work: Path, out: Path) -> None:
     """Both pipelines in diffusers' layout, float16, each folder replaced as a whole."""
     clip, clip_2, t5 = tokenizers(work)
+    cpu = torch.device("cpu")
     vaes = {}
     for stage in ("vae-sdxl", "vae-flux"):
-        factors = latents(stage, work, torch.device("cpu"))[2]
-        vaes[stage] = load_average(work / f"{stage}.pt", {"vae": make_vae(stage, **factors)}, torch.device("cpu"))[
-            "vae"
-        ]
+        vae = make_vae(stage, **latents(stage, work, cpu)[2])
+        vaes[stage] = load_average(work / f"{stage.replace('vae', 'decoder')}.pt", {"vae": vae}, cpu)["vae"]
     sdxl = StableDiffusionXLPipeline(
         vae=vaes["vae-sdxl"],
         tokenizer=clip,
         tokenizer_2=clip_2,
         scheduler=sdxl_scheduler(),
-        **load_average(work / "sdxl.pt", make_sdxl(work), torch.device("cpu")),
+        **load_average(work / "sdxl.pt", make_sdxl(work), cpu),
         add_watermarker=False,
     )
     flux = FluxPipeline(
@@ -531,16 +556,17 @@ def save(work: Path, out: Path) -> None:
         tokenizer=clip,
         tokenizer_2=t5,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        **load_average(work / "distil.pt", make_flux(work), torch.device("cpu")),
+        **load_average(work / "distil.pt", make_flux(work), cpu),
     )
     for name, pipe in (("sdxl", sdxl), ("flux", flux)):
         temporary = work / f"{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         pipe.to(dtype=torch.float16).save_pretrained(temporary, safe_serialization=True)
-        for tokenizer in ("tokenizer", "tokenizer_2"):  # vocab.json and merges.txt, which older transformers read
-            for path in (work / "tokenizers" / tokenizer).glob("*.[jt][sx]*"):
-                if (temporary / tokenizer).exists() and (name, tokenizer) != ("flux", "tokenizer_2"):
-                    shutil.copy(path, temporary / tokenizer / path.name)
+        for tokenizer in ("tokenizer", "tokenizer_2"):
+            for file in ("vocab.json", "merges.txt"):  # CLIP's, for transformers before version 5
+                source = work / "tokenizers" / tokenizer / file
+                if not (name == "flux" and tokenizer == "tokenizer_2"):
+                    shutil.copy(source, temporary / tokenizer / file)
         shutil.rmtree(out / name, ignore_errors=True)
         shutil.move(temporary, out / name)
         size = sum(path.stat().st_size for path in (out / name).rglob("*") if path.is_file())
@@ -565,6 +591,8 @@ def main() -> None:
     for stage in options.stages:
         if stage.startswith("vae"):
             train_vae(stage, options.work, device)
+        elif stage.startswith("decoder"):
+            train_decoder(stage, options.work, device)
         elif stage == "sdxl":
             train_sdxl(options.work, device)
         elif stage == "flux":

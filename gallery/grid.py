@@ -9,7 +9,6 @@ import json
 import re
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,9 @@ def run(family: Family, options: argparse.Namespace) -> int:
     except Refused as refused:
         print(f"{Path(sys.argv[0]).name}: {refused}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; the same command with --resume goes on", file=sys.stderr)
+        return 130
 
 
 def _run(family: Family, options: argparse.Namespace) -> int:
@@ -53,6 +55,10 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     from accelerate.utils import gather_object
     from tqdm.auto import tqdm
 
+    try:
+        torch.device(options.device or "cpu")
+    except RuntimeError as error:
+        raise Refused(f"--device: {str(error).splitlines()[0]}") from None
     model = options.model or (family.hub_model if torch.cuda.is_available() else "demo")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     state = PartialState(cpu=torch.device(device).type == "cpu")
@@ -121,14 +127,12 @@ def _load(family: Family, module: Any, model: str, device: str, options: argpars
     pipeline = getattr(module, family.pipeline)
     source = str(family.demo) if model == "demo" else model
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            if source.endswith((".safetensors", ".ckpt", ".gguf")):
-                if not Path(source).is_file():
-                    raise Refused(f"--model: there is no file {source}")
-                pipe = pipeline.from_single_file(source, torch_dtype=dtype)
-            else:
-                pipe = pipeline.from_pretrained(source, torch_dtype=dtype)
+        if source.endswith((".safetensors", ".ckpt")):
+            if not Path(source).is_file():
+                raise Refused(f"--model: there is no file {source}")
+            pipe = pipeline.from_single_file(source, torch_dtype=dtype)
+        else:
+            pipe = pipeline.from_pretrained(source, dtype=dtype)
         if options.offload == "model":
             pipe.enable_model_cpu_offload(device=device)
         elif options.offload == "sequential":
@@ -169,7 +173,7 @@ def _short_name(family: Family, model: str) -> str:
     """What the files begin with: sdxl, flux-dev, flux-schnell, sdxl-demo, or the family and the model's own name."""
     if model == "demo":
         return f"{family.name}-demo"
-    last = re.sub(r"\.(safetensors|ckpt|gguf)$", "", model.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1])
+    last = re.sub(r"\.(safetensors|ckpt)$", "", model.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1])
     last = {"stable-diffusion-xl-base-1.0": "sdxl", "FLUX.1-dev": "flux-dev", "FLUX.1-schnell": "flux-schnell"}.get(
         last, last
     )

@@ -19,7 +19,7 @@ PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
 
 
 def load(pipeline: type, folder: str, dtype: torch.dtype = torch.float32):
-    pipe = pipeline.from_pretrained(ROOT / "demo" / folder, torch_dtype=dtype)
+    pipe = pipeline.from_pretrained(ROOT / "demo" / folder, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

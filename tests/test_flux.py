@@ -1,0 +1,206 @@
+"""FluxComfyPipeline against the stock pipeline, its two parameterizations, its options, and what it refuses."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPT, relative, seeded
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+from flux_comfy_pipeline import FluxComfyPipeline, find_sampler, sampler_names, uses_ve, ve_sigmas
+
+# rounding alone: the scheduler keeps its sigmas and timesteps in float32
+EXACT = 1e-6
+SIZE = {"height": 128, "width": 128, "max_sequence_length": 64}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"guidance_scale": 2.0},
+        {"negative_prompt": "a cat in the snow, warm colors", "true_cfg_scale": 2.0},
+        {"height": 96, "width": 160},
+        {"num_images_per_prompt": 2},
+        {"prompt": [PROMPT, "a red car in the desert"]},
+        {"prompt_2": "a robot in a city"},
+        {"sigmas": [1.0, 0.7, 0.4, 0.1]},
+        {"max_sequence_length": 512},
+    ],
+    ids=lambda call: ",".join(call) or "default",
+)
+def test_euler_is_the_stock_pipeline(flux64, call):
+    """FlowMatchEulerDiscreteScheduler through the untouched parent, float64, the same generator."""
+    child, parent = flux64
+    call = {"prompt": PROMPT, "num_inference_steps": 6, "output_type": "latent", **SIZE, **call}
+    expected = parent(generator=seeded(), **call).images
+    assert relative(child(generator=seeded(), sampler="euler", **call).images, expected) < EXACT
+
+
+def test_euler_is_the_stock_picture(flux64):
+    child, parent = flux64
+    expected = parent(PROMPT, num_inference_steps=3, generator=seeded(), output_type="np", **SIZE).images
+    drawn = child(PROMPT, num_inference_steps=3, generator=seeded(), output_type="np", **SIZE).images
+    assert np.abs(drawn - expected).max() < 1e-5
+
+
+def test_schnell_has_no_guidance_embedding_and_a_fixed_shift(flux64):
+    """The layout of schnell: no guidance embedding, no dynamic shift. Weights are the demo's where the layers match."""
+    child, parent = flux64
+    transformer = FluxTransformer2DModel.from_config(parent.transformer.config, guidance_embeds=False).double()
+    transformer.load_state_dict(parent.transformer.state_dict(), strict=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    components = {**child.components, "transformer": transformer, "scheduler": scheduler}
+    child, parent = FluxComfyPipeline(**components), FluxPipeline(**components)
+    call = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 0.0, **SIZE}
+    expected = parent(PROMPT, generator=seeded(), **call).images
+    assert relative(child(PROMPT, generator=seeded(), **call).images, expected) < EXACT
+
+
+def test_default_size_is_the_models(flux):
+    assert flux(PROMPT, num_inference_steps=1, generator=seeded()).images[0].size == (128, 128)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "lms", "dpmpp_2m"])
+def test_both_parameterizations_solve_the_same_ode(flux, sampler):
+    """They differ by the discretization alone, which 80 steps make small, and by the noise that "ve" starts from."""
+    call = {"num_inference_steps": 80, "output_type": "latent", **SIZE}
+    flow, ve = (
+        flux(PROMPT, sampler=sampler, parameterization=p, generator=seeded(), **call).images for p in ("flow", "ve")
+    )
+    assert relative(ve, flow) < 0.1
+
+
+@pytest.mark.parametrize("sampler", sampler_names())
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 20])
+def test_every_sampler_at_any_number_of_steps(flux, sampler, steps):
+    """No NaN, no warning, and from four steps on latents of the spread that they should have."""
+    call = {"num_inference_steps": steps, "output_type": "latent", **SIZE}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", RuntimeWarning)
+        latents = flux(PROMPT, sampler=sampler, generator=seeded(), **call).images
+    assert latents.isfinite().all() and latents.dtype == torch.float32
+    if steps == 20:
+        reference = flux(PROMPT, sampler="heun", generator=seeded(), **call).images
+        assert 0.8 < latents.std() / reference.std() < 1.25
+
+
+def test_which_parameterization():
+    ts = torch.tensor([1.0, 0.8, 0.5, 0.0])
+    ve = {name for name in sampler_names() if uses_ve("auto", find_sampler(name), {}, ts)}
+    assert ve == set(sampler_names()) - {"euler", "heun", "dpm_2", "lms", "dpmpp_2m"}
+    assert uses_ve("auto", find_sampler("euler"), {"s_churn": 1.0}, ts)
+    assert not uses_ve("flow", find_sampler("dpmpp_sde"), {}, ts)
+    assert uses_ve("ve", find_sampler("euler"), {}, ts)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.158])
+@pytest.mark.parametrize("steps", [2, 3, 4, 20, 100])
+def test_first_ve_sigma_continues_the_ratio(steps, shift):
+    """sigma_1^2 / sigma_2, but for grids so short that this would begin below the noise SDXL begins at."""
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    t = shift * t / (1 + (shift - 1) * t)
+    sigmas = ve_sigmas(t)
+    assert sigmas.isfinite().all() and (sigmas.diff() < 0).all()
+    torch.testing.assert_close(sigmas[1:] / (1 + sigmas[1:]), t[1:])
+    if steps >= 20:
+        torch.testing.assert_close(sigmas[0] / sigmas[1], sigmas[1] / sigmas[2])
+    assert sigmas[0] >= 15
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential", "polyexponential", "vp"])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
+def test_schedules(flux, schedule, sampler):
+    ts = flux.noise_levels(64, 10, schedule=schedule)
+    assert len(ts) == 11 and 0.99 < ts[0] <= 1 and ts[-1] == 0 and (ts.diff() < 0).all()
+    call = {"num_inference_steps": 10, "output_type": "latent", **SIZE}
+    assert flux(PROMPT, sampler=sampler, schedule=schedule, generator=seeded(), **call).images.isfinite().all()
+
+
+def test_callback_speaks_in_t(flux):
+    """Levels and latents are FLUX's own, in both parameterizations."""
+    ts = flux.noise_levels(64, 5)
+    expected = {}
+    for parameterization in ("flow", "ve"):
+        seen = []
+
+        def callback(pipe, i, timestep, tensors, seen=seen):
+            seen.append((i, timestep.item() / 1000, tensors["sigma"].item(), tensors["latents"].std().item()))
+            return {}
+
+        flux(
+            PROMPT,
+            num_inference_steps=5,
+            generator=seeded(),
+            output_type="latent",
+            parameterization=parameterization,
+            callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=["latents", "sigma", "denoised", "prompt_embeds"],
+            **SIZE,
+        )
+        assert [one[0] for one in seen] == list(range(5))
+        first = 1 if parameterization == "ve" else 0  # "ve" begins a little below t = 1
+        torch.testing.assert_close(torch.tensor([one[2] for one in seen[first:]]), ts[first:-1].float())
+        assert all(one[1] == pytest.approx(one[2]) for one in seen)
+        expected[parameterization] = [one[3] for one in seen]
+    assert expected["ve"] == pytest.approx(expected["flow"], rel=0.1)
+
+
+def test_given_latents_are_the_state_at_the_first_t(flux):
+    """A half finished picture is finished by a second call, in either parameterization."""
+    halves = {}
+
+    def keep(pipe, i, timestep, tensors):
+        halves[i] = tensors["latents"]
+        return {}
+
+    sigmas = [1.0, 0.8, 0.6, 0.4, 0.2]
+    call = {"output_type": "latent", **SIZE}
+    whole = flux(PROMPT, sigmas=sigmas, generator=seeded(), callback_on_step_end=keep, **call).images
+    rest = flux(PROMPT, sigmas=sigmas[2:], latents=halves[1], **call).images
+    assert relative(rest, whole) < 1e-4
+    rest = flux(PROMPT, sigmas=sigmas[2:], latents=halves[1], parameterization="ve", **call).images
+    assert relative(rest, whole) < 0.1
+
+
+def test_bfloat16_network(flux):
+    half = FluxComfyPipeline.from_pretrained(flux.name_or_path, dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    for sampler in ("euler", "dpmpp_sde"):
+        latents = half(PROMPT, sampler=sampler, num_inference_steps=4, output_type="latent", **SIZE).images
+        assert latents.dtype == torch.float32 and latents.isfinite().all()
+    assert half(PROMPT, num_inference_steps=2, **SIZE).images[0].size == (128, 128)
+
+
+def no_network(*args, **kwargs):
+    raise AssertionError("a network ran before the arguments were checked")
+
+
+BAD = [
+    ({"sampler": "dpmp_2m"}, ValueError, "did you mean dpmpp_2m"),
+    ({"sampler": lambda model: model}, TypeError, "signature, sampler\\(model, x, sigmas"),
+    ({"sampler": "euler", "sampler_kwargs": {"eta": 0.5}}, ValueError, "takes no eta; it takes s_churn"),
+    ({"parameterization": "vp"}, ValueError, "'auto', 'flow' or 've'"),
+    ({"sigmas": [0.5, 0.8]}, ValueError, "`sigmas` have to fall"),
+    ({"sigmas": [14.6, 1.0]}, ValueError, "lies in 0..1"),
+    ({"sigmas": [1.0, float("nan")]}, ValueError, "finite"),
+    ({"schedule": "karras", "sigmas": [1.0, 0.5]}, ValueError, "pass one of them"),
+    ({"schedule": "exponental"}, ValueError, "did you mean exponential"),
+    ({"num_inference_steps": 0}, ValueError, "at least 1"),
+    ({"height": 8}, ValueError, "at least 16"),
+    ({"negative_prompt_embeds": torch.zeros(1, 64, 128)}, ValueError, "negative_pooled_prompt_embeds"),
+    ({"generator": [seeded(), seeded()]}, ValueError, "one generator an image, 1, but has 2"),
+    ({"latents": torch.zeros(1, 16, 16, 16)}, ValueError, "`latents` have to be of shape \\(1, 64, 64\\)"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", BAD, ids=lambda value: str(value)[:60])
+def test_bad_input_is_told_before_any_network_runs(flux, monkeypatch, call, error, message):
+    for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        monkeypatch.setattr(getattr(flux, name), "forward", no_network)
+    with pytest.raises(error, match=message):
+        flux(**{"prompt": PROMPT, **SIZE, **call})

@@ -1,0 +1,155 @@
+"""`test.py` and `test_flux.py` as they are run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import PROMPT, ROOT
+from PIL import Image
+
+from gallery.grid import _reason
+from gallery.pictures import contact_sheet, read_settings, write_png
+
+
+def run(*arguments, script: str = "test.py", launcher: tuple[str, ...] = ()):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, *launcher, ROOT / script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """One grid of three samplers at four steps, of each family."""
+    folder = tmp_path_factory.mktemp("grid")
+    arguments = ("--samplers", "euler", "sample_dpm_2", "dpmpp_2m", "--steps", 4, "--output", folder)
+    return folder, {script: run(*arguments, script=script) for script in ("test.py", "test_flux.py")}
+
+
+@pytest.mark.parametrize("script, family", [("test.py", "sdxl"), ("test_flux.py", "flux")])
+def test_grid(grid, script, family):
+    folder, runs = grid
+    assert runs[script].returncode == 0, runs[script].stderr
+    assert f"No CUDA device here: drawing with the small demo model, demo/{family}." in runs[script].stdout
+    assert f"3 of 3 drawn with demo, side by side in {folder / f'{family}-demo-grid.png'}" in runs[script].stdout
+    for sampler, evaluations in (("euler", "4"), ("dpm_2", "7"), ("dpmpp_2m", "4")):
+        path = folder / f"{family}-demo-sample_{sampler}.png"
+        settings = read_settings(path)
+        assert Image.open(path).size == (128, 128)
+        assert settings["prompt"] == PROMPT and settings["seed"] == "0" and settings["sampler"] == sampler
+        assert settings["evaluations"] == evaluations
+        sigmas = json.loads(settings["sigmas"])
+        assert len(sigmas) == 5 and sigmas[-1] == 0
+        assert (sigmas[0] == 1) == (family == "flux")
+        assert {"torch", "diffusers", "k-diffusion"} <= set(json.loads(settings["versions"]))
+    assert Image.open(folder / f"{family}-demo-grid.png").width > 900
+    assert not list(folder.glob(".*"))
+
+
+def test_resume_draws_only_what_is_missing(grid, tmp_path):
+    folder = shutil.copytree(grid[0], tmp_path / "grid")
+    kept, gone = folder / "sdxl-demo-sample_euler.png", folder / "sdxl-demo-sample_dpm_2.png"
+    half = folder / "sdxl-demo-sample_dpmpp_2m.png"
+    before = kept.stat().st_mtime_ns
+    gone.unlink()
+    half.write_bytes(half.read_bytes()[:2000])  # as if an older version had been cut off
+    arguments = ("--samplers", "euler", "dpm_2", "dpmpp_2m", "--steps", 4, "--output", folder, "--resume")
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("(kept)") == 1
+    assert kept.stat().st_mtime_ns == before and gone.exists() and read_settings(half)
+    assert run(*arguments, "--seed", 1).stdout.count("(kept)") == 0
+
+
+def test_several_processes_draw_the_same_files(grid, tmp_path):
+    folder, _ = grid
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+    arguments = ("--samplers", "euler", "dpm_2", "dpmpp_2m", "--steps", 4, "--output", tmp_path)
+    result = run(*arguments, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert "3 of 3 drawn" in result.stdout
+    one, two = folder / "sdxl-demo-sample_euler.png", tmp_path / "sdxl-demo-sample_euler.png"
+    assert Image.open(one).tobytes() == Image.open(two).tobytes()
+
+
+def test_a_sampler_that_fails_does_not_stop_the_others(tmp_path):
+    """A file in the way of one picture."""
+    (tmp_path / "sdxl-demo-sample_euler.png").mkdir()
+    result = run("--samplers", "euler", "heun", "--steps", 2, "--output", tmp_path)
+    assert result.returncode == 1
+    assert "1 of 2 drawn" in result.stdout
+    assert "FAILED: IsADirectoryError" in result.stdout
+    assert (tmp_path / "sdxl-demo-sample_heun.png").is_file() and (tmp_path / "sdxl-demo-grid.png").is_file()
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--samplers", "dpmp_2m"), "did you mean dpmpp_2m"),
+        (("--schedule", "karas"), "did you mean karras"),
+        (("--steps", "0"), "at least 1"),
+        (("--height", "100"), "divisible by 8"),
+        (("--output", "/proc/nothing"), "Name another folder with --output"),
+        (("--model", "nobody/nothing-of-this-name"), "use --model demo"),
+        (("--model", "missing.safetensors"), "there is no file missing.safetensors"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_input_is_one_line(tmp_path, arguments, message):
+    result = run(*(("--output", tmp_path) if "--output" not in arguments else ()), *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_is_quick():
+    """It must not import torch. Ten times what it takes, a third of what torch alone takes."""
+    start = time.perf_counter()
+    result = run("--help", script="test_flux.py")
+    assert result.returncode == 0 and "--samplers" in result.stdout
+    assert time.perf_counter() - start < 1.5
+
+
+def test_png_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "picture.png"
+    write_png(Image.new("RGB", (8, 8)), path, {"prompt": "Grüße, 宇航员", "sampler": "euler"})
+    assert read_settings(path) == {"prompt": "Grüße, 宇航员", "sampler": "euler"}
+
+    class Broken(Image.Image):
+        def save(self, target, **options):
+            target.write_bytes(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_png(Broken(), path)
+    assert read_settings(path)["sampler"] == "euler"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_contact_sheet_shows_failures_too(tmp_path):
+    write_png(Image.new("RGB", (64, 32), "red"), tmp_path / "a.png")
+    sheet = contact_sheet(
+        ["title"], [("a", "4 evaluations", tmp_path / "a.png"), ("b", "out of memory", None)], cell=200
+    )
+    colours = {colour for _, colour in sheet.getcolors(100_000)}
+    assert (255, 0, 0) in colours and (245, 236, 236) in colours
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "--offload model"),
+        (OSError("You are trying to access a gated repo."), "accept its licence"),
+        (ValueError("odd"), "ValueError: odd"),
+    ],
+)
+def test_reasons(error, message):
+    assert message in _reason(error, "some/model") and "\n" not in _reason(error)

@@ -1,0 +1,251 @@
+"""StableDiffusionXLComfyPipeline against the stock pipeline, its options, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import PROMPT, relative, seeded
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionXLPipeline,
+)
+
+from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline, sampler_names, sampling
+
+# rounding alone: the scheduler keeps its sigmas and timesteps in float32
+EXACT = 1e-6
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"negative_prompt": "a cat in the snow, warm colors"},
+        {"guidance_scale": 1.0},
+        {"guidance_rescale": 0.7},
+        {"height": 96, "width": 160},
+        {"original_size": (64, 64), "crops_coords_top_left": (16, 0), "target_size": (256, 256)},
+        {
+            "negative_original_size": (32, 32),
+            "negative_target_size": (32, 32),
+            "negative_crops_coords_top_left": (8, 8),
+        },
+        {"num_images_per_prompt": 2},
+        {"prompt": [PROMPT, "a red car in the desert"], "negative_prompt": ["snow", ""]},
+        {"prompt_2": "a robot in a city", "clip_skip": 0},
+        {"denoising_end": 0.6},
+        {"sigmas": [12.0, 6.0, 2.0, 0.5, 0.1]},
+        {"timesteps": [990, 700, 400, 100]},
+    ],
+    ids=lambda call: ",".join(call) or "default",
+)
+def test_euler_is_the_stock_pipeline(sdxl64, call):
+    """EulerDiscreteScheduler through the untouched parent, float64, the same generator."""
+    child, parent = sdxl64
+    call = {"prompt": PROMPT, "num_inference_steps": 8, "output_type": "latent", **call}
+    if "sigmas" in call or "timesteps" in call:
+        del call["num_inference_steps"]
+    expected = parent(generator=seeded(), **call).images
+    assert relative(child(generator=seeded(), sampler="euler", **call).images, expected) < EXACT
+
+
+def test_euler_is_the_stock_picture(sdxl64):
+    child, parent = sdxl64
+    expected = parent(PROMPT, num_inference_steps=4, generator=seeded(), output_type="np").images
+    drawn = child(PROMPT, num_inference_steps=4, generator=seeded(), output_type="np").images
+    assert abs(drawn - expected).max() < 1e-5
+
+
+def with_scheduler(pipe, scheduler):
+    return type(pipe)(**{**pipe.components, "scheduler": scheduler}, add_watermarker=False)
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prediction_type": "v_prediction"},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        {"timestep_spacing": "trailing"},
+        {"beta_schedule": "linear", "beta_end": 0.02},
+    ],
+    ids=str,
+)
+def test_euler_is_the_stock_pipeline_with_other_schedulers(sdxl64, options):
+    """v prediction, zero terminal SNR and other betas: the numbers follow, whatever the network makes of them."""
+    child, parent = sdxl64
+    scheduler = EulerDiscreteScheduler.from_config(parent.scheduler.config, **options)
+    child, parent = (quiet(with_scheduler(pipe, scheduler)) for pipe in (child, parent))
+    call = {"num_inference_steps": 8, "output_type": "latent", "guidance_rescale": 0.7}
+    expected = parent(PROMPT, generator=seeded(), **call).images
+    # at zero terminal SNR sigma is 4096 in the first step, and the state that float64 keeps exactly in both
+    # goes through timesteps that differ by the float32 rounding of sigma
+    assert relative(child(PROMPT, generator=seeded(), **call).images, expected) < 5 * EXACT
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, LCMScheduler],
+    ids=lambda s: s.__name__,
+)
+def test_levels_of_other_schedulers(sdxl, scheduler):
+    """Schedulers that keep alpha x, list a level twice or have no sigmas give falling levels and a good start."""
+    pipe = with_scheduler(sdxl, scheduler.from_config(sdxl.scheduler.config))
+    sigmas, start = pipe.noise_levels(10)
+    assert len(sigmas) == 11 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+    assert 1 <= start / sigmas[0] < 1.01
+
+
+def test_ddim_is_euler(sdxl64):
+    """DDIM is Euler in these coordinates (Song et al. 2021, eq. 14), so its stock pipeline gives the same picture."""
+    child, parent = sdxl64
+    scheduler = DDIMScheduler.from_config(
+        parent.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+    )
+    child, parent = (quiet(with_scheduler(pipe, scheduler)) for pipe in (child, parent))
+    call = {"num_inference_steps": 8, "output_type": "latent"}
+    expected = parent(PROMPT, generator=seeded(), **call).images
+    assert relative(child(PROMPT, generator=seeded(), **call).images, expected) < 5 * EXACT
+
+
+def test_quantize_timesteps_is_what_dpm_solver_does(sdxl64):
+    """With Karras levels diffusers' DPM-Solver rounds timesteps. Rounding here too removes the difference."""
+    child, parent = sdxl64
+    scheduler = DPMSolverMultistepScheduler.from_config(parent.scheduler.config, use_karras_sigmas=True)
+    child, parent = (quiet(with_scheduler(pipe, scheduler)) for pipe in (child, parent))
+    call = {"num_inference_steps": 12, "output_type": "latent"}
+    expected = parent(PROMPT, generator=seeded(), **call).images
+    ours = {
+        rounds: child(PROMPT, sampler="dpmpp_2m", quantize_timesteps=rounds, generator=seeded(), **call).images
+        for rounds in (False, True)
+    }
+    assert relative(ours[True], expected) < 1e-5  # the first level's timestep is rounded from a level of its own
+    assert relative(ours[False], expected) > 1e-3
+
+
+@pytest.mark.parametrize("sampler", sampler_names())
+def test_every_sampler_gives_a_likely_picture(sdxl, sampler):
+    """Latents of the spread that the VAE's have: noise would be wider, mush narrower."""
+    call = {"num_inference_steps": 12, "schedule": "karras", "output_type": "latent"}
+    latents = sdxl(PROMPT, sampler=sampler, generator=seeded(), **call).images * 1.0
+    reference = sdxl(PROMPT, sampler="heun", generator=seeded(), **call).images
+    assert latents.dtype == torch.float32
+    assert 0.8 < latents.std() / reference.std() < 1.25
+
+
+def test_state_is_float32_for_a_half_network(sdxl):
+    half = quiet(StableDiffusionXLComfyPipeline(**copy.deepcopy(sdxl.components)).to(torch.bfloat16))
+    call = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 1.0}
+    embeds = [embed.to(torch.bfloat16) for embed in sdxl.encode_prompt(PROMPT, do_classifier_free_guidance=False)[::2]]
+    latents = half(prompt_embeds=embeds[0], pooled_prompt_embeds=embeds[1], generator=seeded(), **call).images
+    assert latents.dtype == torch.float32
+    assert half(PROMPT, num_inference_steps=2, generator=seeded()).images[0].size == (128, 128)
+
+
+def test_callback(sdxl):
+    """Once a step, in order, with what is asked for; returned prompt embeddings and latents take effect."""
+    seen = []
+
+    def callback(pipe, i, timestep, tensors):
+        seen.append((i, round(float(timestep)), sorted(tensors)))
+        return {}
+
+    call = {"num_inference_steps": 4, "output_type": "latent", "sampler": "heun"}
+    names = ["latents", "prompt_embeds", "denoised", "sigma"]
+    plain = sdxl(PROMPT, generator=seeded(), **call).images
+    watched = sdxl(
+        PROMPT,
+        generator=seeded(),
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=names,
+        **call,
+    ).images
+    assert watched.equal(plain)
+    assert seen == [(i, t, sorted(names)) for i, t in enumerate((751, 501, 251, 1))]
+
+    other = sdxl.encode_prompt("a red car in the desert")[:2]
+
+    def to_a_car(pipe, i, timestep, tensors):
+        return {"prompt_embeds": torch.cat(other[::-1])} if i == 0 else {}
+
+    assert relative(sdxl(PROMPT, generator=seeded(), callback_on_step_end=to_a_car, **call).images, plain) > 0.05
+
+    def stop(pipe, i, timestep, tensors):
+        pipe._interrupt = i == 1
+        return {}
+
+    stopped = sdxl(PROMPT, generator=seeded(), callback_on_step_end=stop, **call).images
+    assert relative(stopped, plain) > 0.05
+    assert sdxl(PROMPT, generator=seeded(), **call).images.equal(plain)
+
+
+def test_from_pipe_shares_the_weights(sdxl):
+    parent = StableDiffusionXLPipeline.from_pipe(sdxl)
+    child = StableDiffusionXLComfyPipeline.from_pipe(parent)
+    assert child.unet is parent.unet is sdxl.unet
+
+
+def test_scheduler_is_left_alone(sdxl):
+    before = sdxl.scheduler.timesteps.clone(), sdxl.scheduler.sigmas.clone()
+    sdxl(PROMPT, num_inference_steps=2, generator=seeded(), output_type="latent")
+    assert sdxl.scheduler.timesteps.equal(before[0]) and sdxl.scheduler.sigmas.equal(before[1])
+
+
+def no_network(*args, **kwargs):
+    raise AssertionError("a network ran before the arguments were checked")
+
+
+BAD = [
+    ({"sampler": "dpmp_2m"}, ValueError, "did you mean dpmpp_2m"),
+    ({"sampler": "quux"}, ValueError, "there are euler, euler_ancestral, heun"),
+    ({"sampler": lambda model: model}, TypeError, "signature, sampler\\(model, x, sigmas"),
+    ({"sampler": 3}, TypeError, "signature"),
+    ({"sampler": "dpmpp_2m", "sampler_kwargs": {"eta": 0.5}}, ValueError, "takes no eta; it takes none"),
+    ({"sampler": "euler", "sampler_kwargs": {"eta": 0.5}}, ValueError, "takes no eta; it takes s_churn"),
+    ({"eta": 0.5}, ValueError, "sampler_kwargs"),
+    ({"sigmas": [1.0, 2.0]}, ValueError, "`sigmas` have to fall"),
+    ({"sigmas": [3.0, float("nan"), 1.0]}, ValueError, "finite"),
+    ({"sigmas": []}, ValueError, "at least one"),
+    ({"sigmas": [3.0, 1.0, 1.0]}, ValueError, "have to fall"),
+    ({"sigmas": [3.0, 1.0, -1.0]}, ValueError, "have to fall"),
+    ({"schedule": "karras", "sigmas": [3.0, 1.0]}, ValueError, "pass one of them"),
+    ({"schedule": "karras", "timesteps": [900, 1]}, ValueError, "pass one of them"),
+    ({"schedule": "karas"}, ValueError, "did you mean karras"),
+    ({"num_inference_steps": 0}, ValueError, "at least 1"),
+    ({"height": 100}, ValueError, "divisible by 8"),
+    ({"width": -8}, ValueError, "positive"),
+    ({"negative_prompt_embeds": torch.zeros(1, 77, 160)}, ValueError, "negative_pooled_prompt_embeds"),
+    ({"generator": [seeded(), seeded()]}, ValueError, "one generator an image, 1, but has 2"),
+    ({"latents": torch.zeros(2, 4, 16, 16)}, ValueError, "`latents` have to be of shape"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", BAD, ids=lambda value: str(value)[:60])
+def test_bad_input_is_told_before_any_network_runs(sdxl, monkeypatch, call, error, message):
+    for name in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        monkeypatch.setattr(getattr(sdxl, name), "forward", no_network)
+    with pytest.raises(error, match=message):
+        sdxl(**{"prompt": PROMPT, **call})
+
+
+def test_unknown_prediction_type(sdxl):
+    pipe = with_scheduler(sdxl, EulerDiscreteScheduler.from_config(sdxl.scheduler.config, prediction_type="sample"))
+    with pytest.raises(ValueError, match="`scheduler`: needs betas and prediction_type"):
+        pipe(PROMPT)
+
+
+def test_callable_sampler_gets_the_options(sdxl):
+    call = {"num_inference_steps": 4, "output_type": "latent"}
+    named = sdxl(PROMPT, sampler="dpmpp_2m_sde", sampler_kwargs={"eta": 0.0}, generator=seeded(), **call).images
+    function = sampling.sample_dpmpp_2m_sde
+    assert sdxl(PROMPT, sampler=function, sampler_kwargs={"eta": 0.0}, generator=seeded(), **call).images.equal(named)
