@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -47,7 +48,10 @@ def run(family: Family, options: argparse.Namespace) -> int:
 
 def _run(family: Family, options: argparse.Namespace) -> int:
     _check_output(options.output)
-    module = importlib.import_module(family.module)
+    try:
+        module = importlib.import_module(family.module)
+    except ImportError as error:
+        raise Refused(str(error)) from error
     samplers = _check_names(module, options)
 
     import torch
@@ -70,7 +74,10 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     pipe = _load(family, module, model, device, options)
     name = _short_name(family, model)
     settings = _settings(family, pipe, model, options)
-    prompt = _encode(family, pipe, options, settings)
+    try:
+        prompt = _encode(family, pipe, options)
+    except Exception as error:
+        raise Refused(_reason(error)) from error
     files = {sampler: options.output / f"{name}-sample_{sampler}.png" for sampler in samplers}
 
     drawn = []
@@ -78,7 +85,7 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     with tqdm(mine, desc=f"{name} grid", position=0, disable=not state.is_main_process) as bar:
         for sampler in bar:
             bar.set_postfix_str(sampler)
-            wanted = {**settings, "sampler": sampler}
+            wanted = {**settings, "sampler": sampler, "sampler_options": _sampler_options(module, sampler)}
             if options.resume and (found := read_settings(files[sampler])):
                 if {key: found.get(key) for key in wanted} == wanted:
                     drawn.append(_from_settings(sampler, files[sampler], found))
@@ -218,6 +225,12 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
     }
 
 
+def _sampler_options(module: Any, sampler: str) -> str:
+    """The options that the sampler runs with, its defaults, as JSON."""
+    parameters = inspect.signature(module.find_sampler(sampler)).parameters.values()
+    return json.dumps({p.name: p.default for p in parameters if p.name not in module.GIVEN | {"noise_sampler"}})
+
+
 def _k_diffusion_version() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -229,7 +242,7 @@ def _k_diffusion_version() -> dict[str, str]:
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def _encode(family: Family, pipe: Any, options: argparse.Namespace, settings: dict[str, str]) -> dict[str, Any]:
+def _encode(family: Family, pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     """The arguments that carry the prompt, encoded once for the whole grid."""
     import torch
 

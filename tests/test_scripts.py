@@ -37,6 +37,8 @@ def test_grid(grid, script, family):
     assert runs[script].returncode == 0, runs[script].stderr
     assert f"No CUDA device here: drawing with the small demo model, demo/{family}." in runs[script].stdout
     assert f"3 of 3 drawn with demo, side by side in {folder / f'{family}-demo-grid.png'}" in runs[script].stdout
+    churn = {"s_churn", "s_tmin", "s_tmax", "s_noise"}
+    expected_options = {"euler": churn, "dpm_2": churn, "dpmpp_2m": set()}
     for sampler, evaluations in (("euler", "4"), ("dpm_2", "7"), ("dpmpp_2m", "4")):
         path = folder / f"{family}-demo-sample_{sampler}.png"
         settings = read_settings(path)
@@ -46,6 +48,7 @@ def test_grid(grid, script, family):
         sigmas = json.loads(settings["sigmas"])
         assert len(sigmas) == 5 and sigmas[-1] == 0
         assert (sigmas[0] == 1) == (family == "flux")
+        assert set(json.loads(settings["sampler_options"])) == expected_options[sampler]
         assert {"torch", "diffusers", "k-diffusion"} <= set(json.loads(settings["versions"]))
     assert Image.open(folder / f"{family}-demo-grid.png").width > 900
     assert not list(folder.glob(".*"))
