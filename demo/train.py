@@ -55,10 +55,10 @@ PLAN = {
     "vae-sdxl": (3_000, 8, 1.5e-3),
     "vae-flux": (3_000, 8, 1.5e-3),
     "sdxl": (2_600, 32, 1e-3),
-    "flux": (5_000, 32, 1e-3),
-    "distil": (300, 32, 3e-4),
-    "decoder-sdxl": (1_200, 8, 1e-3),
-    "decoder-flux": (1_200, 8, 1e-3),
+    "flux": (8_000, 16, 1e-3),
+    "distil": (200, 24, 3e-4),
+    "decoder-sdxl": (700, 8, 1e-3),
+    "decoder-flux": (700, 8, 1e-3),
 }
 STAGES = (*PLAN, "save")
 
@@ -161,10 +161,17 @@ class Run:
 
     def train(self, loss_of: Callable[[int, random.Random, torch.Generator], torch.Tensor]) -> None:
         """Calls `loss_of(step, rng, generator)` for every step left; both generators depend on the step alone."""
+        try:
+            self._loop(loss_of)
+        except KeyboardInterrupt:
+            self.save()
+            sys.exit(f"{self.name}: stopped at step {self.step} of {self.steps}; the same command goes on from here")
+
+    def _loop(self, loss_of: Callable[[int, random.Random, torch.Generator], torch.Tensor]) -> None:
         start, first, saved, recent = time.time(), self.step, time.time(), []
         while self.step < self.steps:
             generator = torch.Generator().manual_seed(self.step * 7919 + 17)
-            warm = min(1.0, (self.step + 1) / 150)
+            warm = min(1.0, (self.step + 1) / min(150, self.steps / 10))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
             loss = loss_of(self.step, random.Random(self.step), generator)
@@ -491,7 +498,7 @@ def flux_batch(
 
 
 def train_flux(work: Path, device: torch.device) -> None:
-    """The undistilled model, which always sees guidance 1: flow matching, logit-normal times (Esser et al. 2024)."""
+    """Flow matching with logit-normal times (Esser et al. 2024). The guidance it is told means nothing yet."""
     mean, std, factors = latents("vae-flux", work, device)
     work_tokenizers = tokenizers(work)
     run = Run("flux", work, make_flux(work), device)
@@ -500,10 +507,14 @@ def train_flux(work: Path, device: torch.device) -> None:
         x, target, t, texts, length = flux_batch(run, step, rng, generator, mean, std, factors)
         with run.autocast():
             text = encode_flux(run.modules, work_tokenizers, texts, length, device)
-            v = velocity(run.modules["transformer"], x, t, torch.ones_like(t), text)
+            v = velocity(run.modules["transformer"], x, t, random_guidance(rng, t), text)
         return (v.float() - target).pow(2).mean()
 
     run.train(loss_of)
+
+
+def random_guidance(rng: random.Random, t: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([rng.uniform(1.0, 5.0) for _ in t], device=t.device)
 
 
 def distil_flux(work: Path, device: torch.device) -> None:
@@ -517,7 +528,7 @@ def distil_flux(work: Path, device: torch.device) -> None:
 
     def loss_of(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         x, _, t, texts, length = flux_batch(run, step, rng, generator, mean, std, factors)
-        guidance = torch.tensor([rng.uniform(1.0, 5.0) for _ in texts], device=device)
+        guidance = random_guidance(rng, t)
         with run.autocast():
             with torch.no_grad():
                 text = encode_flux(teacher, work_tokenizers, texts, length, device)

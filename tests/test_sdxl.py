@@ -55,6 +55,21 @@ def test_euler_is_the_stock_pipeline(sdxl64, call):
     assert relative(child(generator=seeded(), sampler="euler", **call).images, expected) < EXACT
 
 
+def test_negative_sizes_reach_every_image_of_a_batch(sdxl64):
+    """Each image gets the negative sizes on its negative half. (The stock pipeline deals them out alternately.)"""
+    child, parent = sdxl64
+    sizes = {"negative_original_size": (1024, 64), "negative_target_size": (64, 1024)}
+    call = {"num_inference_steps": 4, "output_type": "latent", **sizes}
+
+    def both(pipe):
+        alone = pipe(PROMPT, generator=seeded(1), **call).images
+        batch = pipe([PROMPT] * 2, generator=[seeded(0), seeded(1)], **call).images
+        return relative(batch[1:], alone)
+
+    assert both(child) < 1e-9
+    assert both(parent) > 1e-6  # when this fails, diffusers has mended it: then README's remark goes
+
+
 def test_euler_is_the_stock_picture(sdxl64):
     child, parent = sdxl64
     expected = parent(PROMPT, num_inference_steps=4, generator=seeded(), output_type="np").images
@@ -130,7 +145,7 @@ def test_quantize_timesteps_is_what_dpm_solver_does(sdxl64):
         for rounds in (False, True)
     }
     assert relative(ours[True], expected) < 1e-5  # the first level's timestep is rounded from a level of its own
-    assert relative(ours[False], expected) > 1e-3
+    assert relative(ours[False], expected) > 1e-4  # 4e-4 on a closed-form model
 
 
 @pytest.mark.parametrize("sampler", sampler_names())
