@@ -471,7 +471,7 @@ class FluxComfyPipeline(FluxPipeline):
                     "pooled_projections": negative_pooled_prompt_embeds,
                     "txt_ids": negative_text_ids,
                 }
-            dtype = prompt_embeds.dtype
+            dtype = self.transformer.dtype  # the text encoders' may be another
             state_dtype = torch.promote_types(dtype, torch.float32)
             image_embeds = self._image_embeds(
                 (ip_adapter_image, ip_adapter_image_embeds),
@@ -485,7 +485,7 @@ class FluxComfyPipeline(FluxPipeline):
 
             # generator -> noise, the stock pipeline's own
             noise, image_ids = self.prepare_latents(
-                batch_size, channels // 4, height, width, dtype, device, generator, latents
+                batch_size, channels // 4, height, width, prompt_embeds.dtype, device, generator, latents
             )
 
             # conditioning -> denoiser, the only place that knows the network
@@ -502,7 +502,7 @@ class FluxComfyPipeline(FluxPipeline):
                             img_ids=image_ids,
                             joint_attention_kwargs={**self.joint_attention_kwargs, **image_embeds.get(side, {})},
                             return_dict=False,
-                            **text,
+                            **{name: value.to(dtype) for name, value in text.items()},
                         )[0].to(state_dtype)
 
                 v = predict("cond", conditional)

@@ -468,7 +468,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 clip_skip=clip_skip,
             )
             prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = embeds
-            dtype = prompt_embeds.dtype
+            dtype = self.unet.dtype  # the text encoders' may be another
             state_dtype = torch.promote_types(dtype, torch.float32)
 
             sizes = (original_size, crops_coords_top_left, target_size)
@@ -488,7 +488,9 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 "add_time_ids": (time_ids, negative_time_ids),
             }
             conditioning = {
-                name: (torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive).to(device)
+                name: (torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive).to(
+                    device, dtype
+                )
                 for name, (positive, negative) in conditioning.items()
             }
             image_embeds = {}
@@ -503,7 +505,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 ).to(device, dtype)
 
             # generator -> noise, the stock pipeline's own
-            noise = randn_tensor(shape, generator, device, dtype) if latents is None else latents
+            noise = randn_tensor(shape, generator, device, prompt_embeds.dtype) if latents is None else latents
             x = noise.to(device, state_dtype) * start.item()
             sigmas = sigmas.to(state_dtype)
 

@@ -572,7 +572,10 @@ def save(work: Path, out: Path) -> None:
     for name, pipe in (("sdxl", sdxl), ("flux", flux)):
         temporary = work / f"{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        pipe.to(dtype=torch.float16).save_pretrained(temporary, safe_serialization=True)
+        pipe.to(dtype=torch.float16)
+        for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+            encoder.float()  # transformers loads what it finds, diffusers float32: they have to fit together
+        pipe.save_pretrained(temporary, safe_serialization=True)
         for tokenizer in ("tokenizer", "tokenizer_2"):
             for file in ("vocab.json", "merges.txt"):  # CLIP's, for transformers before version 5
                 source = work / "tokenizers" / tokenizer / file

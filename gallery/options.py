@@ -76,7 +76,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--guidance", type=float, default=family.guidance, help="guidance scale (default: %(default)s)")
     if family is FLUX:
         add("--true-cfg", type=float, default=2.0, help="scale of the negative prompt (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the noise, the same for every sampler (default: %(default)s)")
+    add("--seed", type=int, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
     add("--dtype", choices=DTYPES, help=f"of the network (default: {family.dtype}, on a CPU float32)")
     add("--device", help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
     add("--offload", choices=OFFLOAD, default="none", help="keep the model in main memory, for small GPUs")

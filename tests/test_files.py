@@ -50,7 +50,9 @@ def test_file_alone_draws_a_picture(family, tmp_path):
 @pytest.mark.parametrize("family", FILES)
 def test_custom_pipeline(family, sdxl, flux):
     """diffusers' own way to use a pipeline from a file gives the same picture."""
-    pipe = DiffusionPipeline.from_pretrained(ROOT / "demo" / family, custom_pipeline=str(ROOT / FILES[family]))
+    pipe = DiffusionPipeline.from_pretrained(
+        ROOT / "demo" / family, custom_pipeline=str(ROOT / FILES[family]), trust_remote_code=True
+    )
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe).__name__ == CLASSES[family]
     call = {"sampler": "heun", "num_inference_steps": 3, "output_type": "latent"}

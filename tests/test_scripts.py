@@ -43,7 +43,7 @@ def test_grid(grid, script, family):
         path = folder / f"{family}-demo-sample_{sampler}.png"
         settings = read_settings(path)
         assert Image.open(path).size == (128, 128)
-        assert settings["prompt"] == PROMPT and settings["seed"] == "0" and settings["sampler"] == sampler
+        assert settings["prompt"] == PROMPT and settings["seed"] == "2" and settings["sampler"] == sampler
         assert settings["evaluations"] == evaluations
         sigmas = json.loads(settings["sigmas"])
         assert len(sigmas) == 5 and sigmas[-1] == 0
