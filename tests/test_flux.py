@@ -150,6 +150,18 @@ def test_callback_speaks_in_t(flux):
     assert expected["ve"] == pytest.approx(expected["flow"], rel=0.1)
 
 
+@pytest.mark.parametrize("parameterization", ["flow", "ve"])
+def test_returned_latents_are_flow_latents(flux, parameterization):
+    """A callback that returns a copy of the latents changes nothing: they come and go on the same scale."""
+    call = {"num_inference_steps": 4, "output_type": "latent", "parameterization": parameterization, **SIZE}
+    plain = flux(PROMPT, generator=seeded(), **call).images
+
+    def copy(pipe, i, timestep, tensors):
+        return {"latents": tensors["latents"].clone()}
+
+    assert relative(flux(PROMPT, generator=seeded(), callback_on_step_end=copy, **call).images, plain) < 1e-4
+
+
 def test_given_latents_are_the_state_at_the_first_t(flux):
     """A half finished picture is finished by a second call, in either parameterization."""
     halves = {}
