@@ -427,7 +427,7 @@ class FluxComfyPipeline(FluxPipeline):
         ts = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)
         ve = uses_ve(parameterization, sampler, sampler_kwargs, ts)
         has_negative = negative_prompt is not None or negative_prompt_embeds is not None
-        if has_negative and negative_prompt_embeds is not None and prompt_embeds is not None:
+        if negative_prompt_embeds is not None and prompt_embeds is not None:
             if prompt_embeds.shape != negative_prompt_embeds.shape:
                 raise ValueError(
                     "`prompt_embeds` and `negative_prompt_embeds` have to be of one shape, but are"
@@ -442,37 +442,31 @@ class FluxComfyPipeline(FluxPipeline):
         device = self._execution_device
 
         try:
-            # prompt -> conditioning: for each side of the guidance its text, its ids and its attention arguments
-            encode = {
-                "device": device,
-                "num_images_per_prompt": num_images_per_prompt,
-                "max_sequence_length": max_sequence_length,
-                "lora_scale": self._joint_attention_kwargs.get("scale"),
-            }
-            prompt_embeds, pooled_prompt_embeds, text_ids = self.encode_prompt(
-                prompt, prompt_2, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds, **encode
-            )
-            conditional = {
-                "encoder_hidden_states": prompt_embeds,
-                "pooled_projections": pooled_prompt_embeds,
-                "txt_ids": text_ids,
-            }
-            unconditional = None
-            if true_cfg_scale > 1 and has_negative:
-                negative_prompt_embeds, negative_pooled_prompt_embeds, negative_text_ids = self.encode_prompt(
-                    negative_prompt,
-                    negative_prompt_2,
-                    prompt_embeds=negative_prompt_embeds,
-                    pooled_prompt_embeds=negative_pooled_prompt_embeds,
-                    **encode,
-                )
-                unconditional = {
-                    "encoder_hidden_states": negative_prompt_embeds,
-                    "pooled_projections": negative_pooled_prompt_embeds,
-                    "txt_ids": negative_text_ids,
-                }
             dtype = self.transformer.dtype  # the text encoders' may be another
             state_dtype = torch.promote_types(dtype, torch.float32)
+
+            # prompt -> conditioning
+            def encode(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds) -> tuple[torch.dtype, dict[str, Any]]:
+                """The text encoders' dtype, and the transformer's arguments for one side of true CFG."""
+                prompt_embeds, pooled_prompt_embeds, text_ids = self.encode_prompt(
+                    prompt,
+                    prompt_2,
+                    device=device,
+                    num_images_per_prompt=num_images_per_prompt,
+                    prompt_embeds=prompt_embeds,
+                    pooled_prompt_embeds=pooled_prompt_embeds,
+                    max_sequence_length=max_sequence_length,
+                    lora_scale=self._joint_attention_kwargs.get("scale"),
+                )
+                names = ("encoder_hidden_states", "pooled_projections", "txt_ids")
+                values = (prompt_embeds, pooled_prompt_embeds, text_ids)
+                return prompt_embeds.dtype, {name: value.to(device, dtype) for name, value in zip(names, values)}
+
+            noise_dtype, conditional = encode(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
+            unconditional = None
+            if true_cfg_scale > 1 and has_negative:
+                negative = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
+                unconditional = encode(*negative)[1]
             image_embeds = self._image_embeds(
                 (ip_adapter_image, ip_adapter_image_embeds),
                 (negative_ip_adapter_image, negative_ip_adapter_image_embeds),
@@ -485,7 +479,7 @@ class FluxComfyPipeline(FluxPipeline):
 
             # generator -> noise, the stock pipeline's own
             noise, image_ids = self.prepare_latents(
-                batch_size, channels // 4, height, width, prompt_embeds.dtype, device, generator, latents
+                batch_size, channels // 4, height, width, noise_dtype, device, generator, latents
             )
 
             # conditioning -> denoiser, the only place that knows the network
@@ -502,7 +496,7 @@ class FluxComfyPipeline(FluxPipeline):
                             img_ids=image_ids,
                             joint_attention_kwargs={**self.joint_attention_kwargs, **image_embeds.get(side, {})},
                             return_dict=False,
-                            **{name: value.to(dtype) for name, value in text.items()},
+                            **text,
                         )[0].to(state_dtype)
 
                 v = predict("cond", conditional)

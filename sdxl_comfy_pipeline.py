@@ -429,13 +429,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             raise ValueError(f"`height` and `width` have to be positive, but are {height} and {width}")
         batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
         batch_size *= num_images_per_prompt
-        shape = (
-            batch_size,
-            self.unet.config.in_channels,
-            height // self.vae_scale_factor,
-            width // self.vae_scale_factor,
-        )
-        check_call(num_inference_steps, generator, latents, (*shape[:2], None, None))
+        channels = self.unet.config.in_channels
+        check_call(num_inference_steps, generator, latents, (batch_size, channels, None, None))
         sampler = find_sampler(sampler)
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
         denoiser_class, alphas_cumprod = self._trained_with()
@@ -477,21 +472,18 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 negative_sizes = sizes
             projection_dim = pooled_prompt_embeds.shape[-1]
             time_ids, negative_time_ids = (
-                self._get_add_time_ids(*s, dtype=dtype, text_encoder_projection_dim=projection_dim).repeat(
-                    batch_size, 1
-                )
-                for s in (sizes, negative_sizes)
+                self._get_add_time_ids(*s, dtype, projection_dim).repeat(batch_size, 1) for s in (sizes, negative_sizes)
             )
+
+            def both(positive: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
+                """The two sides of classifier-free guidance in one batch, the negative one first."""
+                joined = torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive
+                return joined.to(device, dtype)
+
             conditioning = {
-                "prompt_embeds": (prompt_embeds, negative_prompt_embeds),
-                "add_text_embeds": (pooled_prompt_embeds, negative_pooled_prompt_embeds),
-                "add_time_ids": (time_ids, negative_time_ids),
-            }
-            conditioning = {
-                name: (torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive).to(
-                    device, dtype
-                )
-                for name, (positive, negative) in conditioning.items()
+                "prompt_embeds": both(prompt_embeds, negative_prompt_embeds),
+                "add_text_embeds": both(pooled_prompt_embeds, negative_pooled_prompt_embeds),
+                "add_time_ids": both(time_ids, negative_time_ids),
             }
             image_embeds = {}
             if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
@@ -505,8 +497,10 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 ).to(device, dtype)
 
             # generator -> noise, the stock pipeline's own
-            noise = randn_tensor(shape, generator, device, prompt_embeds.dtype) if latents is None else latents
-            x = noise.to(device, state_dtype) * start.item()
+            if latents is None:
+                shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+                latents = randn_tensor(shape, generator, device, prompt_embeds.dtype)
+            x = latents.to(device, state_dtype) * start.item()
             sigmas = sigmas.to(state_dtype)
 
             # conditioning -> denoiser, the only place that knows the network

@@ -34,22 +34,22 @@ def flux():
     return load(FluxComfyPipeline, "flux")
 
 
-@pytest.fixture(scope="session")
-def sdxl64():
+def family64(child_class: type, parent_class: type, folder: str):
     """The child and, on the same weights, the parent, in float64."""
-    child = load(StableDiffusionXLComfyPipeline, "sdxl", torch.float64)
-    parent = StableDiffusionXLPipeline(**child.components)
+    child = load(child_class, folder, torch.float64)
+    parent = parent_class(**child.components)
     parent.set_progress_bar_config(disable=True)
     return child, parent
+
+
+@pytest.fixture(scope="session")
+def sdxl64():
+    return family64(StableDiffusionXLComfyPipeline, StableDiffusionXLPipeline, "sdxl")
 
 
 @pytest.fixture(scope="session")
 def flux64():
-    """The child and, on the same weights, the parent, in float64."""
-    child = load(FluxComfyPipeline, "flux", torch.float64)
-    parent = FluxPipeline(**child.components)
-    parent.set_progress_bar_config(disable=True)
-    return child, parent
+    return family64(FluxComfyPipeline, FluxPipeline, "flux")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
