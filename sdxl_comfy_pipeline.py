@@ -592,7 +592,6 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         check_schedule(schedule, sigmas=sigmas, timesteps=timesteps)
         if sigmas is not None:
             check_sigmas(sigmas)
-            sigmas = [sigma for sigma in sigmas if sigma > 0]  # the scheduler appends the zero
         trained = external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
         if schedule is not None:
             low, high = trained.sigma_min.item(), trained.sigma_max.item()

@@ -41,9 +41,10 @@ EXACT = 1e-6
         {"prompt_2": "a robot in a city", "clip_skip": 0},
         {"denoising_end": 0.6},
         {"sigmas": [12.0, 6.0, 2.0, 0.5, 0.1]},
+        {"sigmas": [12.0, 6.0, 2.0, 0.5, 0.1, 0.0]},
         {"timesteps": [990, 700, 400, 100]},
     ],
-    ids=lambda call: ",".join(call) or "default",
+    ids=lambda call: ",".join(call) + str(call.get("sigmas", "")) or "default",
 )
 def test_euler_is_the_stock_pipeline(sdxl64, call):
     """EulerDiscreteScheduler through the untouched parent, float64, the same generator."""

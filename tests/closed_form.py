@@ -1,0 +1,258 @@
+"""A model whose answer is known: a Gaussian mixture and its ideal denoiser, where SDXL's and FLUX's networks stand.
+
+The pipelines run as they are; only the network is `UNet` or `Transformer` of this file. x is FLUX's
+(1 - t) x0 + t noise, y is x0 + sigma noise.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.cache_utils import CacheMixin
+from scipy.integrate import solve_ivp
+
+from flux_comfy_pipeline import FluxComfyPipeline
+from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
+
+SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+class Mixture:
+    """An equal mixture of isotropic Gaussians in d dimensions.
+
+    Args:
+        means: of shape (components, d).
+        stds: of shape (components,).
+    """
+
+    def __init__(self, means: torch.Tensor, stds: torch.Tensor):
+        self.means, self.stds = means.double(), stds.double()
+
+    @property
+    def dimensions(self) -> int:
+        return self.means.shape[1]
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Of shape (d,)."""
+        return self.means.mean(0)
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Of shape (d, d): that of the means, and the mean of the components' own."""
+        centred = self.means - self.mean
+        return centred.T @ centred / len(self.means) + self.stds.square().mean() * torch.eye(self.dimensions).double()
+
+    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """True samples, of shape (n, d), float64."""
+        component = torch.randint(len(self.means), (n,), generator=generator)
+        noise = torch.randn(n, self.dimensions, generator=generator, dtype=torch.float64)
+        return self.means[component] + self.stds[component, None] * noise
+
+    def denoised(self, y: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+        """E[x0 | y] for y = x0 + sigma noise, of shape (..., d); sigma is a number or of shape (..., 1).
+
+        Given its component k, y is N(means_k, stds_k^2 + sigma^2), and x0 is the mean of y and means_k weighed by the
+        variances of the other (Bishop 2006, section 2.3.3).
+        """
+        y = y.double()
+        variance = self.stds.square() + torch.as_tensor(sigma, dtype=torch.float64)[..., None] ** 2  # (..., k)
+        away = y[..., None, :] - self.means  # (..., k, d)
+        distance = away.square().sum(-1)
+        weight = (-distance / (2 * variance) - variance.log() * self.dimensions / 2).softmax(-1)
+        shrink = self.stds.square() / variance
+        return (weight[..., None] * (self.means + shrink[..., None] * away)).sum(-2)
+
+
+def mixture(dimensions: int = 16, components: int = 8, seed: int = 0) -> Mixture:
+    """The one that tests and benchmarks use: means from N(0, 1), a fifth of that spread in each component."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(components, dimensions, generator=generator, dtype=torch.float64)
+    return Mixture(means, torch.full([components], 0.2))
+
+
+# --- the network's place ---------------------------------------------------------------------------------------------
+
+
+class UNet(ModelMixin, ConfigMixin):
+    """SDXL's network for a mixture: epsilon or v at a trained timestep, interpolated ones included.
+
+    A mixture of d dimensions rules each patch of d numbers by itself: 2x2 of four channels for d = 16, so that one
+    picture holds as many samples as it has patches.
+    """
+
+    @register_to_config
+    def __init__(self, in_channels: int = 4, sample_size: int = 16, addition_time_embed_dim: int = 1):
+        super().__init__()
+        self.config_only = torch.nn.Parameter(torch.zeros(()))  # gives the module a dtype and a device
+        self.add_embedding = torch.nn.Module()
+        self.add_embedding.linear_1 = torch.nn.Linear(6 * addition_time_embed_dim + 1, 1)
+        self.register_to_config(time_cond_proj_dim=None)
+
+    def answering(self, mixture: Mixture, scheduler: Any) -> UNet:
+        """This network, with a mixture to know, in the terms of a scheduler's betas and prediction_type."""
+        self.mixture, self.prediction_type = mixture, scheduler.config.prediction_type
+        alphas_cumprod = scheduler.alphas_cumprod.double().clamp(min=2**-24)
+        self.log_sigmas = ((1 - alphas_cumprod) / alphas_cumprod).log().numpy() / 2
+        return self
+
+    def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The level of a timestep; log sigma is linear between the trained ones, as in k-diffusion."""
+        trained = np.arange(len(self.log_sigmas))
+        return torch.from_numpy(np.exp(np.interp(timestep.double().numpy(), trained, self.log_sigmas)))
+
+    def prediction(self, y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Epsilon or v (Salimans and Ho 2022) of y = x0 + sigma noise."""
+        x0 = unpatched(self.mixture.denoised(patched(y, self.mixture), sigma.reshape(-1, 1)), y.shape)
+        epsilon = (y - x0) / sigma
+        if self.prediction_type == "epsilon":
+            return epsilon
+        return (epsilon - sigma * x0) / (sigma**2 + 1).sqrt()
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, **conditioning: Any) -> tuple[torch.Tensor]:
+        sigma = self.sigma(timestep.reshape(-1).expand(len(sample))).view(-1, 1, 1, 1)
+        y = sample.double() * (sigma**2 + 1).sqrt()
+        return (self.prediction(y, sigma).to(sample.dtype),)
+
+
+class Transformer(ModelMixin, ConfigMixin, CacheMixin):
+    """FLUX's network for a mixture: the velocity noise - x0 at x = (1 - t) x0 + t noise, packed (b, tokens, channels)."""
+
+    @register_to_config
+    def __init__(self, in_channels: int = 16, guidance_embeds: bool = False):
+        super().__init__()
+        self.config_only = torch.nn.Parameter(torch.zeros(()))
+
+    def answering(self, mixture: Mixture) -> Transformer:
+        self.mixture = mixture
+        return self
+
+    def velocity(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """(x - x0) / t; at t = 1, where x tells nothing, x0 is the mixture's mean."""
+        flat = x.reshape(len(x), -1, self.mixture.dimensions)
+        known = t.clamp(max=1 - 1e-12)
+        x0 = self.mixture.denoised(flat / (1 - known), (known / (1 - known)).reshape(-1, 1))
+        return (x - x0.reshape(x.shape)) / t
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, **conditioning: Any) -> tuple[torch.Tensor]:
+        x, t = hidden_states.double(), timestep.double().view(-1, 1, 1)
+        return (self.velocity(x, t).to(hidden_states.dtype),)
+
+
+def patched(x: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+    """(b, c, h, w) -> (b, patches, d). A mixture of as many dimensions as the picture has one patch."""
+    b, c, h, w = x.shape
+    if mixture.dimensions == c * h * w:
+        return x.reshape(b, 1, -1)
+    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c)
+
+
+def unpatched(patches: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The reverse of `patched`."""
+    b, c, h, w = shape
+    if patches.shape[1] == 1:
+        return patches.reshape(shape)
+    return patches.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(shape)
+
+
+# --- the pipelines ---------------------------------------------------------------------------------------------------
+
+
+def sdxl_pipeline(
+    known: Mixture, dtype: torch.dtype = torch.float64, network: type[UNet] = UNet, **scheduler: Any
+) -> StableDiffusionXLComfyPipeline:
+    """The pipeline with SDXL's betas and a known network. Options go to EulerDiscreteScheduler."""
+    scheduler = EulerDiscreteScheduler(**{**SDXL_BETAS, **scheduler})
+    unet = network().to(dtype).answering(known, scheduler)
+    missing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipe = StableDiffusionXLComfyPipeline(unet=unet, scheduler=scheduler, add_watermarker=False, **missing)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux_pipeline(
+    known: Mixture,
+    dtype: torch.dtype = torch.float64,
+    network: type[Transformer] = Transformer,
+    mu: float = 1.15,
+    channels: int = 16,
+) -> FluxComfyPipeline:
+    """The pipeline with FLUX's scheduler, shifted by exp(mu) at any size, and a known network."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=mu, max_shift=mu)
+    transformer = network(in_channels=channels).to(dtype).answering(known)
+    missing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipe = FluxComfyPipeline(transformer=transformer, scheduler=scheduler, **missing)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call(pipe: Any, rows: int, columns: int, **arguments: Any) -> torch.Tensor:
+    """The latents of a call without a prompt: rows * columns patches of 2x2, those of each image in one dimension.
+
+    Returns:
+        of shape (images, patches, d): samples of the mixture.
+    """
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    nothing = torch.zeros(arguments.pop("images", 1), 1, 1, dtype=network.dtype)
+    arguments = {"guidance_scale": 1.0, "output_type": "latent", "height": 16 * rows, "width": 16 * columns} | arguments
+    latents = pipe(prompt_embeds=nothing, pooled_prompt_embeds=nothing[:, 0], **arguments).images
+    return patched(latents, network.mixture) if latents.ndim == 4 else latents.reshape(
+        len(latents), -1, network.mixture.dimensions
+    )
+
+
+def evaluations(pipe: Any, *arguments: Any, **keywords: Any) -> tuple[list[tuple[float, torch.Tensor]], torch.Tensor]:
+    """What the network was shown in `call(...)`, and the latents at the end.
+
+    Returns:
+        (sigma, y) for each evaluation, y = x0 + sigma noise of shape (images, patches, d) on both pipelines, and what
+        `call` returns.
+    """
+    seen = []
+    if hasattr(pipe, "unet"):
+        network = pipe.unet
+
+        def record(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            sigma = module.sigma(args[1][:1]).item()
+            seen.append((sigma, patched(args[0].double() * (sigma**2 + 1) ** 0.5, module.mixture)))
+    else:
+        network = pipe.transformer
+
+        def record(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            x, t = kwargs["hidden_states"].double(), kwargs["timestep"][0].double().item()
+            left = max(1 - t, 1e-12)  # at t = 1 there is no y; what is shown is noise alone
+            seen.append((t / left, x.reshape(len(x), -1, module.mixture.dimensions) / left))
+
+    hook = network.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        return seen, call(pipe, *arguments, **keywords)
+    finally:
+        hook.remove()
+
+
+# --- what is true ----------------------------------------------------------------------------------------------------
+
+
+def solve_ode(known: Mixture, y: torch.Tensor, sigma: float, sigma_end: float) -> torch.Tensor:
+    """y at sigma_end by dy/dsigma = (y - x0(y)) / sigma (Karras et al. 2022, eq. 3), to ten digits; y of (..., d)."""
+
+    def slope(log_sigma: float, flat: np.ndarray) -> np.ndarray:
+        state = torch.from_numpy(flat).view(y.shape)
+        return (state - known.denoised(state, float(np.exp(log_sigma)))).flatten().numpy()  # d/dlog(sigma)
+
+    span = (np.log(sigma), np.log(sigma_end))
+    solution = solve_ivp(slope, span, y.double().flatten().numpy(), method="DOP853", rtol=1e-10, atol=1e-11)
+    return torch.from_numpy(solution.y[:, -1]).view(y.shape)
+
+
+def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, projections: int = 256) -> float:
+    """The mean of the Wasserstein-1 distances of two sets of samples, (n, d) each, along random directions."""
+    directions = torch.randn(a.shape[-1], projections, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    directions /= directions.norm(dim=0)
+    a, b = ((samples.double() @ directions).sort(0).values for samples in (a, b))
+    return (a - b).abs().mean().item()
