@@ -151,6 +151,58 @@ def _is_k_diffusion(sampler: Callable) -> bool:
     return getattr(sampler, "__module__", None) == sampling.__name__
 
 
+def brownian_weights(sigma: float) -> dict[int, float]:
+    """W(sigma) of a Brownian motion from W(2^-64) = 0, as a sum of independent standard normals: {node: weight}.
+
+    Levy's construction. Node 0 is W(2^64). Node 1 is how far W is, in the middle of the whole interval by log sigma,
+    from the line between its ends; nodes 2 n and 2 n + 1 are the same for the halves of node n's interval. After 16
+    halvings an interval is 0.14 % of sigma wide, and its node how far W(sigma) itself is from the line (Jelincic et al.
+    2024, arXiv:2405.06464). That is exact for any sigmas of which no two lie in one such interval.
+    """
+    low, high, node = 2.0**-64, 2.0**64, 1
+    weights = {0: (sigma - low) / math.sqrt(high - low)}
+    for _ in range(16):
+        middle = math.sqrt(low * high)
+        deviation = math.sqrt((middle - low) * (high - middle) / (high - low))
+        if sigma < middle:
+            weights[node] = deviation * (sigma - low) / (middle - low)
+            high, node = middle, 2 * node
+        else:
+            weights[node] = deviation * (high - sigma) / (high - middle)
+            low, node = middle, 2 * node + 1
+    return {**weights, node: math.sqrt((sigma - low) * (high - sigma) / (high - low))}
+
+
+def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device | str) -> Callable:
+    """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
+
+    In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels. The
+    normals are drawn on `device`; those of the last call are kept, so that the next one makes about ten draws.
+    """
+    generator, normals, motion = torch.Generator(device), {}, {}
+
+    def draw(node: int) -> torch.Tensor:
+        # the CPU's generator reads 32 bits of its seed: with an odd factor they differ between the nodes of a path
+        states = (generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63) for seed in seeds)
+        return torch.stack([torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=device) for g in states])
+
+    def total(weights: dict[int, float]) -> torch.Tensor:
+        w = torch.zeros(x.shape, dtype=x.dtype, device=device)
+        for node, weight in weights.items():
+            w.add_(normals[node], alpha=weight)
+        return w
+
+    def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+        nonlocal normals, motion
+        weights = {level: brownian_weights(level) for level in (float(sigma), float(sigma_next))}
+        normals = {n: normals[n] if n in normals else draw(n) for nodes in weights.values() for n in nodes}
+        motion = {level: motion[level] if level in motion else total(nodes) for level, nodes in weights.items()}
+        (begin, w_begin), (end, w_end) = motion.items()
+        return ((w_end - w_begin) / math.sqrt(abs(end - begin))).to(x.device)
+
+    return noise_sampler
+
+
 def _noise_sampler(
     sampler: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
 ) -> Callable:
@@ -159,9 +211,7 @@ def _noise_sampler(
         return lambda sigma, sigma_next: randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
     seeds = [torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu").item() for g in generators]
-    # a little wider than the levels: the samplers pass them through exp(log()) and may miss by a rounding
-    low, high = sigmas[sigmas > 0].min().item() * 0.999, sigmas.max().item() * 1.001
-    return sampling.BrownianTreeNoiseSampler(x, low, high, seed=seeds)
+    return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
 
 
 def _call(

@@ -1,0 +1,137 @@
+"""Step noise of the `*_sde` samplers: one Brownian path for each seed, whatever is asked of it and in what order."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from sdxl_comfy_pipeline import brownian_noise, brownian_weights, find_sampler, named_sigmas, run_sampler, sampling
+
+SHAPE = (1, 4, 96, 96)
+N = math.prod(SHAPE)
+
+
+def increment(sigma: float, sigma_next: float) -> dict[int, float]:
+    """W(sigma_next) - W(sigma) as weights of independent standard normals."""
+    begin, end = brownian_weights(sigma), brownian_weights(sigma_next)
+    return {node: end.get(node, 0.0) - begin.get(node, 0.0) for node in begin | end}
+
+
+def covariance(a: dict[int, float], b: dict[int, float]) -> float:
+    return math.fsum(weight * b.get(node, 0.0) for node, weight in a.items())
+
+
+def noise(seed: int = 0, x: torch.Tensor | None = None):
+    return brownian_noise(torch.empty(SHAPE) if x is None else x, [seed] * (1 if x is None else len(x)), "cpu")
+
+
+def asked(noise_sampler, sigma: float, sigma_next: float) -> torch.Tensor:
+    return noise_sampler(torch.tensor(sigma), torch.tensor(sigma_next))
+
+
+def levels(steps: int, lowest: float = 0.0292, highest: float = 14.6146) -> list[float]:
+    """Karras levels of SDXL, with the midpoints in log sigma that dpmpp_sde also asks for."""
+    sigmas = named_sigmas("karras", steps, lowest, highest)[:-1].tolist()
+    middles = [math.sqrt(a * b) for a, b in zip(sigmas, sigmas[1:])]
+    return sorted([*sigmas, *middles], reverse=True)
+
+
+@pytest.mark.parametrize("lowest, highest", [(0.0292, 14.6146), (1e-4, 4096.0)], ids=["SDXL", "wide"])
+@pytest.mark.parametrize("steps", [10, 25, 600])
+def test_covariance_is_a_brownian_motions(steps, lowest, highest):
+    """E[W(a, b) W(c, d)] is the length that the intervals share. Exact, so the tolerance is float64's rounding."""
+    sigmas = levels(steps, lowest, highest)
+    increments = [increment(a, b) for a, b in zip(sigmas, sigmas[1:])]
+    for i, (a, b) in enumerate(zip(sigmas, sigmas[1:])):
+        assert covariance(increments[i], increments[i]) == pytest.approx(a - b, rel=1e-9)
+        for j in range(i + 1, min(i + 40, len(increments))):
+            scale = math.sqrt((a - b) * (sigmas[j] - sigmas[j + 1]))
+            assert abs(covariance(increments[i], increments[j])) < 1e-9 * scale
+    start, inner, end = sigmas[0], sigmas[len(sigmas) // 3], sigmas[-1]
+    assert covariance(increment(start, inner), increment(start, end)) == pytest.approx(start - inner, rel=1e-9)
+    assert covariance(brownian_weights(inner), brownian_weights(start)) == pytest.approx(inner, rel=1e-9)
+
+
+def test_noise_is_the_weighted_sum_of_normals():
+    """Unit variance, Gaussian, and independent over disjoint intervals, over pixels and over seeds that are neighbours.
+
+    4.5 standard errors: with about 500 comparisons, one false alarm in 300 sets of seeds, and these are fixed.
+    """
+    bound = 4.5 / math.sqrt(N)
+    sigmas = levels(8)
+    drawn = [asked(noise(seed), a, b).flatten() for seed in (0, 1) for a, b in zip(sigmas, sigmas[1:])]
+    for one in drawn:
+        assert abs(one.mean()) < bound
+        assert abs(one.var() - 1) < bound * math.sqrt(2)  # the variance of z^2 is 2
+        assert abs((one**4).mean() - 3) < bound * math.sqrt(96)  # and of z^4 it is 96
+        assert abs((one * one.roll(1)).mean()) < bound
+    correlations = torch.stack(drawn) @ torch.stack(drawn).T / N
+    assert (correlations - correlations.diag().diag()).abs().max() < bound
+    assert stats.kstest(torch.cat(drawn).numpy(), "norm").pvalue > 1e-3
+
+
+def test_law_is_k_diffusions():
+    """dpmpp_sde asks for (t, s) and (t, t_next). How the two hang together is as in k-diffusion's own tree."""
+    t, s, t_next = 4.0, 2.0, 1.0
+    expected = math.sqrt((t - s) / (t - t_next))
+    tree = sampling.BrownianTreeNoiseSampler(torch.empty(SHAPE), 0.02, 15.0, seed=[3])
+    for noise_sampler in (noise(3), tree):
+        correlation = (asked(noise_sampler, t, s) * asked(noise_sampler, t, t_next)).mean()
+        assert correlation == pytest.approx(expected, abs=4.5 * math.sqrt(2 / N))
+
+
+def test_increments_add_up():
+    """W(a, b) + W(b, c) = W(a, c), to float32's rounding of a sum of 18 terms as large as sqrt(a)."""
+    one, a, b, c = noise(), 9.0, 5.0, 2.5
+    parts = asked(one, a, b) * math.sqrt(a - b) + asked(one, b, c) * math.sqrt(b - c)
+    whole = asked(one, a, c) * math.sqrt(a - c)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=18 * 2**-24 * 5 * math.sqrt(a))
+
+
+def test_path_does_not_depend_on_what_else_is_asked():
+    """Bit for bit: the noise between two levels is the same at any number of steps, in any order, and backwards."""
+    fresh = asked(noise(), 3.0, 0.7)
+    for steps in (10, 20, 57):
+        walked = noise()
+        sigmas = levels(steps)
+        for a, b in zip(sigmas, sigmas[1:]):
+            asked(walked, a, b)
+            if a > 3.0 > b:
+                assert asked(walked, 3.0, 0.7).equal(fresh)
+        assert asked(walked, 3.0, 0.7).equal(fresh)
+        assert asked(walked, 0.7, 3.0).equal(-fresh)
+
+
+def test_each_image_has_its_own_path():
+    x = torch.empty(3, *SHAPE[1:])
+    together = brownian_noise(x, [5, 6, 2**63 - 2], "cpu")
+    for i, seed in enumerate([5, 6, 2**63 - 2]):
+        assert asked(together, 3.0, 2.0)[i].equal(asked(noise(seed), 3.0, 2.0)[0])
+    assert asked(noise(5, x.double()[:1]), 3.0, 2.0).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"])
+def test_more_steps_follow_the_same_path(name):
+    """The sample of one seed converges as steps are added, although the ends move: SDXL's lowest, FLUX's highest.
+
+    x0 is N(0, 0.2^2). Two samples of independent paths are sqrt(2) of its spread apart. On one path the error is at
+    worst of order 1/2 in the step: four times as many steps come about twice as near. 1.7 leaves the first ones room.
+    """
+
+    def ideal(x, sigma):
+        return x * 0.04 / (0.04 + sigma.view(-1, 1, 1, 1) ** 2)
+
+    start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+
+    def sample(steps: int, seed: int) -> torch.Tensor:
+        sigmas = named_sigmas("karras", steps, 0.02 + 0.2 / steps, 10 + steps / 8)
+        generator = torch.Generator().manual_seed(seed)
+        return run_sampler(find_sampler(name), {}, ideal, start * sigmas[0], sigmas, generator)[0] / 0.2
+
+    finest = sample(320, 1)
+    few, many, other = [(sample(*run) - finest).pow(2).mean().sqrt().item() for run in ((20, 1), (80, 1), (320, 2))]
+    assert other == pytest.approx(math.sqrt(2), rel=0.05)
+    assert many < few / 1.7 and few < 0.6 * other
