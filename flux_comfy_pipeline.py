@@ -155,13 +155,13 @@ def brownian_weights(sigma: float) -> dict[int, float]:
     """W(sigma) of a Brownian motion from W(2^-64) = 0, as a sum of independent standard normals: {node: weight}.
 
     Levy's construction. Node 0 is W(2^64). Node 1 is how far W is, in the middle of the whole interval by log sigma,
-    from the line between its ends; nodes 2 n and 2 n + 1 are the same for the halves of node n's interval. After 16
-    halvings an interval is 0.14 % of sigma wide, and its node how far W(sigma) itself is from the line (Jelincic et al.
+    from the line between its ends; nodes 2 n and 2 n + 1 are the same for the halves of node n's interval. After 20
+    halvings an interval is 0.01 % of sigma wide, and its node how far W(sigma) itself is from the line (Jelincic et al.
     2024, arXiv:2405.06464). That is exact for any sigmas of which no two lie in one such interval.
     """
     low, high, node = 2.0**-64, 2.0**64, 1
     weights = {0: (sigma - low) / math.sqrt(high - low)}
-    for _ in range(16):
+    for _ in range(20):
         middle = math.sqrt(low * high)
         deviation = math.sqrt((middle - low) * (high - middle) / (high - low))
         if sigma < middle:
@@ -177,7 +177,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
 
     In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels. The
-    normals are drawn on `device`; those of the last call are kept, so that the next one makes about ten draws.
+    normals are drawn on `device`; those of the last call are kept, so that the next one makes about 15 draws.
     """
     generator, normals, motion = torch.Generator(device), {}, {}
 
