@@ -232,6 +232,8 @@ def _call(
         return sampler(model, x, sigmas, **arguments)
     if "n" in parameters:
         arguments["n"] = max(len(positive) - 1, 1)
+    if 0 < arguments.get("eta", 0) < 1e-3:
+        arguments["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
     if len(positive) > 1:
         x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **arguments)
         x = x[0] if isinstance(x, tuple) else x  # return_info=True

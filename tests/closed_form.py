@@ -6,7 +6,6 @@ The pipelines run as they are; only the network is `UNet` or `Transformer` of th
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import numpy as np
@@ -89,7 +88,7 @@ class UNet(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, in_channels: int = 4, sample_size: int = 16, addition_time_embed_dim: int = 1):
         super().__init__()
-        self.config_only = torch.nn.Parameter(torch.zeros(()))  # gives the module a dtype and a device
+        self.parameter = torch.nn.Parameter(torch.zeros(()))  # for the module's dtype and device
         self.add_embedding = torch.nn.Module()
         self.add_embedding.linear_1 = torch.nn.Linear(6 * addition_time_embed_dim + 1, 1)
         self.register_to_config(time_cond_proj_dim=None)
@@ -121,12 +120,12 @@ class UNet(ModelMixin, ConfigMixin):
 
 
 class Transformer(ModelMixin, ConfigMixin, CacheMixin):
-    """FLUX's network for a mixture: the velocity noise - x0 at x = (1 - t) x0 + t noise, packed (b, tokens, channels)."""
+    """FLUX's network for a mixture: the velocity noise - x0 at x = (1 - t) x0 + t noise of (b, tokens, channels)."""
 
     @register_to_config
     def __init__(self, in_channels: int = 16, guidance_embeds: bool = False):
         super().__init__()
-        self.config_only = torch.nn.Parameter(torch.zeros(()))
+        self.parameter = torch.nn.Parameter(torch.zeros(()))
 
     def answering(self, mixture: Mixture) -> Transformer:
         self.mixture = mixture
@@ -168,7 +167,7 @@ def sdxl_pipeline(
 ) -> StableDiffusionXLComfyPipeline:
     """The pipeline with SDXL's betas and a known network. Options go to EulerDiscreteScheduler."""
     scheduler = EulerDiscreteScheduler(**{**SDXL_BETAS, **scheduler})
-    unet = network().to(dtype).answering(known, scheduler)
+    unet = torch.nn.Module.to(network(), dtype).answering(known, scheduler)
     missing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     pipe = StableDiffusionXLComfyPipeline(unet=unet, scheduler=scheduler, add_watermarker=False, **missing)
     pipe.set_progress_bar_config(disable=True)
@@ -184,7 +183,7 @@ def flux_pipeline(
 ) -> FluxComfyPipeline:
     """The pipeline with FLUX's scheduler, shifted by exp(mu) at any size, and a known network."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=mu, max_shift=mu)
-    transformer = network(in_channels=channels).to(dtype).answering(known)
+    transformer = torch.nn.Module.to(network(in_channels=channels), dtype).answering(known)
     missing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     pipe = FluxComfyPipeline(transformer=transformer, scheduler=scheduler, **missing)
     pipe.set_progress_bar_config(disable=True)
@@ -201,8 +200,10 @@ def call(pipe: Any, rows: int, columns: int, **arguments: Any) -> torch.Tensor:
     nothing = torch.zeros(arguments.pop("images", 1), 1, 1, dtype=network.dtype)
     arguments = {"guidance_scale": 1.0, "output_type": "latent", "height": 16 * rows, "width": 16 * columns} | arguments
     latents = pipe(prompt_embeds=nothing, pooled_prompt_embeds=nothing[:, 0], **arguments).images
-    return patched(latents, network.mixture) if latents.ndim == 4 else latents.reshape(
-        len(latents), -1, network.mixture.dimensions
+    return (
+        patched(latents, network.mixture)
+        if latents.ndim == 4
+        else latents.reshape(len(latents), -1, network.mixture.dimensions)
     )
 
 
