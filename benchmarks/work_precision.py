@@ -1,0 +1,287 @@
+"""Work and precision of every sampler: its error over its evaluations of the network, as tables and as diagrams.
+
+    uv run benchmarks/work_precision.py                        # all four models, an hour on two cores
+    uv run benchmarks/work_precision.py --model closed-form    # the one whose answer is known, a few minutes
+
+Samplers without noise: the distance of their sample from the converged one of the same noise, ||x - ref|| / ||ref||,
+the median over samples where there are many, since a few that end in another mode would hide the rest.
+Samplers with noise: the sliced Wasserstein distance of their samples from true ones (closed form) or converged ones
+(demo models, over 2x2 patches of latents). What is measured is kept in `--output`, and not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+from closed_form import (  # noqa: E402
+    evaluations,
+    flux_pipeline,
+    mixture,
+    patched,
+    sdxl_pipeline,
+    sliced_wasserstein,
+    solve_ode,
+)
+from tqdm.auto import tqdm  # noqa: E402
+
+from flux_comfy_pipeline import FluxComfyPipeline, find_sampler, sampler_names  # noqa: E402
+from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline  # noqa: E402
+
+MODELS = {
+    "closed-form": ("closed-form SDXL", "closed-form FLUX"),
+    "sdxl": ("demo SDXL",),
+    "flux": ("demo FLUX",),
+}
+STEPS = {1: (4, 6, 10, 16, 25, 40, 64, 100, 200), 2: (2, 3, 5, 8, 13, 20, 32, 50, 100)}  # by evaluations a step
+RTOL = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003)
+PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
+
+
+def takes(sampler: str, option: str) -> bool:
+    return option in inspect.signature(find_sampler(sampler)).parameters
+
+
+def has_noise(sampler: str) -> bool:
+    """Whether it adds noise by default: dpm_fast and dpm_adaptive do not."""
+    return takes(sampler, "noise_sampler") and not takes(sampler, "sigma_min")
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class ClosedForm:
+    """4,000 samples of the mixture in one picture, the true ones, and the ODE solved to ten digits."""
+
+    def __init__(self, name: str):
+        self.known, self.sdxl = mixture(), "SDXL" in name
+        self.pipe = (sdxl_pipeline if self.sdxl else flux_pipeline)(self.known, torch.float32)
+
+    def draw(self, sampler: str, steps: int, seed: int = 0, **options: Any) -> tuple[int, torch.Tensor]:
+        """The number of evaluations, and samples of shape (4000, 16)."""
+        options |= {"schedule": "karras"} if self.sdxl else {}
+        seen, samples = evaluations(
+            self.pipe, 50, 80, sampler=sampler, num_inference_steps=steps, generator=seeded(seed), **options
+        )
+        self.begun = seen[0]
+        return len(seen), samples[0]
+
+    @functools.cached_property
+    def true(self) -> list[torch.Tensor]:
+        return [self.known.sample(4000, seeded(seed)) for seed in (1, 2)]
+
+    def distance(self, samples: torch.Tensor) -> float:
+        return sliced_wasserstein(samples, self.true[0])
+
+    def floor(self) -> float:
+        """Of two sets of true samples, the mean over ten pairs."""
+        pairs = [[self.known.sample(4000, seeded(2 * i + j)) for j in (3, 4)] for i in range(10)]
+        return sum(sliced_wasserstein(*pair) for pair in pairs) / len(pairs)
+
+    def error(self, samples: torch.Tensor) -> float:
+        """Of the first 200 samples, from the ODE's solution at sigma = 1e-4."""
+        away = samples[:200].double() - self.reference
+        return (away.norm(dim=1) / self.reference.norm(dim=1)).median().item()
+
+    @functools.cached_property
+    def reference(self) -> torch.Tensor:
+        if self.sdxl:
+            self.draw("euler", 2)
+            sigma, y = self.begun
+            return solve_ode(self.known, y[0, :200], sigma, 1e-4)
+        # FLUX begins at t = 1, where there is no y: from x = noise a step of Euler's, exact there, to sigma = 1e4
+        t = 1 - 1e-4
+        _, noise = evaluations(
+            self.pipe, 50, 80, sampler=lambda model, x, sigmas: x, generator=seeded(0), num_inference_steps=2
+        )
+        x = (1 - t) * self.known.mean + t * noise[0, :200].double()
+        return solve_ode(self.known, x / (1 - t), t / (1 - t), 1e-4)
+
+
+class Demo:
+    """Latents of a demo model, `images` of them, and a converged run of Heun's method over its own kind of levels."""
+
+    def __init__(self, name: str, images: int):
+        self.sdxl, self.images = "SDXL" in name, images
+        pipeline = StableDiffusionXLComfyPipeline if self.sdxl else FluxComfyPipeline
+        self.pipe = pipeline.from_pretrained(ROOT / "demo" / ("sdxl" if self.sdxl else "flux"))
+        self.pipe.set_progress_bar_config(disable=True)
+        self.network = self.pipe.unet if self.sdxl else self.pipe.transformer
+        self.options = {"schedule": "karras", "guidance_scale": 1.0} if self.sdxl else {"max_sequence_length": 64}
+
+    def draw(self, sampler: str, steps: int, seed: int = 0, **options: Any) -> tuple[int, torch.Tensor]:
+        """The number of evaluations, and latents of shape (patches, d): of one image where there is no noise."""
+        images = self.images if has_noise(sampler) or options.pop("set", False) else 1
+        counted: list[int] = []
+        hook = self.network.register_forward_pre_hook(lambda *_: counted.append(1))
+        try:
+            latents = self.pipe(
+                [PROMPT] * images,
+                sampler=sampler,
+                num_inference_steps=steps,
+                generator=[seeded(seed + i) for i in range(images)],
+                output_type="latent",
+                **self.options,
+                **options,
+            ).images
+        finally:
+            hook.remove()
+        latents = patched(latents, mixture(16)) if latents.ndim == 4 else latents
+        return len(counted), latents.flatten(0, 1)
+
+    @functools.cached_property
+    def converged(self) -> list[torch.Tensor]:
+        return [self.draw("heun", 60, seed=1000 * (i + 1), set=True)[1] for i in range(2)]
+
+    def distance(self, samples: torch.Tensor) -> float:
+        return sliced_wasserstein(samples, self.converged[0])
+
+    def floor(self) -> float:
+        return sliced_wasserstein(*self.converged)
+
+    @functools.cached_property
+    def reference(self) -> torch.Tensor:
+        return self.draw("heun", 400)[1].double()
+
+    def error(self, samples: torch.Tensor) -> float:
+        return ((samples.double() - self.reference).norm() / self.reference.norm()).item()
+
+
+class Results:
+    """Measurements in a JSON file, written whole after each, so that an interrupted run goes on."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.found = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        if key not in self.found:
+            self.found[key] = measure()
+            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(self.found, indent=0, sort_keys=True) + "\n")
+            os.replace(temporary, self.path)
+        return self.found[key]
+
+
+def runs(sampler: str) -> list[dict[str, Any]]:
+    """The calls whose evaluations go from 4 to 200."""
+    if takes(sampler, "rtol"):
+        return [{"steps": 100, "sampler_kwargs": {"rtol": rtol, "atol": 0.15 * rtol}} for rtol in RTOL]
+    twice = sampler in ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde")
+    return [{"steps": steps} for steps in STEPS[2 if twice else 1]]
+
+
+def measure(name: str, model: Any, results: Results) -> dict[str, list[tuple[int, float]]]:
+    """(evaluations, error or distance) of every sampler."""
+    jobs = [(sampler, run) for sampler in sampler_names() for run in runs(sampler)]
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for sampler, run in tqdm(jobs, desc=name):
+
+        def one(sampler: str = sampler, run: dict[str, Any] = run) -> tuple[int, float]:
+            count, samples = model.draw(sampler, **run)
+            return count, (model.distance if has_noise(sampler) else model.error)(samples)
+
+        point = results.get(f"{name}/{sampler}/{json.dumps(run)}", one)
+        curves.setdefault(sampler, []).append(tuple(point))
+    return curves
+
+
+def print_curves(name: str, curves: dict[str, list[tuple[int, float]]], floor: float) -> None:
+    for noisy, what in ((False, "error against the converged sample"), (True, "distance of the samples")):
+        print(f"\n{name}: {what}, at so many evaluations" + (f" (true samples: {floor:.3f})" if noisy else ""))
+        for sampler, points in curves.items():
+            if has_noise(sampler) == noisy:
+                print(f"{sampler:20}" + "".join(f"{count:6}: {error:7.1e}" for count, error in sorted(points)))
+
+
+def flux_table(results: Results) -> None:
+    """The table of the README: FLUX at 20 and 50 steps in both parameterizations, distance of the samples."""
+    model = ClosedForm("closed-form FLUX")
+    print(f"\nFLUX, closed form: distance at 20 and 50 steps (two sets of true samples: {model.floor():.3f})\n")
+    print("| sampler | flow, 20 / 50 | ve, 20 / 50 | auto |\n|---|---|---|---|")
+    worst = 0.0
+    for sampler in sampler_names():
+        cells = []
+        for parameterization in ("flow", "ve", "auto"):
+            pair = [
+                results.get(
+                    f"flux table/{sampler}/{parameterization}/{steps}",
+                    lambda steps=steps: model.distance(
+                        model.draw(sampler, steps, parameterization=parameterization)[1]  # noqa: B023
+                    ),
+                )
+                for steps in (20, 50)
+            ]
+            cells.append(pair)
+        worst = max(worst, cells[2][0])
+        chosen = "flow" if cells[2] == cells[0] else "ve"
+        print(f"| {sampler} | " + " | ".join(f"{a:.3f} / {b:.3f}" for a, b in cells[:2]) + f" | {chosen} |")
+    print(f"\nworst at 20 steps in auto: {worst:.3f}")
+
+
+def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], floors: dict[str, float], path: Path) -> None:
+    """One row a model: samplers without noise at the left, with noise at the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, rows = pyplot.subplots(len(curves), 2, figsize=(13, 5.2 * len(curves)), squeeze=False)
+    markers = "os^vD*PX"
+    for (name, samplers), axes in zip(curves.items(), rows):
+        for axis, noisy in zip(axes, (False, True)):
+            chosen = [sampler for sampler in samplers if has_noise(sampler) == noisy]
+            for i, sampler in enumerate(chosen):
+                points = sorted(samplers[sampler])
+                axis.loglog(*zip(*points), marker=markers[i], markersize=5, linewidth=1.4, label=sampler)
+            if noisy:
+                axis.axhline(floors[name], color="grey", linestyle="--", label="two true sets")
+            axis.set_title(f"{name}, samplers with{'' if noisy else 'out'} noise")
+            axis.set_xlabel("evaluations of the network")
+            axis.set_ylabel("distance of the samples" if noisy else "error of the sample")
+            axis.set_xticks(
+                [4, 6, 10, 16, 25, 40, 64, 100, 200], ["4", "6", "10", "16", "25", "40", "64", "100", "200"]
+            )
+            axis.minorticks_off()
+            axis.grid(alpha=0.3, which="both")
+            axis.legend(fontsize=9)
+    figure.tight_layout()
+    temporary = path.with_suffix(f".{os.getpid()}.tmp.png")
+    figure.savefig(temporary, dpi=80)
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
+    parser.add_argument("--images", type=int, default=16, help="of a demo model, for samplers with noise")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder (default: benchmarks)")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = Results(options.output / "work_precision.json")
+    for group in MODELS if options.model == "all" else (options.model,):
+        curves, floors = {}, {}
+        for name in MODELS[group]:
+            model = ClosedForm(name) if group == "closed-form" else Demo(name, options.images)
+            curves[name] = measure(name, model, results)
+            floors[name] = results.get(f"{name}/floor", model.floor)
+            print_curves(name, curves[name], floors[name])
+        draw(curves, floors, options.output / f"work_precision_{group}.png")
+        if group == "closed-form":
+            flux_table(results)
+
+
+if __name__ == "__main__":
+    main()
