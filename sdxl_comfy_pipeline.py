@@ -662,7 +662,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             start = start if start > 1 else (levels[0] ** 2 + 1).sqrt()
         if denoising_end is not None and 0 < denoising_end < 1:
             count = self.scheduler.config.num_train_timesteps
-            reached = trained.sigma_to_t(levels[:-1]) >= round(count - denoising_end * count)
+            # sigma_to_t misses a timestep by a rounding of the scheduler's float32 sigmas
+            reached = trained.sigma_to_t(levels[:-1]) > round(count - denoising_end * count) - 1e-3
             levels = levels[: int(reached.sum()) + 1]
         return levels, start
 
