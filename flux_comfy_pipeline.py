@@ -567,10 +567,7 @@ class FluxComfyPipeline(FluxPipeline):
             ts = ts.to(state_dtype)
             sigmas = ve_sigmas(ts) if ve else ts
             x = (noise if latents is None else latents).to(device, state_dtype)
-            if latents is None or ts[0] == 1:
-                y = x * sigmas[0].item()
-            else:
-                y = x * (1 + sigmas[0].item()) if ve else x
+            y = x * (sigmas[0].item() if ts[0] == 1 else 1 + sigmas[0].item()) if ve else x
 
             def after_step(i, y, sigma, began, denoised) -> torch.Tensor:
                 x, t = to_flow(y, sigma)[0], to_flow(y, began)[1]
