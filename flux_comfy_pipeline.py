@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import numbers
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -352,17 +353,50 @@ def steps_of(sampler: Callable, sigmas: torch.Tensor) -> float:
 
 def check_call(
     num_inference_steps: int,
+    num_images_per_prompt: int,
+    images: int,
     generator: torch.Generator | list[torch.Generator] | None,
-    latents: torch.Tensor | None,
-    shape: tuple[int | None, ...],
+    **tensors: tuple[torch.Tensor | None, tuple[int | None, ...]],
 ) -> None:
-    """Raises a ValueError unless there is a step to take, and a generator or latents for every image."""
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` has to be a whole number, at least 1, but is {num_inference_steps!r}")
-    if isinstance(generator, list) and len(generator) != shape[0]:
-        raise ValueError(f"`generator` has to have one generator an image, {shape[0]}, but has {len(generator)}")
-    if latents is not None and [n for n, fixed in zip(latents.shape, shape) if fixed] != [n for n in shape if n]:
-        raise ValueError(f"`latents` have to be of shape {shape}, but are of shape {tuple(latents.shape)}")
+    """Raises a ValueError for counts below 1, too few generators, or a tensor that is not of the shape beside it.
+
+    None in a shape stands for any number. What is no generator at all is a TypeError.
+    """
+    counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
+    for name, count in counts.items():
+        if not isinstance(count, numbers.Integral) or count < 1:
+            raise ValueError(f"`{name}` has to be a whole number, at least 1, but is {count!r}")
+    generators = generator if isinstance(generator, list) else [generator] * images
+    if not all(g is None or isinstance(g, torch.Generator) for g in generators):
+        raise TypeError(f"`generator` has to be a torch.Generator or a list of them, but is {generator!r}")
+    if len(generators) != images:
+        raise ValueError(f"`generator` has to have one generator an image, {images}, but has {len(generators)}")
+    for name, (tensor, shape) in tensors.items():
+        found = tuple(getattr(tensor, "shape", ()))
+        if tensor is not None and (len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found))):
+            wanted = str(shape).replace("None", "any")
+            raise ValueError(f"`{name}` have to be of shape {wanted}, but are {found or tensor!r}")
+
+
+def per_prompt(count: int, *texts: str | list[str] | None) -> list[list[str] | None]:
+    """prompt, prompt_2 and their negatives as lists of `count`: a single text goes to every prompt.
+
+    Raises a ValueError for a list of another length or of other things than texts.
+    """
+    lists = [[text] * count if isinstance(text, str) else text for text in texts]
+    for name, texts in zip(("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"), lists):
+        fits = isinstance(texts, list) and len(texts) == count > 0 and all(isinstance(text, str) for text in texts)
+        if texts is not None and not fits:
+            raise ValueError(
+                f"`{name}` has to be a text, or a list of one for each of {count} prompts, but is {texts!r}"
+            )
+    return lists
+
+
+def check_ip_adapter(network: torch.nn.Module) -> None:
+    """Raises a ValueError if the network has none to see an image with."""
+    if getattr(network, "encoder_hid_proj", None) is None:
+        raise ValueError("`ip_adapter_image`: there is no IP-adapter, call load_ip_adapter first")
 
 
 def check_schedule(schedule: str | None, **instead: Any) -> None:
@@ -468,21 +502,36 @@ class FluxComfyPipeline(FluxPipeline):
             raise ValueError(
                 f"`height`, `width` have to be at least {2 * self.vae_scale_factor}, but are {height}, {width}"
             )
-        batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
-        batch_size *= num_images_per_prompt
-        channels = self.transformer.config.in_channels
-        check_call(num_inference_steps, generator, latents, (batch_size, rows * columns, channels))
+        images = (
+            ip_adapter_image,
+            ip_adapter_image_embeds,
+            negative_ip_adapter_image,
+            negative_ip_adapter_image_embeds,
+        )
+        if any(image is not None for image in images):
+            check_ip_adapter(self.transformer)
+        prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
+        batch_size = prompts * (num_images_per_prompt or 0)
+        config = self.transformer.config
+        channels = config.in_channels
+        check_call(
+            num_inference_steps,
+            num_images_per_prompt,
+            batch_size,
+            generator,
+            latents=(latents, (batch_size, rows * columns, channels)),
+            prompt_embeds=(prompt_embeds, (prompts, None, config.joint_attention_dim)),
+            negative_prompt_embeds=(negative_prompt_embeds, (prompts, None, config.joint_attention_dim)),
+            pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, config.pooled_projection_dim)),
+            negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, config.pooled_projection_dim)),
+        )
+        texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
+        prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
         sampler = find_sampler(sampler)
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
         ts = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)
         ve = uses_ve(parameterization, sampler, sampler_kwargs, ts)
-        has_negative = negative_prompt is not None or negative_prompt_embeds is not None
-        if negative_prompt_embeds is not None and prompt_embeds is not None:
-            if prompt_embeds.shape != negative_prompt_embeds.shape:
-                raise ValueError(
-                    "`prompt_embeds` and `negative_prompt_embeds` have to be of one shape, but are"
-                    f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}"
-                )
+        true_cfg = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
 
         self._guidance_scale = guidance_scale
         self._joint_attention_kwargs = joint_attention_kwargs or {}
@@ -508,13 +557,18 @@ class FluxComfyPipeline(FluxPipeline):
                     max_sequence_length=max_sequence_length,
                     lora_scale=self._joint_attention_kwargs.get("scale"),
                 )
+                # encode_prompt repeats neither given embeddings for several images nor one text for several prompts
+                prompt_embeds, pooled_prompt_embeds = (
+                    embeds.repeat_interleave(batch_size // len(embeds), 0)
+                    for embeds in (prompt_embeds, pooled_prompt_embeds)
+                )
                 names = ("encoder_hidden_states", "pooled_projections", "txt_ids")
                 values = (prompt_embeds, pooled_prompt_embeds, text_ids)
                 return prompt_embeds.dtype, {name: value.to(device, dtype) for name, value in zip(names, values)}
 
             noise_dtype, conditional = encode(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
             unconditional = None
-            if true_cfg_scale > 1 and has_negative:
+            if true_cfg:
                 negative = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
                 unconditional = encode(*negative)[1]
             image_embeds = self._image_embeds(

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import numbers
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -352,17 +353,50 @@ def steps_of(sampler: Callable, sigmas: torch.Tensor) -> float:
 
 def check_call(
     num_inference_steps: int,
+    num_images_per_prompt: int,
+    images: int,
     generator: torch.Generator | list[torch.Generator] | None,
-    latents: torch.Tensor | None,
-    shape: tuple[int | None, ...],
+    **tensors: tuple[torch.Tensor | None, tuple[int | None, ...]],
 ) -> None:
-    """Raises a ValueError unless there is a step to take, and a generator or latents for every image."""
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` has to be a whole number, at least 1, but is {num_inference_steps!r}")
-    if isinstance(generator, list) and len(generator) != shape[0]:
-        raise ValueError(f"`generator` has to have one generator an image, {shape[0]}, but has {len(generator)}")
-    if latents is not None and [n for n, fixed in zip(latents.shape, shape) if fixed] != [n for n in shape if n]:
-        raise ValueError(f"`latents` have to be of shape {shape}, but are of shape {tuple(latents.shape)}")
+    """Raises a ValueError for counts below 1, too few generators, or a tensor that is not of the shape beside it.
+
+    None in a shape stands for any number. What is no generator at all is a TypeError.
+    """
+    counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
+    for name, count in counts.items():
+        if not isinstance(count, numbers.Integral) or count < 1:
+            raise ValueError(f"`{name}` has to be a whole number, at least 1, but is {count!r}")
+    generators = generator if isinstance(generator, list) else [generator] * images
+    if not all(g is None or isinstance(g, torch.Generator) for g in generators):
+        raise TypeError(f"`generator` has to be a torch.Generator or a list of them, but is {generator!r}")
+    if len(generators) != images:
+        raise ValueError(f"`generator` has to have one generator an image, {images}, but has {len(generators)}")
+    for name, (tensor, shape) in tensors.items():
+        found = tuple(getattr(tensor, "shape", ()))
+        if tensor is not None and (len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found))):
+            wanted = str(shape).replace("None", "any")
+            raise ValueError(f"`{name}` have to be of shape {wanted}, but are {found or tensor!r}")
+
+
+def per_prompt(count: int, *texts: str | list[str] | None) -> list[list[str] | None]:
+    """prompt, prompt_2 and their negatives as lists of `count`: a single text goes to every prompt.
+
+    Raises a ValueError for a list of another length or of other things than texts.
+    """
+    lists = [[text] * count if isinstance(text, str) else text for text in texts]
+    for name, texts in zip(("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"), lists):
+        fits = isinstance(texts, list) and len(texts) == count > 0 and all(isinstance(text, str) for text in texts)
+        if texts is not None and not fits:
+            raise ValueError(
+                f"`{name}` has to be a text, or a list of one for each of {count} prompts, but is {texts!r}"
+            )
+    return lists
+
+
+def check_ip_adapter(network: torch.nn.Module) -> None:
+    """Raises a ValueError if the network has none to see an image with."""
+    if getattr(network, "encoder_hid_proj", None) is None:
+        raise ValueError("`ip_adapter_image`: there is no IP-adapter, call load_ip_adapter first")
 
 
 def check_schedule(schedule: str | None, **instead: Any) -> None:
@@ -475,12 +509,41 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         )
         if eta:
             raise ValueError("`eta` is an option of the sampler here: pass sampler_kwargs={'eta': ...}")
+        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
+            check_ip_adapter(self.unet)
         if min(height, width) < 1:
             raise ValueError(f"`height` and `width` have to be positive, but are {height} and {width}")
-        batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
-        batch_size *= num_images_per_prompt
+        prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
+        batch_size = prompts * (num_images_per_prompt or 0)
         channels = self.unet.config.in_channels
-        check_call(num_inference_steps, generator, latents, (batch_size, channels, None, None))
+        encoder = self.text_encoder_2
+        projection_dim = encoder.config.projection_dim if encoder is not None else pooled_prompt_embeds.shape[-1]
+        tokens = self.tokenizer_2.model_max_length if prompt_embeds is None else prompt_embeds.shape[1]
+        check_call(
+            num_inference_steps,
+            num_images_per_prompt,
+            batch_size,
+            generator,
+            latents=(latents, (batch_size, channels, None, None)),
+            prompt_embeds=(prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
+            negative_prompt_embeds=(negative_prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
+            pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, projection_dim)),
+            negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, projection_dim)),
+        )
+        texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
+        prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
+        if clip_skip is not None and prompt is not None:
+            layers = min(e.config.num_hidden_layers for e in (self.text_encoder, self.text_encoder_2) if e is not None)
+            if not -1 <= clip_skip < layers:
+                raise ValueError(f"`clip_skip` has to be below the text encoders' {layers} layers, but is {clip_skip}")
+        sizes = (original_size, crops_coords_top_left, target_size)
+        negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
+        if negative_original_size is None or negative_target_size is None:
+            negative_sizes = sizes
+        time_ids, negative_time_ids = (
+            self._get_add_time_ids(*s, self.unet.dtype, projection_dim).repeat(batch_size, 1)
+            for s in (sizes, negative_sizes)
+        )
         sampler = find_sampler(sampler)
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
         denoiser_class, alphas_cumprod = self._trained_with()
@@ -515,15 +578,6 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = embeds
             dtype = self.unet.dtype  # the text encoders' may be another
             state_dtype = torch.promote_types(dtype, torch.float32)
-
-            sizes = (original_size, crops_coords_top_left, target_size)
-            negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
-            if negative_original_size is None or negative_target_size is None:
-                negative_sizes = sizes
-            projection_dim = pooled_prompt_embeds.shape[-1]
-            time_ids, negative_time_ids = (
-                self._get_add_time_ids(*s, dtype, projection_dim).repeat(batch_size, 1) for s in (sizes, negative_sizes)
-            )
 
             def both(positive: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
                 """The two sides of classifier-free guidance in one batch, the negative one first."""
