@@ -8,6 +8,7 @@ This file works alone: it needs torch, diffusers, transformers and k-diffusion, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import importlib
@@ -16,7 +17,7 @@ import inspect
 import math
 import numbers
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -143,6 +144,15 @@ class _SamplerMode(TorchFunctionMode):
             return args[0]
         return func(*args, **(kwargs or {}))
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is not the sampler's: the network and the caller's functions."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
 
 class _Interrupted(Exception):
     """Carries the state and its sigma out of a sampler."""
@@ -239,11 +249,11 @@ def _call(
     return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
 
 
-def _step_starts(sampler: Callable, sigmas: torch.Tensor, arguments: dict[str, Any]) -> dict[int, int]:
+def _step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor, arguments: dict[str, Any]) -> dict[int, int]:
     """Which evaluation of the model begins which step: {evaluation: step}, found by a run on a one-element tensor.
 
     A sampler of k-diffusion calls back after the first evaluation of a step. Empty for one whose steps depend on its
-    error, which can't be known beforehand.
+    error, which can't be known beforehand, and for a callable that can't run on one element.
     """
     if "rtol" in inspect.signature(sampler).parameters:
         return {}
@@ -257,10 +267,13 @@ def _step_starts(sampler: Callable, sigmas: torch.Tensor, arguments: dict[str, A
     def callback(info: dict[str, Any]) -> None:
         starts[evaluations - 1] = info["i"]
 
-    x = torch.ones(1, dtype=sigmas.dtype)
+    x = torch.ones([1] * ndim, dtype=sigmas.dtype)
     dry = {"callback": callback, "noise_sampler": lambda sigma, sigma_next: torch.zeros_like(x)}
-    with _SamplerMode(torch.zeros_like):
-        _call(sampler, model, x, sigmas, {**arguments, **dry})
+    try:
+        with _SamplerMode(torch.zeros_like):
+            _call(sampler, model, x, sigmas, {**arguments, **dry})
+    except Exception:
+        return {}
     return starts
 
 
@@ -283,6 +296,8 @@ def run_sampler(
         sigmas: on the CPU, 1-D, falling. They stay there: to compare sigmas on a GPU, the sampler would wait for it.
         after_step: `after_step(i, x, sigma, began, denoised) -> x` gets the state that step i ended with and its sigma,
             the sigma that the step began at and what was predicted there. The sampler goes on from what it returns.
+            Where it can't be known which evaluation begins a step, as in dpm_adaptive, both sigmas are that of x, and
+            another x is a ValueError.
         on_step: called in every step.
         interrupted: asked in every step; the run ends there if it answers True.
 
@@ -291,34 +306,33 @@ def run_sampler(
     """
     evaluations, steps = 0, {}
     arguments = {"disable": True, **sampler_kwargs}
-    starts = _step_starts(sampler, sigmas, arguments) if after_step else {}
+    starts = _step_starts(sampler, x.ndim, sigmas, arguments) if after_step else {}
     mode = _SamplerMode(lambda like: randn_tensor(like.shape, generator, like.device, like.dtype))
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal evaluations
         step, evaluations = starts.get(evaluations, 0), evaluations + 1
-        mode.__exit__(None, None, None)
-        try:
-            if step > 0:
-                changed = after_step(step - 1, x, sigma[0], *steps.pop(step - 1))
-                if changed is not x:
-                    x.copy_(changed)  # x is the sampler's own tensor
+        with mode.paused():
+            if step - 1 in steps:
+                # x is the sampler's own tensor; the caller gets another, to keep or to write on
+                x.copy_(after_step(step - 1, x.clone(), sigma[0], *steps.pop(step - 1)))
                 if interrupted():
                     raise _Interrupted(x, sigma[0].cpu())
             return denoiser(x, sigma)
-        finally:
-            mode.__enter__()
 
     def callback(info: dict[str, Any]) -> None:
         on_step()
-        if interrupted():
-            raise _Interrupted(info["x"], info["sigma_hat"].cpu())
         i, x, sigma, denoised = (info[key] for key in ("i", "x", "sigma", "denoised"))
         if starts:
             steps[i] = sigma, denoised
-        elif after_step and after_step(i, x, sigma, sigma, denoised) is not x:
-            name = getattr(sampler, "__name__", sampler)
-            raise ValueError(f"the latents can't be changed in a callback: {name} does not say where its steps begin")
+        elif after_step:
+            with mode.paused():
+                changed = after_step(i, x.clone(), sigma, sigma, denoised)
+            if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
+                name = getattr(sampler, "__name__", sampler)
+                raise ValueError(f"a callback can't change the latents: {name} does not say where its steps begin")
+        if interrupted():
+            raise _Interrupted(x, info.get("sigma_hat", sigma).cpu())
 
     arguments["callback"] = callback
     if "noise_sampler" not in arguments:
@@ -628,10 +642,11 @@ class FluxComfyPipeline(FluxPipeline):
                 tensors = {"latents": x, "sigma": t, "denoised": denoised}
                 tensors["prompt_embeds"] = conditional["encoder_hidden_states"]
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, i, t * 1000, chosen)
-                conditional["encoder_hidden_states"] = returned.get("prompt_embeds", tensors["prompt_embeds"])
+                returned = callback_on_step_end(self, i, t * 1000, chosen) or {}
+                embeds = returned.get("prompt_embeds", tensors["prompt_embeds"])
+                conditional["encoder_hidden_states"] = embeds.to(device, dtype)
                 changed = returned.get("latents", x)
-                return y if changed is x else changed * (1 + sigma if ve else 1)
+                return y + (changed - to_flow(y, sigma)[0]) * (1 + sigma) if ve else changed  # y itself if unchanged
 
             # noise, sigmas -> latents
             with self.progress_bar(total=steps_of(sampler, sigmas)) as progress_bar:
