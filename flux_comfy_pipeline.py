@@ -440,6 +440,10 @@ class FluxComfyPipeline(FluxPipeline):
 
     _callback_tensor_inputs = [*FluxPipeline._callback_tensor_inputs, "denoised", "sigma"]
 
+    def to_json_string(self) -> str:
+        """The configuration. It names the parent, so that every loader of diffusers reads a saved folder."""
+        return super().to_json_string().replace(f'"{type(self).__name__}"', '"FluxPipeline"')
+
     @torch.no_grad()
     def __call__(
         self,

@@ -101,3 +101,107 @@ def textual_inversion_file(pipe: Any, folder: Path) -> Path:
         {key: torch.randn(2, width, generator=generator) for key, width in zip(("clip_l", "clip_g"), widths)}, path
     )
     return path
+
+
+# --- the original layouts, in one file -------------------------------------------------------------------------------
+# What diffusers' from_single_file undoes, written here from the original repositories' names.
+
+
+def _unet_name(name: str, layers: int, up_with_attention: set[str]) -> str:
+    """The name of a U-Net's weight in the original SDXL checkpoint."""
+    part, _, rest = name.partition(".")
+    plain = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    module, _, kind = name.rpartition(".")
+    if module in plain:
+        return f"{plain[module]}.{kind}"
+    if part == "mid_block":
+        list_name, i, rest = rest.split(".", 2)
+        place = f"middle_block.{1 if list_name == 'attentions' else 2 * int(i)}"
+    else:
+        block, list_name, i, rest = rest.split(".", 3)
+        first = 1 if part == "down_blocks" else 0
+        place = f"{'input' if part == 'down_blocks' else 'output'}_blocks."
+        if list_name == "downsamplers":
+            return f"{place}{first + int(block) * (layers + 1) + layers}.0.op.{rest.removeprefix('conv.')}"
+        if list_name == "upsamplers":
+            slot = 2 if block in up_with_attention else 1
+            return f"{place}{int(block) * (layers + 1) + layers}.{slot}.{rest}"
+        place += f"{first + int(block) * (layers + 1) + int(i)}.{1 if list_name == 'attentions' else 0}"
+    if list_name == "resnets":
+        for ours, original in {
+            "norm1": "in_layers.0",
+            "conv1": "in_layers.2",
+            "time_emb_proj": "emb_layers.1",
+            "norm2": "out_layers.0",
+            "conv2": "out_layers.3",
+            "conv_shortcut": "skip_connection",
+        }.items():
+            rest = rest.replace(ours, original)
+    return f"{place}.{rest}"
+
+
+def _vae_name(name: str, blocks: int) -> str:
+    """The name of an autoencoder's weight in the original checkpoints of SDXL and FLUX."""
+    name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    name = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
+    name = name.replace("mid_block.attentions.0", "mid.attn_1")
+    for ours, original in {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
+        name = name.replace(ours, original)
+    for i in range(blocks):
+        name = name.replace(f"down_blocks.{i}.downsamplers.0", f"down.{i}.downsample")
+        name = name.replace(f"down_blocks.{i}.resnets", f"down.{i}.block")
+        name = name.replace(f"up_blocks.{i}.upsamplers.0", f"up.{blocks - 1 - i}.upsample")
+        name = name.replace(f"up_blocks.{i}.resnets", f"up.{blocks - 1 - i}.block")
+    return name
+
+
+def _open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """SDXL's second text encoder under OpenCLIP's names: q, k and v in one matrix, the projection transposed."""
+    original = {}
+    for name, value in weights.items():
+        name = name.removeprefix("text_model.")
+        if name == "text_projection.weight":
+            original["text_projection"] = value.T
+        elif name.startswith("encoder.layers."):
+            layer, rest = name.removeprefix("encoder.layers.").split(".", 1)
+            place = f"transformer.resblocks.{layer}"
+            if rest.startswith("self_attn.q_proj"):
+                kind = rest.rpartition(".")[2]
+                prefix = name.removesuffix(f"q_proj.{kind}")
+                parts = [value, *(weights[f"text_model.{prefix}{k}_proj.{kind}"] for k in "kv")]
+                original[f"{place}.attn.in_proj_{kind}"] = torch.cat(parts)
+            elif "self_attn.k_proj" not in rest and "self_attn.v_proj" not in rest:
+                rest = rest.replace("self_attn", "attn").replace("layer_norm", "ln_")
+                original[f"{place}.{rest.replace('fc1', 'c_fc').replace('fc2', 'c_proj')}"] = value
+        else:
+            name = name.replace("embeddings.position_embedding.weight", "positional_embedding")
+            name = name.replace("embeddings.token_embedding", "token_embedding").replace("final_layer_norm", "ln_final")
+            original[name] = value
+    return original
+
+
+def single_file(pipe: Any, path: Path) -> Path:
+    """An SDXL pipeline in the one-file layout of the original repository."""
+    unet, vae = pipe.unet, pipe.vae
+    up = {str(i) for i, block in enumerate(unet.up_blocks) if getattr(block, "attentions", None)}
+    weights = {
+        f"model.diffusion_model.{_unet_name(name, unet.config.layers_per_block, up)}": value
+        for name, value in unet.state_dict().items()
+    }
+    for name, value in vae.state_dict().items():
+        value = value[..., None, None] if ".attentions." in name and value.ndim == 2 else value  # a 1x1 convolution
+        weights[f"first_stage_model.{_vae_name(name, len(vae.config.block_out_channels))}"] = value
+    for name, value in pipe.text_encoder.state_dict().items():
+        weights[f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    for name, value in _open_clip(pipe.text_encoder_2.state_dict()).items():
+        weights[f"conditioner.embedders.1.model.{name}"] = value
+    save_file({name: value.contiguous() for name, value in weights.items()}, path)
+    return path

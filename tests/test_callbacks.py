@@ -183,15 +183,20 @@ def test_changed_latents_are_an_error_where_the_next_step_is_not_known(family):
 def test_interrupt_stops_at_that_step(family, sampler):
     """The callback is the last one, and its latents come back."""
     name, pipe = family
-    seen = []
+    seen, evaluations = [], []
 
     def stop(one, i, timestep, tensors):
-        seen.append(tensors["latents"])
+        seen.append((tensors["latents"], len(evaluations)))
         one._interrupt = i == 1
         return {}
 
-    stopped = draw(pipe, name, stop, sampler=sampler, num_inference_steps=6)
-    assert len(seen) == 2 and relative(stopped, seen[1]) < CLOSE
+    hook = (pipe.unet if name == "sdxl" else pipe.transformer).register_forward_hook(lambda *_: evaluations.append(1))
+    try:
+        stopped = draw(pipe, name, stop, sampler=sampler, num_inference_steps=6)
+    finally:
+        hook.remove()
+    assert len(seen) == 2 and relative(stopped, seen[1][0]) < CLOSE
+    assert len(evaluations) == seen[1][1]  # the network doesn't run again
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -339,6 +344,7 @@ def test_an_exception_leaves_the_pipeline_as_it_was(family, where, monkeypatch):
     network = pipe.unet if name == "sdxl" else pipe.transformer
     call = {"sampler": "heun", "output_type": "pt"}
     before = draw(pipe, name, **call)
+    call["num_inference_steps"] = 5
     scheduler, modules = copy.deepcopy(vars(pipe.scheduler)), set(sys.modules)
     freed = []
     monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(True))

@@ -139,7 +139,12 @@ SDXL = [
     {**SMALL, "cross_attention_kwargs": {"scale": 0.5}},
     {**SMALL, "original_size": (32, 48), "target_size": (256, 192), "crops_coords_top_left": (8, 16)},
     {**SMALL, "negative_crops_coords_top_left": (8, 16)},
-    {**SMALL, "negative_original_size": (32, 48), "negative_target_size": (48, 32)},
+    {
+        **SMALL,
+        "negative_original_size": (32, 48),
+        "negative_crops_coords_top_left": (8, 16),
+        "negative_target_size": (48, 32),
+    },
     {**SMALL, "negative_original_size": (32, 48)},  # without the other: none of both
     {**SMALL, "original_size": (32, 48), "prompt": [PROMPT, CAR], "negative_target_size": (8, 8)},
     {**SMALL, "output_type": "pil"},
