@@ -381,15 +381,16 @@ def check_call(
         if not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"`{name}` has to be a whole number, at least 1, but is {count!r}")
     generators = generator if isinstance(generator, list) else [generator] * images
-    if not all(g is None or isinstance(g, torch.Generator) for g in generators):
+    if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
         raise TypeError(f"`generator` has to be a torch.Generator or a list of them, but is {generator!r}")
     if len(generators) != images:
         raise ValueError(f"`generator` has to have one generator an image, {images}, but has {len(generators)}")
     for name, (tensor, shape) in tensors.items():
-        found = tuple(getattr(tensor, "shape", ()))
-        if tensor is not None and (len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found))):
+        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor)
+        fits = isinstance(found, tuple) and len(found) == len(shape)
+        if tensor is not None and not (fits and all(n in (None, m) for n, m in zip(shape, found))):
             wanted = str(shape).replace("None", "any")
-            raise ValueError(f"`{name}` have to be of shape {wanted}, but are {found or tensor!r}")
+            raise ValueError(f"`{name}` have to be a tensor of shape {wanted}, but are {found}")
 
 
 def per_prompt(count: int, *texts: str | list[str] | None) -> list[list[str] | None]:
@@ -407,10 +408,13 @@ def per_prompt(count: int, *texts: str | list[str] | None) -> list[list[str] | N
     return lists
 
 
-def check_ip_adapter(network: torch.nn.Module) -> None:
-    """Raises a ValueError if the network has none to see an image with."""
-    if getattr(network, "encoder_hid_proj", None) is None:
+def check_ip_adapter(network: torch.nn.Module, *images: Any) -> None:
+    """Raises a ValueError for images (or embeddings) that the network has no adapter for, and for a list of none."""
+    given = [image for image in images if image is not None]
+    if given and getattr(network, "encoder_hid_proj", None) is None:
         raise ValueError("`ip_adapter_image`: there is no IP-adapter, call load_ip_adapter first")
+    if any(isinstance(image, list) and not image for image in given):
+        raise ValueError("`ip_adapter_image` and `ip_adapter_image_embeds` have to be None or one for each IP-adapter")
 
 
 def check_schedule(schedule: str | None, **instead: Any) -> None:
@@ -526,8 +530,9 @@ class FluxComfyPipeline(FluxPipeline):
             negative_ip_adapter_image,
             negative_ip_adapter_image_embeds,
         )
-        if any(image is not None for image in images):
-            check_ip_adapter(self.transformer)
+        check_ip_adapter(self.transformer, *images)
+        if max_sequence_length is not None and max_sequence_length < 1:
+            raise ValueError(f"`max_sequence_length` has to be at least 1, but is {max_sequence_length}")
         prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
         batch_size = prompts * (num_images_per_prompt or 0)
         config = self.transformer.config
@@ -552,7 +557,7 @@ class FluxComfyPipeline(FluxPipeline):
         true_cfg = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
 
         self._guidance_scale = guidance_scale
-        self._joint_attention_kwargs = joint_attention_kwargs or {}
+        self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
         self._current_timestep = None
         self._interrupt = False
         self._num_timesteps = len(ts) - 1

