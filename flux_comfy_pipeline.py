@@ -304,7 +304,7 @@ def run_sampler(
     Returns:
         The state at the end and its sigma, which is sigmas[-1] unless interrupted.
     """
-    evaluations, steps = 0, {}
+    evaluations, steps = 0, dict[int, tuple[torch.Tensor, torch.Tensor]]()
     arguments = {"disable": True, **sampler_kwargs}
     starts = _step_starts(sampler, x.ndim, sigmas, arguments) if after_step else {}
     mode = _SamplerMode(lambda like: randn_tensor(like.shape, generator, like.device, like.dtype))
@@ -313,7 +313,7 @@ def run_sampler(
         nonlocal evaluations
         step, evaluations = starts.get(evaluations, 0), evaluations + 1
         with mode.paused():
-            if step - 1 in steps:
+            if after_step and step - 1 in steps:
                 # x is the sampler's own tensor; the caller gets another, to keep or to write on
                 x.copy_(after_step(step - 1, x.clone(), sigma[0], *steps.pop(step - 1)))
                 if interrupted():
@@ -342,7 +342,7 @@ def run_sampler(
             x = _call(sampler, model, x, sigmas, arguments)
     except _Interrupted as stopped:
         return stopped.args
-    if steps:
+    if after_step and steps:
         last = max(steps)
         x = after_step(last, x, sigmas[-1], *steps[last])
     return x, sigmas[-1]
@@ -367,7 +367,7 @@ def steps_of(sampler: Callable, sigmas: torch.Tensor) -> float:
 
 def check_call(
     num_inference_steps: int,
-    num_images_per_prompt: int,
+    num_images_per_prompt: int | None,
     images: int,
     generator: torch.Generator | list[torch.Generator] | None,
     **tensors: tuple[torch.Tensor | None, tuple[int | None, ...]],
@@ -386,11 +386,11 @@ def check_call(
     if len(generators) != images:
         raise ValueError(f"`generator` has to have one generator an image, {images}, but has {len(generators)}")
     for name, (tensor, shape) in tensors.items():
-        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor)
-        fits = isinstance(found, tuple) and len(found) == len(shape)
-        if tensor is not None and not (fits and all(n in (None, m) for n, m in zip(shape, found))):
-            wanted = str(shape).replace("None", "any")
-            raise ValueError(f"`{name}` have to be a tensor of shape {wanted}, but are {found}")
+        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
+        fits = len(found) == len(shape) and all(n in (None, m) for n, m in zip(shape, found))
+        if tensor is not None and not fits:
+            wanted, found = str(shape).replace("None", "any"), found or type(tensor)
+            raise ValueError(f"`{name}` have to be of shape {wanted}, but are {found}")
 
 
 def per_prompt(count: int, *texts: str | list[str] | None) -> list[list[str] | None]:
@@ -497,11 +497,15 @@ class FluxComfyPipeline(FluxPipeline):
         `sigmas` and the callback's `sigma` are FLUX's t, 1 for noise and 0 for the picture, whatever the sampler sees;
         `sigmas` are shifted by the scheduler as in the parent. `latents` are packed, x = (1 - t) x0 + t noise at the
         first t. The state is float32 (float64 for a float64 network) whatever the network's dtype.
-        `callback_on_step_end_tensor_inputs` may also name `denoised`, the x0 that the step began with, and `sigma`, the
-        t that it began at.
+
+        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step of the sampler, with the latents that
+        the step ended with and the timestep, 1000 t, that it began at; `callback_on_step_end_tensor_inputs` may also name
+        `denoised`, the x0 that was predicted there, and `sigma`, the t. What it returns is what the next step starts
+        from. Before the run the sampler is called once on a single number, to learn which evaluations begin a step.
 
         Raises:
-            ValueError, TypeError: for arguments that do not fit, before any network runs.
+            ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
+                the latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables.
         """
         size = self.vae.config.sample_size if self.vae is not None else 1024  # FLUX.1's is 1024, the parent's default
         height, width = height or size, width or size
@@ -533,7 +537,7 @@ class FluxComfyPipeline(FluxPipeline):
         check_ip_adapter(self.transformer, *images)
         if max_sequence_length is not None and max_sequence_length < 1:
             raise ValueError(f"`max_sequence_length` has to be at least 1, but is {max_sequence_length}")
-        prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
+        prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)  # type: ignore
         batch_size = prompts * (num_images_per_prompt or 0)
         config = self.transformer.config
         channels = config.in_channels
@@ -651,7 +655,7 @@ class FluxComfyPipeline(FluxPipeline):
                 tensors = {"latents": x, "sigma": t, "denoised": denoised}
                 tensors["prompt_embeds"] = conditional["encoder_hidden_states"]
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, i, t * 1000, chosen) or {}
+                returned = callback_on_step_end(self, i, t * 1000, chosen) or {}  # type: ignore
                 embeds = returned.get("prompt_embeds", tensors["prompt_embeds"])
                 conditional["encoder_hidden_states"] = embeds.to(device, dtype)
                 changed = returned.get("latents", x)

@@ -304,7 +304,7 @@ def run_sampler(
     Returns:
         The state at the end and its sigma, which is sigmas[-1] unless interrupted.
     """
-    evaluations, steps = 0, {}
+    evaluations, steps = 0, dict[int, tuple[torch.Tensor, torch.Tensor]]()
     arguments = {"disable": True, **sampler_kwargs}
     starts = _step_starts(sampler, x.ndim, sigmas, arguments) if after_step else {}
     mode = _SamplerMode(lambda like: randn_tensor(like.shape, generator, like.device, like.dtype))
@@ -313,7 +313,7 @@ def run_sampler(
         nonlocal evaluations
         step, evaluations = starts.get(evaluations, 0), evaluations + 1
         with mode.paused():
-            if step - 1 in steps:
+            if after_step and step - 1 in steps:
                 # x is the sampler's own tensor; the caller gets another, to keep or to write on
                 x.copy_(after_step(step - 1, x.clone(), sigma[0], *steps.pop(step - 1)))
                 if interrupted():
@@ -342,7 +342,7 @@ def run_sampler(
             x = _call(sampler, model, x, sigmas, arguments)
     except _Interrupted as stopped:
         return stopped.args
-    if steps:
+    if after_step and steps:
         last = max(steps)
         x = after_step(last, x, sigmas[-1], *steps[last])
     return x, sigmas[-1]
@@ -367,7 +367,7 @@ def steps_of(sampler: Callable, sigmas: torch.Tensor) -> float:
 
 def check_call(
     num_inference_steps: int,
-    num_images_per_prompt: int,
+    num_images_per_prompt: int | None,
     images: int,
     generator: torch.Generator | list[torch.Generator] | None,
     **tensors: tuple[torch.Tensor | None, tuple[int | None, ...]],
@@ -386,11 +386,11 @@ def check_call(
     if len(generators) != images:
         raise ValueError(f"`generator` has to have one generator an image, {images}, but has {len(generators)}")
     for name, (tensor, shape) in tensors.items():
-        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor)
-        fits = isinstance(found, tuple) and len(found) == len(shape)
-        if tensor is not None and not (fits and all(n in (None, m) for n, m in zip(shape, found))):
-            wanted = str(shape).replace("None", "any")
-            raise ValueError(f"`{name}` have to be a tensor of shape {wanted}, but are {found}")
+        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
+        fits = len(found) == len(shape) and all(n in (None, m) for n, m in zip(shape, found))
+        if tensor is not None and not fits:
+            wanted, found = str(shape).replace("None", "any"), found or type(tensor)
+            raise ValueError(f"`{name}` have to be of shape {wanted}, but are {found}")
 
 
 def per_prompt(count: int, *texts: str | list[str] | None) -> list[list[str] | None]:
@@ -500,11 +500,16 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
 
         `sigmas` and the callback's `sigma` are noise levels of the variance-exploding process x = x0 + sigma noise, in
         which `latents` live too; `timesteps` are the trained ones. The state is float32 (float64 for a float64 network)
-        whatever the network's dtype. `callback_on_step_end_tensor_inputs` may also name `denoised`, the prediction that
-        the step began with, and `sigma`, the level that it began at.
+        whatever the network's dtype; `latents` that are given are scaled to the first level, as in the parent.
+
+        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step of the sampler, with the latents that
+        the step ended with and the timestep that it began at; `callback_on_step_end_tensor_inputs` may also name
+        `denoised`, the x0 that was predicted there, and `sigma`, the level. What it returns is what the next step starts
+        from. Before the run the sampler is called once on a single number, to learn which evaluations begin a step.
 
         Raises:
-            ValueError, TypeError: for arguments that do not fit, before any network runs.
+            ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
+                the latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -534,11 +539,10 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             raise ValueError("`eta` is an option of the sampler here: pass sampler_kwargs={'eta': ...}")
         if min(height, width) < 1:
             raise ValueError(f"`height` and `width` have to be positive, but are {height} and {width}")
-        prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
+        prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)  # type: ignore
         batch_size = prompts * (num_images_per_prompt or 0)
         channels = self.unet.config.in_channels
-        encoder = self.text_encoder_2
-        projection_dim = encoder.config.projection_dim if encoder is not None else pooled_prompt_embeds.shape[-1]
+        projection_dim = self.unet.add_embedding.linear_1.in_features - 6 * self.unet.config.addition_time_embed_dim
         tokens = self.tokenizer_2.model_max_length if prompt_embeds is None else prompt_embeds.shape[1]
         check_call(
             num_inference_steps,
@@ -600,7 +604,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             dtype = self.unet.dtype  # the text encoders' may be another
             state_dtype = torch.promote_types(dtype, torch.float32)
 
-            def both(positive: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
+            def both(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
                 """The two sides of classifier-free guidance in one batch, the negative one first."""
                 joined = torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive
                 return joined.to(device, dtype)
@@ -661,7 +665,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 timestep = denoiser.sigma_to_t(began.to(device).reshape(1))[0]
                 tensors = {"latents": x, "sigma": began, "denoised": denoised, **conditioning}
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, i, timestep, chosen) or {}
+                returned = callback_on_step_end(self, i, timestep, chosen) or {}  # type: ignore
                 for name in conditioning.keys() & returned.keys():
                     conditioning[name] = returned[name].to(device, dtype)
                 return returned.get("latents", x)
