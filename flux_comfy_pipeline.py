@@ -498,10 +498,10 @@ class FluxComfyPipeline(FluxPipeline):
         `sigmas` are shifted by the scheduler as in the parent. `latents` are packed, x = (1 - t) x0 + t noise at the
         first t. The state is float32 (float64 for a float64 network) whatever the network's dtype.
 
-        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step of the sampler, with the latents that
-        the step ended with and the timestep, 1000 t, that it began at; `callback_on_step_end_tensor_inputs` may also name
-        `denoised`, the x0 that was predicted there, and `sigma`, the t. What it returns is what the next step starts
-        from. Before the run the sampler is called once on a single number, to learn which evaluations begin a step.
+        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that the step ended
+        with and the timestep, 1000 t, that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the x0
+        that was predicted there, and `sigma`, the t. The next step starts from what it returns. Before the run the
+        sampler is called once on a single number, to learn which evaluations begin a step.
 
         Raises:
             ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
@@ -509,20 +509,6 @@ class FluxComfyPipeline(FluxPipeline):
         """
         size = self.vae.config.sample_size if self.vae is not None else 1024  # FLUX.1's is 1024, the parent's default
         height, width = height or size, width or size
-        self.check_inputs(
-            prompt,
-            prompt_2,
-            height,
-            width,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-        )
         rows, columns = (size // (2 * self.vae_scale_factor) for size in (height, width))
         if min(rows, columns) < 1:
             raise ValueError(
@@ -537,7 +523,8 @@ class FluxComfyPipeline(FluxPipeline):
         check_ip_adapter(self.transformer, *images)
         if max_sequence_length is not None and max_sequence_length < 1:
             raise ValueError(f"`max_sequence_length` has to be at least 1, but is {max_sequence_length}")
-        prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)  # type: ignore
+        given = prompt_embeds if prompt is None else prompt
+        prompts = 1 if isinstance(given, str) else 0 if given is None else len(given)
         batch_size = prompts * (num_images_per_prompt or 0)
         config = self.transformer.config
         channels = config.in_channels
@@ -551,6 +538,20 @@ class FluxComfyPipeline(FluxPipeline):
             negative_prompt_embeds=(negative_prompt_embeds, (prompts, None, config.joint_attention_dim)),
             pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, config.pooled_projection_dim)),
             negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, config.pooled_projection_dim)),
+        )
+        self.check_inputs(
+            prompt,
+            prompt_2,
+            height,
+            width,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
         )
         texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
         prompt, prompt_2, negative_prompt, negative_prompt_2 = texts

@@ -502,10 +502,10 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         which `latents` live too; `timesteps` are the trained ones. The state is float32 (float64 for a float64 network)
         whatever the network's dtype; `latents` that are given are scaled to the first level, as in the parent.
 
-        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step of the sampler, with the latents that
-        the step ended with and the timestep that it began at; `callback_on_step_end_tensor_inputs` may also name
-        `denoised`, the x0 that was predicted there, and `sigma`, the level. What it returns is what the next step starts
-        from. Before the run the sampler is called once on a single number, to learn which evaluations begin a step.
+        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that the step ended
+        with and the timestep that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the x0
+        that was predicted there, and `sigma`, the level. The next step starts from what it returns. Before the run the
+        sampler is called once on a single number, to learn which evaluations begin a step.
 
         Raises:
             ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
@@ -519,6 +519,27 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         target_size = target_size or (height, width)
 
         check_ip_adapter(self.unet, ip_adapter_image, ip_adapter_image_embeds)
+        if eta:
+            raise ValueError("`eta` is an option of the sampler here: pass sampler_kwargs={'eta': ...}")
+        if min(height, width) < 1:
+            raise ValueError(f"`height` and `width` have to be positive, but are {height} and {width}")
+        given = prompt_embeds if prompt is None else prompt
+        prompts = 1 if isinstance(given, str) else 0 if given is None else len(given)
+        batch_size = prompts * (num_images_per_prompt or 0)
+        channels = self.unet.config.in_channels
+        projection_dim = self.unet.add_embedding.linear_1.in_features - 6 * self.unet.config.addition_time_embed_dim
+        tokens = self.tokenizer_2.model_max_length if prompt_embeds is None else None
+        check_call(
+            num_inference_steps,
+            num_images_per_prompt,
+            batch_size,
+            generator,
+            latents=(latents, (batch_size, channels, None, None)),
+            prompt_embeds=(prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
+            negative_prompt_embeds=(negative_prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
+            pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, projection_dim)),
+            negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, projection_dim)),
+        )
         self.check_inputs(
             prompt,
             prompt_2,
@@ -534,26 +555,6 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             ip_adapter_image,
             ip_adapter_image_embeds,
             callback_on_step_end_tensor_inputs,
-        )
-        if eta:
-            raise ValueError("`eta` is an option of the sampler here: pass sampler_kwargs={'eta': ...}")
-        if min(height, width) < 1:
-            raise ValueError(f"`height` and `width` have to be positive, but are {height} and {width}")
-        prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)  # type: ignore
-        batch_size = prompts * (num_images_per_prompt or 0)
-        channels = self.unet.config.in_channels
-        projection_dim = self.unet.add_embedding.linear_1.in_features - 6 * self.unet.config.addition_time_embed_dim
-        tokens = self.tokenizer_2.model_max_length if prompt_embeds is None else prompt_embeds.shape[1]
-        check_call(
-            num_inference_steps,
-            num_images_per_prompt,
-            batch_size,
-            generator,
-            latents=(latents, (batch_size, channels, None, None)),
-            prompt_embeds=(prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
-            negative_prompt_embeds=(negative_prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
-            pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, projection_dim)),
-            negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, projection_dim)),
         )
         texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
         prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
