@@ -498,9 +498,9 @@ class FluxComfyPipeline(FluxPipeline):
         `sigmas` are shifted by the scheduler as in the parent. `latents` are packed, x = (1 - t) x0 + t noise at the
         first t. The state is float32 (float64 for a float64 network) whatever the network's dtype.
 
-        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that the step ended
-        with and the timestep, 1000 t, that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the x0
-        that was predicted there, and `sigma`, the t. The next step starts from what it returns. Before the run the
+        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that it ended with
+        and the timestep, 1000 t, that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the
+        x0 that was predicted there, and `sigma`, the t. The next step starts from what it returns. Before the run the
         sampler is called once on a single number, to learn which evaluations begin a step.
 
         Raises:

@@ -502,8 +502,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         which `latents` live too; `timesteps` are the trained ones. The state is float32 (float64 for a float64 network)
         whatever the network's dtype; `latents` that are given are scaled to the first level, as in the parent.
 
-        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that the step ended
-        with and the timestep that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the x0
+        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that it ended with
+        and the timestep that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the x0
         that was predicted there, and `sigma`, the level. The next step starts from what it returns. Before the run the
         sampler is called once on a single number, to learn which evaluations begin a step.
 
