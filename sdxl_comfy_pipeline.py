@@ -190,7 +190,8 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels. The
     normals are drawn on `device`; those of the last call are kept, so that the next one makes about 15 draws.
     """
-    generator, normals, motion = torch.Generator(device), {}, {}
+    generator = torch.Generator(device)
+    normals, motion = dict[int, torch.Tensor](), dict[float, torch.Tensor]()
 
     def draw(node: int) -> torch.Tensor:
         # the CPU's generator reads 32 bits of its seed: with an odd factor they differ between the nodes of a path
@@ -221,7 +222,7 @@ def _noise_sampler(
     if not (_is_k_diffusion(sampler) and sampler.__name__.endswith("_sde")):
         return lambda sigma, sigma_next: randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
-    seeds = [torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu").item() for g in generators]
+    seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
     return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
 
 

@@ -77,14 +77,20 @@ def with_ip_adapter(pipe: Any) -> Any:
 
 
 def lora_file(pipe: Any, folder: Path, rank: int = 2) -> Path:
-    """A LoRA of the network and of the first text encoder, in the layout of diffusers' training scripts."""
+    """A LoRA of the network and, where transformers takes this peft, of the first text encoder, as trainers write it."""
     flux = hasattr(pipe, "transformer")
     layers = {}
     for name in ("transformer" if flux else "unet", "text_encoder"):
         module = getattr(pipe, name)
         targets = ["q_proj", "v_proj"] if name == "text_encoder" else ["to_q", "to_v"]
         torch.manual_seed(2)
-        module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False))
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False)
+        try:
+            module.add_adapter(config)
+        except ValueError as error:  # transformers 5.24 asks for a peft that is not released yet
+            if "version of PEFT" not in str(error):
+                raise
+            continue
         weights = get_peft_model_state_dict(module, adapter_name="default")
         module.delete_adapter("default") if hasattr(module, "delete_adapter") else module.unload_lora()
         layers[f"{name}_lora_layers"] = {key: value.contiguous() for key, value in weights.items()}

@@ -201,8 +201,10 @@ def call(pipe: Any, rows: int, columns: int, **arguments: Any) -> torch.Tensor:
     nothing = torch.zeros(arguments.pop("images", 1), 1, 1, dtype=network.dtype)
     arguments = {"guidance_scale": 1.0, "output_type": "latent", "height": 16 * rows, "width": 16 * columns} | arguments
     latents = pipe(prompt_embeds=nothing, pooled_prompt_embeds=nothing[:, 0], **arguments).images
-    return patched(latents, network.mixture) if latents.ndim == 4 else latents.reshape(
-        len(latents), -1, network.mixture.dimensions
+    return (
+        patched(latents, network.mixture)
+        if latents.ndim == 4
+        else latents.reshape(len(latents), -1, network.mixture.dimensions)
     )
 
 
