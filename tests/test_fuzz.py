@@ -190,3 +190,15 @@ def test_sdxl(sdxl, references, chosen):
 @given(calls(FLUX))
 def test_flux(flux, references, chosen):
     fuzz(flux, FLUX, chosen, references["flux"])
+
+
+@pytest.mark.parametrize("name", SDXL)
+def test_sdxl_one_by_one(sdxl, references, name):
+    for i in range(len(SDXL[name])):
+        fuzz(sdxl, SDXL, [(name, i)], references["sdxl"])
+
+
+@pytest.mark.parametrize("name", FLUX)
+def test_flux_one_by_one(flux, references, name):
+    for i in range(len(FLUX[name])):
+        fuzz(flux, FLUX, [(name, i)], references["flux"])
