@@ -77,7 +77,7 @@ def with_ip_adapter(pipe: Any) -> Any:
 
 
 def lora_file(pipe: Any, folder: Path, rank: int = 2) -> Path:
-    """A LoRA of the network and, where transformers takes this peft, of the first text encoder, as trainers write it."""
+    """A LoRA of the network and, where transformers takes this peft, of the first text encoder."""
     flux = hasattr(pipe, "transformer")
     layers = {}
     for name in ("transformer" if flux else "unet", "text_encoder"):
