@@ -17,7 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -59,7 +59,6 @@ sampling, external = _k_diffusion("sampling", "external")
 BY_LEVELS = ("model", "x", "sigmas")
 BY_RANGE = ("model", "x", "sigma_min", "sigma_max")  # dpm_fast and dpm_adaptive place their own levels in log sigma
 GIVEN = {*BY_LEVELS, *BY_RANGE, "n", "extra_args", "callback", "disable"}
-SCHEDULES = ("karras", "exponential", "polyexponential", "vp")
 
 
 def sampler_names() -> list[str]:
@@ -345,6 +344,79 @@ def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> t
     return getattr(sampling, f"get_sigmas_{schedule}")(n, sigma_min, sigma_max)
 
 
+class TrainedLevels(NamedTuple):
+    """The noise levels that a network was trained with, as ComfyUI keeps them: float32, on the CPU."""
+
+    sigmas: torch.Tensor
+    """Rising."""
+    t_to_sigma: Callable[[torch.Tensor], torch.Tensor]
+    """Between the levels, from a t in t_min..t_max on the network's own scale."""
+    t_min: float
+    t_max: float
+
+
+def _evenly(n: int, trained: TrainedLevels) -> torch.Tensor:
+    return trained.t_to_sigma(torch.linspace(trained.t_max, trained.t_min, n))
+
+
+def _simple(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """Every n-th part of the table, from the top."""
+    stride = len(trained.sigmas) / n
+    return trained.sigmas.flip(0)[[int(i * stride) for i in range(n)]]
+
+
+def _ddim_uniform(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """Every so-many-th of the table, from the second lowest up. More than n levels where n does not divide it."""
+    return trained.sigmas[1 :: max(len(trained.sigmas) // n, 1)].flip(0)
+
+
+def _beta(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """Quantiles of Beta(0.6, 0.6), Lee et al. 2024. With many steps some round to the same level."""
+    from scipy.special import betaincinv
+
+    places = betaincinv(0.6, 0.6, 1 - torch.arange(n, dtype=torch.float64).numpy() / n) * (len(trained.sigmas) - 1)
+    return trained.sigmas[torch.as_tensor(places).round().long()]
+
+
+def _linear_quadratic(n: int, trained: TrainedLevels, threshold: float = 0.025) -> torch.Tensor:
+    """A line from 1 to 1 - threshold in the first half of the steps, then the parabola that goes on smoothly to 0."""
+    half, i = n // 2, torch.arange(n, dtype=torch.float64)
+    slope = threshold / max(half, 1)
+    share = 1 - slope * i - (1 - slope * n) * ((i - half).clamp(min=0) / (n - half)) ** 2
+    return share.float() * trained.sigmas[-1]
+
+
+def _kl_optimal(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """Even in atan(sigma), Sabour et al. 2024. One step, for which ComfyUI has NaN, begins at the highest level."""
+    share = torch.arange(n) / max(n - 1, 1)
+    low, high = trained.sigmas[0].item(), trained.sigmas[-1].item()
+    return (share * math.atan(low) + (1 - share) * math.atan(high)).tan()
+
+
+# ComfyUI's noise levels by its names, falling, without the zero at their end. It takes karras and exponential from
+# k-diffusion, as is done here.
+COMFY_SCHEDULES: dict[str, Callable[[int, TrainedLevels], torch.Tensor]] = {
+    "simple": _simple,
+    "normal": _evenly,
+    "sgm_uniform": lambda n, trained: _evenly(n + 1, trained)[:-1],
+    "ddim_uniform": _ddim_uniform,
+    "beta": _beta,
+    "linear_quadratic": _linear_quadratic,
+    "kl_optimal": _kl_optimal,
+}
+SCHEDULES = ("karras", "exponential", "polyexponential", "vp", *COMFY_SCHEDULES)
+
+
+def trained_sigmas(schedule: str, n: int, trained: TrainedLevels) -> torch.Tensor:
+    """The noise levels of this name, one of `SCHEDULES`, for n steps: falling, then zero; float32.
+
+    They equal ComfyUI's to its float32. `beta` and `ddim_uniform` may have a few less or more than n steps, as there.
+    """
+    if schedule in COMFY_SCHEDULES:
+        return sampling.append_zero(COMFY_SCHEDULES[schedule](n, trained).unique_consecutive())
+    return named_sigmas(schedule, n, trained.sigmas[0].item(), trained.sigmas[-1].item())
+
+
 def steps_of(sampler: Callable, sigmas: torch.Tensor) -> float:
     """How many steps the sampler takes over these levels; infinity where it decides itself."""
     return math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1
@@ -363,6 +435,53 @@ def check_call(
         raise ValueError(f"`generator` has to have one generator an image, {shape[0]}, but has {len(generator)}")
     if latents is not None and [n for n, fixed in zip(latents.shape, shape) if fixed] != [n for n in shape if n]:
         raise ValueError(f"`latents` have to be of shape {shape}, but are of shape {tuple(latents.shape)}")
+
+
+def check_comfy_seed(comfy_seed: int | list[int] | None, batch_size: int, **instead: Any) -> None:
+    """Raises a ValueError unless it is a seed, or one for every image, and no other argument gives noise too."""
+    if comfy_seed is None:
+        return
+    given = [name for name, value in instead.items() if value is not None]
+    if given:
+        raise ValueError(f"`comfy_seed` and `{given[0]}` both give the noise: pass one of them")
+    seeds = comfy_seed if isinstance(comfy_seed, list) else [comfy_seed]
+    if not all(isinstance(seed, int) and 0 <= seed < 2**64 for seed in seeds):
+        raise ValueError(
+            f"`comfy_seed` has to be a whole number in 0..2^64 - 1, or a list of them, but is {comfy_seed}"
+        )
+    if isinstance(comfy_seed, list) and len(seeds) != batch_size:
+        raise ValueError(f"`comfy_seed` has to have one seed an image, {batch_size}, but has {len(seeds)}")
+
+
+def _seeded(seed: int | list[int], device: torch.device | str) -> torch.Generator | list[torch.Generator]:
+    if isinstance(seed, list):
+        return [_seeded(one, device) for one in seed]
+    return torch.Generator(device).manual_seed(seed)
+
+
+def comfy_noise(
+    seed: int | list[int], shape: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Generator | list[torch.Generator]]:
+    """ComfyUI's initial noise, float32 on the CPU, and the generator that its `s_churn` draws from on this device.
+
+    A seed draws the whole batch, as there; a list draws each image as if it were alone.
+    """
+    generator = _seeded(seed, "cpu")
+    noise = randn_tensor(shape, generator, torch.device("cpu"), torch.float32)
+    return noise, generator if device.type == "cpu" else _seeded(seed, device)
+
+
+def comfy_noise_sampler(sampler: Callable, x: torch.Tensor, sigmas: torch.Tensor, seed: int | list[int]) -> Callable:
+    """ComfyUI's step noise, float32: for `*_sde` a Brownian tree's on the CPU, for others white on x's device."""
+    name = getattr(sampler, "__name__", "")
+    if name.startswith("sample_dpmpp") and name.endswith("_sde"):
+        ends = sigmas[sigmas > 0].min().float(), sigmas.max().float()
+        tree = sampling.BrownianTreeNoiseSampler(x.cpu().float(), *ends, seed)
+        # torchsde rounds the ends to 1e-6 and warns of a time beyond them, which it takes for the end
+        inside = [round(end.item(), 6) for end in ends]
+        return lambda *sigmas: tree(*(torch.as_tensor(sigma).double().clamp(*inside) for sigma in sigmas)).to(x)
+    generator = _seeded(seed, x.device)
+    return lambda sigma, sigma_next: randn_tensor(x.shape, generator, x.device, torch.float32).to(x)
 
 
 def check_schedule(schedule: str | None, **instead: Any) -> None:
@@ -430,6 +549,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         sampler_kwargs: dict[str, Any] | None = None,
         schedule: str | None = None,
         quantize_timesteps: bool = False,
+        comfy_seed: int | list[int] | None = None,
     ) -> StableDiffusionXLPipelineOutput | tuple:
         """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
 
@@ -437,10 +557,14 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
                 callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
             sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
-            schedule: noise levels by name, "karras", "exponential", "polyexponential" or "vp", between the lowest and
-                the highest level that the network was trained with. None: the scheduler's own.
+            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", between
+                the lowest and the highest level that the network was trained with, and ComfyUI's "simple", "normal",
+                "sgm_uniform", "ddim_uniform", "beta", "linear_quadratic" and "kl_optimal". None: the scheduler's own.
             quantize_timesteps: give the network the nearest trained timestep, as DPMSolverMultistepScheduler does, and
-                not an interpolated one, as EulerDiscreteScheduler does.
+                not an interpolated one, as EulerDiscreteScheduler does. ComfyUI does too.
+            comfy_seed: ComfyUI's seed, or one for each image, in place of `generator` and `latents`: the noise that
+                ComfyUI draws, its start and its step noise. With one of its schedules and `quantize_timesteps=True`
+                the latents are ComfyUI's.
 
         `sigmas` and the callback's `sigma` are noise levels of the variance-exploding process x = x0 + sigma noise, in
         which `latents` live too; `timesteps` are the trained ones. The state is float32 (float64 for a float64 network)
@@ -481,9 +605,10 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         batch_size *= num_images_per_prompt
         channels = self.unet.config.in_channels
         check_call(num_inference_steps, generator, latents, (batch_size, channels, None, None))
+        check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
         sampler = find_sampler(sampler)
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
-        denoiser_class, alphas_cumprod = self._trained_with()
+        denoiser_class, alphas_cumprod = self._trained_with(schedule)
         sigmas, start = self.noise_levels(num_inference_steps, timesteps, sigmas, schedule, denoising_end)
 
         self._guidance_scale = guidance_scale
@@ -547,11 +672,18 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 ).to(device, dtype)
 
             # generator -> noise, the stock pipeline's own
-            if latents is None:
-                shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            if comfy_seed is not None:
+                latents, generator = comfy_noise(comfy_seed, shape, device)
+                # the highest level counts as all noise, a lower one as noise on a black latent
+                at_highest = sigmas[0] ** 2 >= (1 / alphas_cumprod[-1] - 1) * (1 - 2e-5)
+                start = (sigmas[0] ** 2 + 1).sqrt() if at_highest else sigmas[0]
+            elif latents is None:
                 latents = randn_tensor(shape, generator, device, prompt_embeds.dtype)
             x = latents.to(device, state_dtype) * start.item()
             sigmas = sigmas.to(state_dtype)
+            if comfy_seed is not None:
+                sampler_kwargs.setdefault("noise_sampler", comfy_noise_sampler(sampler, x, sigmas, comfy_seed))
 
             # conditioning -> denoiser, the only place that knows the network
             def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -610,8 +742,12 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             self.maybe_free_model_hooks()
         return StableDiffusionXLPipelineOutput(images=image) if return_dict else (image,)
 
-    def _trained_with(self) -> tuple[type, torch.Tensor]:
-        """k-diffusion's wrapper for the network's prediction, and the alphas_cumprod it was trained with, float64."""
+    def _trained_with(self, schedule: str | None = None) -> tuple[type, torch.Tensor]:
+        """k-diffusion's wrapper for the network's prediction, and the alphas_cumprod it was trained with, float64.
+
+        Named noise levels get them from the betas in float64, as ComfyUI computes them; the scheduler's own levels get
+        the scheduler's, which are float32 (its lowest sigma is off by 1e-5).
+        """
         wrappers = {
             "epsilon": external.DiscreteEpsDDPMDenoiser,
             "v_prediction": external.DiscreteVDDPMDenoiser,
@@ -622,8 +758,18 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 f"`scheduler`: needs betas and prediction_type 'epsilon' or 'v_prediction', but is"
                 f" {type(self.scheduler).__name__} with {prediction_type!r}"
             )
-        # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
-        return wrappers[prediction_type], self.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
+        if schedule is None:
+            # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
+            return wrappers[prediction_type], self.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
+        scheduler, rescaled = self.scheduler, self.scheduler.config.get("rescale_betas_zero_snr", False)
+        if rescaled:
+            scheduler = type(scheduler).from_config(scheduler.config, rescale_betas_zero_snr=False)
+        alphas_cumprod = (1 - scheduler.betas.double().cpu()).cumprod(0)
+        if rescaled:  # Lin et al. 2024, algorithm 1, on the betas before scheduler and float32 had them
+            alphas = alphas_cumprod.sqrt()
+            alphas_cumprod = ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
+        # ComfyUI takes this for the zero, which makes the highest sigma 4518.76
+        return wrappers[prediction_type], alphas_cumprod.where(alphas_cumprod > 0, 4.8973451890853435e-08)
 
     def noise_levels(
         self,
@@ -638,14 +784,15 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         Returns:
             sigmas of shape (steps + 1,), falling, and a number; float64, on the CPU.
         """
-        alphas_cumprod = self._trained_with()[1]
+        alphas_cumprod = self._trained_with(schedule)[1]
         check_schedule(schedule, sigmas=sigmas, timesteps=timesteps)
         if sigmas is not None:
             check_sigmas(sigmas)
         trained = external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
         if schedule is not None:
-            low, high = trained.sigma_min.item(), trained.sigma_max.item()
-            levels = named_sigmas(schedule, num_inference_steps, low, high).double()
+            table = external.DiscreteSchedule(trained.sigmas.float(), quantize=False)
+            table = TrainedLevels(table.sigmas, table.t_to_sigma, 0, len(alphas_cumprod) - 1)
+            levels = trained_sigmas(schedule, num_inference_steps, table).double()
             start = levels[0]
         else:
             scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
