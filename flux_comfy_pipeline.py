@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -58,6 +59,10 @@ sampling, external = _k_diffusion("sampling", "external")
 
 BY_LEVELS = ("model", "x", "sigmas")
 BY_RANGE = ("model", "x", "sigma_min", "sigma_max")  # dpm_fast and dpm_adaptive place their own levels in log sigma
+COMFY_ALONE = re.compile(  # what ComfyUI names and k-diffusion has not
+    "(exp_)?heun_?(pp)?2.*|.*_cfg_pp|.*_sde_heun.*|ddpm|lcm|ipndm.*|deis|res_multistep.*|gradient_estimation|er_sde"
+    "|seeds_.|sa_solver.*|uni_pc.*"
+)
 GIVEN = {*BY_LEVELS, *BY_RANGE, "n", "extra_args", "callback", "disable"}
 
 
@@ -82,12 +87,20 @@ def _unknown(argument: str, name: Any, known: Sequence[str]) -> ValueError:
 def find_sampler(sampler: str | Callable) -> Callable:
     """The sampler of this name, with or without `sample_`. A callable with k-diffusion's signature comes back as it is.
 
+    ComfyUI's names are known too: its `ddim` is Euler's method, its `dpmpp_*_sde_gpu` the samplers without `_gpu`.
+
     Raises:
         ValueError: no sampler of k-diffusion has this name.
         TypeError: not a name, and not callable as `sampler(model, x, sigmas, ...)`.
     """
     if isinstance(sampler, str):
         names, name = sampler_names(), sampler.removeprefix("sample_")
+        if COMFY_ALONE.fullmatch(name):
+            raise ValueError(
+                f"`sampler`: {name} is ComfyUI's, not k-diffusion's. Its own function can be passed in its place,"
+                f" sampler=comfy.samplers.sampler_object({name!r}).sampler_function"
+            )
+        name = "euler" if name == "ddim" else re.sub("_sde_gpu$", "_sde", name)
         if name in names:
             return getattr(sampling, f"sample_{name}")
         raise _unknown("sampler", sampler, names)
@@ -471,12 +484,17 @@ def comfy_noise(
     return noise, generator if device.type == "cpu" else _seeded(seed, device)
 
 
-def comfy_noise_sampler(sampler: Callable, x: torch.Tensor, sigmas: torch.Tensor, seed: int | list[int]) -> Callable:
-    """ComfyUI's step noise, float32: for `*_sde` a Brownian tree's on the CPU, for others white on x's device."""
+def comfy_noise_sampler(
+    sampler: Callable, x: torch.Tensor, sigmas: torch.Tensor, seed: int | list[int], on_device: bool = False
+) -> Callable:
+    """ComfyUI's step noise, float32: for `*_sde` a Brownian tree's, for others white on x's device.
+
+    The tree draws on the CPU, or, as in ComfyUI for the names that end in `_gpu`, on x's device.
+    """
     name = getattr(sampler, "__name__", "")
     if name.startswith("sample_dpmpp") and name.endswith("_sde"):
         ends = sigmas[sigmas > 0].min().float(), sigmas.max().float()
-        tree = sampling.BrownianTreeNoiseSampler(x.cpu().float(), *ends, seed)
+        tree = sampling.BrownianTreeNoiseSampler((x if on_device else x.cpu()).float(), *ends, seed)
         # torchsde rounds the ends to 1e-6 and warns of a time beyond them, which it takes for the end
         inside = [round(end.item(), 6) for end in ends]
         return lambda *sigmas: tree(*(torch.as_tensor(sigma).double().clamp(*inside) for sigma in sigmas)).to(x)
@@ -598,6 +616,7 @@ class FluxComfyPipeline(FluxPipeline):
         channels = self.transformer.config.in_channels
         check_call(num_inference_steps, generator, latents, (batch_size, rows * columns, channels))
         check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
+        noise_on_device = str(sampler).endswith("_gpu")
         sampler = find_sampler(sampler)
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
         ts = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)
@@ -656,8 +675,8 @@ class FluxComfyPipeline(FluxPipeline):
             # generator -> noise, the stock pipeline's own
             if comfy_seed is not None:
                 shape = (batch_size, channels // 4, 2 * rows, 2 * columns)
-                noise, generator = comfy_noise(comfy_seed, shape, device)
-                latents = self._pack_latents(noise, *shape)
+                unpacked, generator = comfy_noise(comfy_seed, shape, device)
+                latents = self._pack_latents(unpacked, *shape)
             noise, image_ids = self.prepare_latents(
                 batch_size, channels // 4, height, width, noise_dtype, device, generator, latents
             )
@@ -702,7 +721,14 @@ class FluxComfyPipeline(FluxPipeline):
             else:
                 y = x * (1 + sigmas[0].item()) if ve else x
             if comfy_seed is not None:
-                sampler_kwargs.setdefault("noise_sampler", comfy_noise_sampler(sampler, y, sigmas, comfy_seed))
+                unpacked = unpacked.to(device, state_dtype)
+                draw = comfy_noise_sampler(sampler, unpacked, ts, comfy_seed, noise_on_device)
+
+                def step_noise(*sigmas: torch.Tensor) -> torch.Tensor:
+                    """ComfyUI's, drawn before packing and at times that are t."""
+                    return self._pack_latents(draw(*(to_flow(y, sigma)[1] for sigma in sigmas)), *shape)
+
+                sampler_kwargs.setdefault("noise_sampler", step_noise)
 
             def after_step(i, y, sigma, began, denoised) -> torch.Tensor:
                 x, t = to_flow(y, sigma)[0], to_flow(y, began)[1]
