@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import inspect
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gallery.options import Family
+from gallery.parameters import write_parameters
 from gallery.pictures import contact_sheet, read_settings, write_png
 
 
@@ -215,8 +217,9 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
         "schedule": options.schedule or "scheduler",
         "sigmas": json.dumps([round(sigma, 6) for sigma in sigmas.tolist()]),
         "guidance": str(options.guidance),
-        **({"true_cfg": str(options.true_cfg)} if flux and options.negative_prompt else {}),
+        **({"true_cfg": str(options.true_cfg if options.negative_prompt else 1.0)} if flux else {}),
         "seed": str(options.seed),
+        **({"comfy": "True"} if options.comfy else {}),
         "size": f"{width}x{height}",
         "dtype": str((pipe.transformer if flux else pipe.unet).dtype).removeprefix("torch."),
         "versions": json.dumps(
@@ -251,7 +254,7 @@ def _encode(family: Family, pipe: Any, options: argparse.Namespace) -> dict[str,
             names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
             embeds = pipe.encode_prompt(
                 options.prompt,
-                negative_prompt=options.negative_prompt,
+                negative_prompt=_negative_prompt(options),
                 do_classifier_free_guidance=options.guidance > 1,
             )
             return dict(zip(names, embeds))
@@ -263,6 +266,29 @@ def _encode(family: Family, pipe: Any, options: argparse.Namespace) -> dict[str,
             encoded |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": pooled}
             encoded["true_cfg_scale"] = options.true_cfg
         return encoded
+
+
+def _negative_prompt(options: argparse.Namespace) -> str | None:
+    """ComfyUI encodes an empty one; diffusers takes zeros where there is none."""
+    return options.negative_prompt or ("" if options.comfy else None)
+
+
+def _comfy_arguments(family: Family, sampler: str, steps: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments by which a pipeline draws ComfyUI's picture, that of its KSampler node.
+
+    The node gives dpm_2 and dpm_2_ancestral a level more and leaves out the last but one.
+    """
+    arguments = {"comfy_seed": options.seed, **({"quantize_timesteps": True} if family.name == "sdxl" else {})}
+    if sampler not in ("dpm_2", "dpm_2_ancestral"):
+        return arguments
+    function = importlib.import_module(family.module).find_sampler(sampler)
+
+    @functools.wraps(function)  # with its name and options
+    def without_the_last_but_one(model: Any, x: Any, sigmas: Any, *args: Any, **kwargs: Any) -> Any:
+        levels = [i for i in range(len(sigmas)) if i != len(sigmas) - 2]
+        return function(model, x, sigmas[levels], *args, **kwargs)
+
+    return {**arguments, "sampler": without_the_last_but_one, "num_inference_steps": steps + 1}
 
 
 def _draw(
@@ -286,21 +312,24 @@ def _draw(
 
     hook = network.register_forward_pre_hook(count)
     width, height = (int(side) for side in settings["size"].split("x"))
+    arguments = {"sampler": sampler, "num_inference_steps": int(settings["steps"])}
+    if options.comfy:
+        arguments |= _comfy_arguments(family, sampler, int(settings["steps"]), options)
+    else:
+        arguments["generator"] = torch.Generator("cpu").manual_seed(options.seed)  # the same noise for every sampler
     start = time.perf_counter()
     try:
         image = pipe(
             **prompt,
-            sampler=sampler,
+            **arguments,
             schedule=options.schedule,
-            num_inference_steps=int(settings["steps"]),
             guidance_scale=options.guidance,
             width=width,
             height=height,
-            generator=torch.Generator("cpu").manual_seed(options.seed),  # the same noise for every sampler
         ).images[0]
         drawn.seconds = time.perf_counter() - start
         written = {**settings, "evaluations": str(drawn.evaluations), "seconds": f"{drawn.seconds:.1f}"}
-        write_png(image, path, written)
+        write_png(image, path, {**written, "parameters": write_parameters(written)})
         drawn.path = path
     except Exception as error:
         drawn.error = _reason(error)
@@ -326,7 +355,7 @@ def _finish(name: str, model: str, settings: dict[str, str], drawn: list[Drawn],
         (one.sampler, one.error or f"{one.evaluations} evaluations, {one.seconds:.1f} s", one.path) for one in drawn
     ]
     sheet = options.output / f"{name}-grid.png"
-    write_png(contact_sheet(title, entries), sheet, settings)
+    write_png(contact_sheet(title, entries), sheet, {**settings, "parameters": write_parameters(settings)})
     print(f"\n{'sampler':20}{'evaluations':>12}{'seconds':>10}  picture")
     for one in drawn:
         note = f" ({one.note})" if one.note else ""
