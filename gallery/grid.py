@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib
 import inspect
 import json
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gallery.comfy import comfy_arguments
 from gallery.options import Family
 from gallery.parameters import write_parameters
 from gallery.pictures import contact_sheet, read_settings, write_png
@@ -273,24 +273,6 @@ def _negative_prompt(options: argparse.Namespace) -> str | None:
     return options.negative_prompt or ("" if options.comfy else None)
 
 
-def _comfy_arguments(family: Family, sampler: str, steps: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments by which a pipeline draws ComfyUI's picture, that of its KSampler node.
-
-    The node gives dpm_2 and dpm_2_ancestral a level more and leaves out the last but one.
-    """
-    arguments = {"comfy_seed": options.seed, **({"quantize_timesteps": True} if family.name == "sdxl" else {})}
-    if sampler not in ("dpm_2", "dpm_2_ancestral"):
-        return arguments
-    function = importlib.import_module(family.module).find_sampler(sampler)
-
-    @functools.wraps(function)  # with its name and options
-    def without_the_last_but_one(model: Any, x: Any, sigmas: Any, *args: Any, **kwargs: Any) -> Any:
-        levels = [i for i in range(len(sigmas)) if i != len(sigmas) - 2]
-        return function(model, x, sigmas[levels], *args, **kwargs)
-
-    return {**arguments, "sampler": without_the_last_but_one, "num_inference_steps": steps + 1}
-
-
 def _draw(
     family: Family,
     pipe: Any,
@@ -312,10 +294,13 @@ def _draw(
 
     hook = network.register_forward_pre_hook(count)
     width, height = (int(side) for side in settings["size"].split("x"))
-    arguments = {"sampler": sampler, "num_inference_steps": int(settings["steps"])}
+    steps = int(settings["steps"])
     if options.comfy:
-        arguments |= _comfy_arguments(family, sampler, int(settings["steps"]), options)
+        module = importlib.import_module(family.module)
+        arguments = comfy_arguments(sampler, steps, options.seed, module.find_sampler)
+        arguments |= {"quantize_timesteps": True} if family.name == "sdxl" else {}
     else:
+        arguments = {"sampler": sampler, "num_inference_steps": steps}
         arguments["generator"] = torch.Generator("cpu").manual_seed(options.seed)  # the same noise for every sampler
     start = time.perf_counter()
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 from closed_form import Mixture, sdxl_pipeline
@@ -13,11 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gallery import grid
+from gallery.comfy import comfy_arguments
 from gallery.options import FLUX, SDXL, parse
 from gallery.parameters import SAMPLERS, SCHEDULES, read_parameters, write_parameters
 from gallery.pictures import read_settings
 from sdxl_comfy_pipeline import SCHEDULES as PIPELINE_SCHEDULES
-from sdxl_comfy_pipeline import sampler_names
+from sdxl_comfy_pipeline import find_sampler, sampler_names
 
 # as the web UI writes it: infotext of a picture of version 1.10, with a weight, a LoRA and values in quotes
 WEB_UI = """(astronaut:1.2) in a jungle,
@@ -148,10 +147,9 @@ def test_comfy_gives_dpm_2_the_levels_of_the_ksampler_node(sampler):
     }
     call |= {"height": 64, "width": 64}
     began = []
-    arguments = {"sampler": sampler, "num_inference_steps": 6, "schedule": "normal"}
-    arguments |= grid._comfy_arguments(SDXL, sampler, 6, argparse.Namespace(seed=3))
     pipe(
-        **arguments,
+        **comfy_arguments(sampler, 6, 3, find_sampler),
+        schedule="normal",
         **call,
         callback_on_step_end=lambda pipe, i, timestep, tensors: began.append(tensors["sigma"].item()) or {},
         callback_on_step_end_tensor_inputs=["sigma"],
