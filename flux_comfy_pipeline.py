@@ -373,13 +373,13 @@ def _evenly(n: int, trained: TrainedLevels) -> torch.Tensor:
 
 
 def _simple(n: int, trained: TrainedLevels) -> torch.Tensor:
-    """Every n-th part of the table, from the top."""
+    """n of the table, at an even stride from the top."""
     stride = len(trained.sigmas) / n
     return trained.sigmas.flip(0)[[int(i * stride) for i in range(n)]]
 
 
 def _ddim_uniform(n: int, trained: TrainedLevels) -> torch.Tensor:
-    """Every so-many-th of the table, from the second lowest up. More than n levels where n does not divide it."""
+    """At an even stride from the second lowest up. More than n levels where n does not divide the table."""
     return trained.sigmas[1 :: max(len(trained.sigmas) // n, 1)].flip(0)
 
 
@@ -726,7 +726,7 @@ class FluxComfyPipeline(FluxPipeline):
 
                 def step_noise(*sigmas: torch.Tensor) -> torch.Tensor:
                     """ComfyUI's, drawn before packing and at times that are t."""
-                    return self._pack_latents(draw(*(to_flow(y, sigma)[1] for sigma in sigmas)), *shape)
+                    return self._pack_latents(draw(*(s / (1 + s) if ve else s for s in sigmas)), *shape)
 
                 sampler_kwargs.setdefault("noise_sampler", step_noise)
 
@@ -797,7 +797,9 @@ class FluxComfyPipeline(FluxPipeline):
             config.get("max_shift", 1.15),
         )
         if schedule is not None:
-            shift = config.get("flow_shift") or getattr(self.scheduler, "shift", 1.0)
+            shift = config.get("flow_shift", config.get("shift", 1.0))
+            if hasattr(type(self.scheduler), "shift"):  # its `set_shift` leaves the config alone
+                shift = self.scheduler.shift
             if config.get("use_dynamic_shifting"):
                 shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
             return trained_sigmas(schedule, num_inference_steps, flow_levels(shift)).double()

@@ -373,13 +373,13 @@ def _evenly(n: int, trained: TrainedLevels) -> torch.Tensor:
 
 
 def _simple(n: int, trained: TrainedLevels) -> torch.Tensor:
-    """Every n-th part of the table, from the top."""
+    """n of the table, at an even stride from the top."""
     stride = len(trained.sigmas) / n
     return trained.sigmas.flip(0)[[int(i * stride) for i in range(n)]]
 
 
 def _ddim_uniform(n: int, trained: TrainedLevels) -> torch.Tensor:
-    """Every so-many-th of the table, from the second lowest up. More than n levels where n does not divide it."""
+    """At an even stride from the second lowest up. More than n levels where n does not divide the table."""
     return trained.sigmas[1 :: max(len(trained.sigmas) // n, 1)].flip(0)
 
 
@@ -694,7 +694,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
             if comfy_seed is not None:
                 latents, generator = comfy_noise(comfy_seed, shape, device)
-                # the highest level counts as all noise, a lower one as noise on a black latent
+                # ComfyUI begins with nothing but noise, x / sqrt(sigma^2 + 1), at the highest level, and below it with
+                # an empty latent and noise, x = 0 + sigma noise
                 at_highest = sigmas[0] ** 2 >= (1 / alphas_cumprod[-1] - 1) * (1 - 2e-5)
                 start = (sigmas[0] ** 2 + 1).sqrt() if at_highest else sigmas[0]
             elif latents is None:

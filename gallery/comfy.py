@@ -6,11 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+SKIPPING = ("dpm_2", "dpm_2_ancestral")
+
 
 def comfy_arguments(sampler: str, steps: int, seed: int, find_sampler: Callable[[str], Callable]) -> dict[str, Any]:
     """`sampler`, `num_inference_steps` and `comfy_seed` for a sampler of ComfyUI's by name."""
     arguments = {"sampler": sampler, "num_inference_steps": steps, "comfy_seed": seed}
-    if sampler in ("dpm_2", "dpm_2_ancestral"):
+    if sampler in SKIPPING:
         return arguments | {"sampler": skipping_a_level(find_sampler(sampler)), "num_inference_steps": steps + 1}
     if sampler == "lms":
         return arguments | {"sampler": ending_in_denoised(find_sampler(sampler))}
@@ -18,7 +20,7 @@ def comfy_arguments(sampler: str, steps: int, seed: int, find_sampler: Callable[
 
 
 def skipping_a_level(sampler: Callable) -> Callable:
-    """Without the last but one, as the node runs dpm_2 and dpm_2_ancestral, to which it gives one level more."""
+    """Without the last level but one, as the node runs the samplers of `SKIPPING`, to which it gives one level more."""
 
     @functools.wraps(sampler)  # with its name and options
     def skipping(model: Any, x: Any, sigmas: Any, **options: Any) -> Any:

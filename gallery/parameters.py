@@ -92,4 +92,7 @@ def _quoted(value: str) -> str:
 
 
 def _unquoted(value: str) -> str:
-    return json.loads(value) if value.startswith('"') else value.strip()
+    try:
+        return json.loads(value) if value.startswith('"') else value.strip()
+    except json.JSONDecodeError:  # a quote that is a value's own
+        return value.strip()

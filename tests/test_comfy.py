@@ -14,7 +14,12 @@ import scipy.stats
 import torch
 from closed_form import Mixture, flux_pipeline, sdxl_pipeline
 from conftest import PROMPT, ROOT, relative, seeded
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from safetensors import safe_open
 
 from flux_comfy_pipeline import flow_levels
@@ -175,6 +180,16 @@ def test_levels_of_other_shifts(flux, options, mu):
         torch.testing.assert_close(karras[[0, -2]], table[[0, -1]], **close)
 
 
+def test_shift_of_other_flow_schedulers(flux):
+    """Wherever diffusers keeps it: half way, t = 1/2, a shift of 3 makes 3/4."""
+    set_later = FlowMatchEulerDiscreteScheduler()
+    set_later.set_shift(3.0)
+    solver = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    for scheduler in (set_later, solver, FlowMatchHeunDiscreteScheduler(shift=3.0)):
+        pipe = type(flux)(**{**flux.components, "scheduler": scheduler})
+        assert levels(pipe, 2, "simple").tolist() == pytest.approx([1, 0.75, 0])
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_levels_fall_at_every_step_count(pipes, schedule):
     """Strictly, to zero, from 1 step to more than there are trained levels; where levels coincide there are fewer."""
@@ -290,6 +305,17 @@ def test_brownian_noise_is_k_diffusions_with_the_seed():
             warnings.simplefilter("ignore")
             expected = tree(sigma, sigma_next)
         torch.testing.assert_close(ours(sigma, sigma_next), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_a_float64_network_gets_the_same_noise(pipes, model, sampler):
+    """Drawn in float32 and then widened, so that a comparison in float64 is one of the same picture."""
+    exact = sdxl_pipeline(mixture(4)) if model == "sdxl" else flux_pipeline(mixture(16), mu=SHIFT, channels=64)
+    call = {"sampler": sampler, "schedule": "simple", "num_inference_steps": 8, "comfy_seed": 4}
+    latents = draw(exact, **call)
+    assert latents.dtype == torch.float64
+    assert relative(draw(pipes[model], **call), latents) < 1e-4  # float32, and the Brownian tree's times
 
 
 def test_step_noise_can_be_the_callers(pipes):

@@ -50,6 +50,10 @@ def test_text_of_the_web_ui_is_read():
     }
 
 
+def test_a_value_with_a_quote_of_its_own_is_read():
+    assert read_parameters("cat\nSteps: 4, Seed: 1, Size: 8x8, Model: \"Anna's")["model"] == "\"Anna's"
+
+
 def test_text_is_that_of_the_web_ui():
     settings = {
         "prompt": "an astronaut",
