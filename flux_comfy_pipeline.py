@@ -16,10 +16,11 @@ import importlib.util
 import inspect
 import math
 import numbers
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,8 +61,11 @@ sampling, external = _k_diffusion("sampling", "external")
 
 BY_LEVELS = ("model", "x", "sigmas")
 BY_RANGE = ("model", "x", "sigma_min", "sigma_max")  # dpm_fast and dpm_adaptive place their own levels in log sigma
+COMFY_ALONE = re.compile(  # what ComfyUI names and k-diffusion has not
+    "(exp_)?heun_?(pp)?2.*|.*_cfg_pp|.*_sde_heun.*|ddpm|lcm|ipndm.*|deis|res_multistep.*|gradient_estimation|er_sde"
+    "|seeds_.|sa_solver.*|uni_pc.*"
+)
 GIVEN = {*BY_LEVELS, *BY_RANGE, "n", "extra_args", "callback", "disable"}
-SCHEDULES = ("karras", "exponential", "polyexponential", "vp")
 
 
 def sampler_names() -> list[str]:
@@ -85,12 +89,20 @@ def _unknown(argument: str, name: Any, known: Sequence[str]) -> ValueError:
 def find_sampler(sampler: str | Callable) -> Callable:
     """The sampler of this name, with or without `sample_`. A callable with k-diffusion's signature comes back as it is.
 
+    ComfyUI's names are known too: its `ddim` is Euler's method, its `dpmpp_*_sde_gpu` the samplers without `_gpu`.
+
     Raises:
         ValueError: no sampler of k-diffusion has this name.
         TypeError: not a name, and not callable as `sampler(model, x, sigmas, ...)`.
     """
     if isinstance(sampler, str):
         names, name = sampler_names(), sampler.removeprefix("sample_")
+        if COMFY_ALONE.fullmatch(name):
+            raise ValueError(
+                f"`sampler`: {name} is ComfyUI's, not k-diffusion's. Its own function can be passed in its place,"
+                f" sampler=comfy.samplers.sampler_object({name!r}).sampler_function"
+            )
+        name = "euler" if name == "ddim" else re.sub("_sde_gpu$", "_sde", name)
         if name in names:
             return getattr(sampling, f"sample_{name}")
         raise _unknown("sampler", sampler, names)
@@ -141,7 +153,9 @@ class _SamplerMode(TorchFunctionMode):
         if func is torch.randn_like:
             return self.draw(args[0])
         if func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
-            return args[0]
+            index = args[1] if isinstance(args[1], tuple) else ()
+            if index and index[0] is ... and all(i is None for i in index[1:]):  # k-diffusion's append_dims
+                return args[0]
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
@@ -361,6 +375,79 @@ def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> t
     return getattr(sampling, f"get_sigmas_{schedule}")(n, sigma_min, sigma_max)
 
 
+class TrainedLevels(NamedTuple):
+    """The noise levels that a network was trained with, as ComfyUI keeps them: float32, on the CPU."""
+
+    sigmas: torch.Tensor
+    """Rising."""
+    t_to_sigma: Callable[[torch.Tensor], torch.Tensor]
+    """Between the levels, from a t in t_min..t_max on the network's own scale."""
+    t_min: float
+    t_max: float
+
+
+def _evenly(n: int, trained: TrainedLevels) -> torch.Tensor:
+    return trained.t_to_sigma(torch.linspace(trained.t_max, trained.t_min, n))
+
+
+def _simple(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """n of the table, at an even stride from the top."""
+    stride = len(trained.sigmas) / n
+    return trained.sigmas.flip(0)[[int(i * stride) for i in range(n)]]
+
+
+def _ddim_uniform(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """At an even stride from the second lowest up. More than n levels where n does not divide the table."""
+    return trained.sigmas[1 :: max(len(trained.sigmas) // n, 1)].flip(0)
+
+
+def _beta(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """Quantiles of Beta(0.6, 0.6), Lee et al. 2024. With many steps some round to the same level."""
+    from scipy.special import betaincinv
+
+    places = betaincinv(0.6, 0.6, 1 - torch.arange(n, dtype=torch.float64).numpy() / n) * (len(trained.sigmas) - 1)
+    return trained.sigmas[torch.as_tensor(places).round().long()]
+
+
+def _linear_quadratic(n: int, trained: TrainedLevels, threshold: float = 0.025) -> torch.Tensor:
+    """A line from 1 to 1 - threshold in the first half of the steps, then the parabola that goes on smoothly to 0."""
+    half, i = n // 2, torch.arange(n, dtype=torch.float64)
+    slope = threshold / max(half, 1)
+    share = 1 - slope * i - (1 - slope * n) * ((i - half).clamp(min=0) / (n - half)) ** 2
+    return share.float() * trained.sigmas[-1]
+
+
+def _kl_optimal(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """Even in atan(sigma), Sabour et al. 2024. One step, for which ComfyUI has NaN, begins at the highest level."""
+    share = torch.arange(n) / max(n - 1, 1)
+    low, high = trained.sigmas[0].item(), trained.sigmas[-1].item()
+    return (share * math.atan(low) + (1 - share) * math.atan(high)).tan()
+
+
+# ComfyUI's noise levels by its names, falling, without the zero at their end. It takes karras and exponential from
+# k-diffusion, as is done here.
+COMFY_SCHEDULES: dict[str, Callable[[int, TrainedLevels], torch.Tensor]] = {
+    "simple": _simple,
+    "normal": _evenly,
+    "sgm_uniform": lambda n, trained: _evenly(n + 1, trained)[:-1],
+    "ddim_uniform": _ddim_uniform,
+    "beta": _beta,
+    "linear_quadratic": _linear_quadratic,
+    "kl_optimal": _kl_optimal,
+}
+SCHEDULES = ("karras", "exponential", "polyexponential", "vp", *COMFY_SCHEDULES)
+
+
+def trained_sigmas(schedule: str, n: int, trained: TrainedLevels) -> torch.Tensor:
+    """The noise levels of this name, one of `SCHEDULES`, for n steps: falling, then zero; float32.
+
+    They equal ComfyUI's to its float32. `beta` and `ddim_uniform` may have a few less or more than n steps, as there.
+    """
+    if schedule in COMFY_SCHEDULES:
+        return sampling.append_zero(COMFY_SCHEDULES[schedule](n, trained).unique_consecutive())
+    return named_sigmas(schedule, n, trained.sigmas[0].item(), trained.sigmas[-1].item())
+
+
 def steps_of(sampler: Callable, sigmas: torch.Tensor) -> float:
     """How many steps the sampler takes over these levels; infinity where it decides itself."""
     return math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1
@@ -416,6 +503,58 @@ def check_ip_adapter(network: torch.nn.Module, *images: Any) -> None:
         raise ValueError("`ip_adapter_image`: there is no IP-adapter, call load_ip_adapter first")
     if any(isinstance(image, list) and not image for image in given):
         raise ValueError("`ip_adapter_image` and `ip_adapter_image_embeds` have to be None or one for each IP-adapter")
+
+
+def check_comfy_seed(comfy_seed: int | list[int] | None, batch_size: int, **instead: Any) -> None:
+    """Raises a ValueError unless it is a seed, or one for every image, and no other argument gives noise too."""
+    if comfy_seed is None:
+        return
+    given = [name for name, value in instead.items() if value is not None]
+    if given:
+        raise ValueError(f"`comfy_seed` and `{given[0]}` both give the noise: pass one of them")
+    seeds = comfy_seed if isinstance(comfy_seed, list) else [comfy_seed]
+    if not all(isinstance(seed, int) and 0 <= seed < 2**64 for seed in seeds):
+        raise ValueError(
+            f"`comfy_seed` has to be a whole number in 0..2^64 - 1, or a list of them, but is {comfy_seed}"
+        )
+    if isinstance(comfy_seed, list) and len(seeds) != batch_size:
+        raise ValueError(f"`comfy_seed` has to have one seed an image, {batch_size}, but has {len(seeds)}")
+
+
+def _seeded(seed: int | list[int], device: torch.device | str) -> torch.Generator | list[torch.Generator]:
+    if isinstance(seed, list):
+        return [_seeded(one, device) for one in seed]
+    return torch.Generator(device).manual_seed(seed)
+
+
+def comfy_noise(
+    seed: int | list[int], shape: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Generator | list[torch.Generator]]:
+    """ComfyUI's initial noise, float32 on the CPU, and the generator that its `s_churn` draws from on this device.
+
+    A seed draws the whole batch, as there; a list draws each image as if it were alone.
+    """
+    generator = _seeded(seed, "cpu")
+    noise = randn_tensor(shape, generator, torch.device("cpu"), torch.float32)
+    return noise, generator if device.type == "cpu" else _seeded(seed, device)
+
+
+def comfy_noise_sampler(
+    sampler: Callable, x: torch.Tensor, sigmas: torch.Tensor, seed: int | list[int], on_device: bool = False
+) -> Callable:
+    """ComfyUI's step noise, float32: for `*_sde` a Brownian tree's, for others white on x's device.
+
+    The tree draws on the CPU, or, as in ComfyUI for the names that end in `_gpu`, on x's device.
+    """
+    name = getattr(sampler, "__name__", "")
+    if name.startswith("sample_dpmpp") and name.endswith("_sde"):
+        ends = sigmas[sigmas > 0].min().float(), sigmas.max().float()
+        tree = sampling.BrownianTreeNoiseSampler((x if on_device else x.cpu()).float(), *ends, seed)
+        # torchsde rounds the ends to 1e-6 and warns of a time beyond them, which it takes for the end
+        inside = [round(end.item(), 6) for end in ends]
+        return lambda *sigmas: tree(*(torch.as_tensor(sigma).double().clamp(*inside) for sigma in sigmas)).to(x)
+    generator = _seeded(seed, x.device)
+    return lambda sigma, sigma_next: randn_tensor(x.shape, generator, x.device, torch.float32).to(x)
 
 
 def check_schedule(schedule: str | None, **instead: Any) -> None:
@@ -484,6 +623,7 @@ class FluxComfyPipeline(FluxPipeline):
         sampler_kwargs: dict[str, Any] | None = None,
         schedule: str | None = None,
         parameterization: str = "auto",
+        comfy_seed: int | list[int] | None = None,
     ) -> FluxPipelineOutput | tuple:
         """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
 
@@ -491,9 +631,14 @@ class FluxComfyPipeline(FluxPipeline):
             sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
                 callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
             sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
-            schedule: noise levels by name: "karras", "exponential", "polyexponential", "vp". None: the scheduler's own.
+            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", and
+                ComfyUI's "simple", "normal", "sgm_uniform", "ddim_uniform", "beta", "linear_quadratic", "kl_optimal".
+                None: the scheduler's own.
             parameterization: what the sampler sees as sigma. "flow": t. "ve": t / (1 - t). "auto": "ve" for samplers
                 that add noise or place their own noise levels, "flow" for the others.
+            comfy_seed: ComfyUI's seed, or one for each image, in place of `generator` and `latents`: the noise that
+                ComfyUI draws, before packing, and its step noise. With one of its schedules the latents of "euler",
+                "heun", "dpm_2" and "dpmpp_2m" are ComfyUI's.
 
         `sigmas` and the callback's `sigma` are FLUX's t, 1 for noise and 0 for the picture, whatever the sampler sees;
         `sigmas` are shifted by the scheduler as in the parent. `latents` are packed, x = (1 - t) x0 + t noise at the
@@ -556,6 +701,8 @@ class FluxComfyPipeline(FluxPipeline):
         )
         texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
         prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
+        check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
+        noise_on_device = str(sampler).endswith("_gpu")
         sampler = find_sampler(sampler)
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
         ts = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)
@@ -611,6 +758,10 @@ class FluxComfyPipeline(FluxPipeline):
                 guidance = torch.full([batch_size], guidance_scale, device=device, dtype=torch.float32)
 
             # generator -> noise, the stock pipeline's own
+            if comfy_seed is not None:
+                shape = (batch_size, channels // 4, 2 * rows, 2 * columns)
+                unpacked, generator = comfy_noise(comfy_seed, shape, device)
+                latents = self._pack_latents(unpacked, *shape)
             noise, image_ids = self.prepare_latents(
                 batch_size, channels // 4, height, width, noise_dtype, device, generator, latents
             )
@@ -650,6 +801,16 @@ class FluxComfyPipeline(FluxPipeline):
             ts = ts.to(state_dtype)
             sigmas = ve_sigmas(ts) if ve else ts
             x = (noise if latents is None else latents).to(device, state_dtype)
+            if comfy_seed is not None:
+                x = x * ts[0].item()  # ComfyUI begins with an empty latent and noise, x = 0 + t noise
+                unpacked = unpacked.to(device, state_dtype)
+                draw = comfy_noise_sampler(sampler, unpacked, ts, comfy_seed, noise_on_device)
+
+                def step_noise(*sigmas: torch.Tensor) -> torch.Tensor:
+                    """ComfyUI's, drawn before packing and at times that are t."""
+                    return self._pack_latents(draw(*(s / (1 + s) if ve else s for s in sigmas)), *shape)
+
+                sampler_kwargs.setdefault("noise_sampler", step_noise)
             y = x * (sigmas[0].item() if ts[0] == 1 else 1 + sigmas[0].item()) if ve else x
 
             def after_step(i, y, sigma, began, denoised) -> torch.Tensor:
@@ -719,11 +880,14 @@ class FluxComfyPipeline(FluxPipeline):
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
-        scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
         if schedule is not None:
-            # between t = 1 and the lowest of 10,000 shifted levels, as in ComfyUI
-            retrieve_timesteps(scheduler, None, "cpu", sigmas=[1.0, 1e-4], mu=mu)
-            return named_sigmas(schedule, num_inference_steps, scheduler.sigmas[1].item(), 1.0).double()
+            shift = config.get("flow_shift", config.get("shift", 1.0))
+            if hasattr(type(self.scheduler), "shift"):  # its `set_shift` leaves the config alone
+                shift = self.scheduler.shift
+            if config.get("use_dynamic_shifting"):
+                shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+            return trained_sigmas(schedule, num_inference_steps, flow_levels(shift)).double()
+        scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
         if sigmas is None:
             sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         if config.get("use_flow_sigmas"):
@@ -747,6 +911,19 @@ class FluxComfyPipeline(FluxPipeline):
             embeds = self.prepare_ip_adapter_image_embeds(image, embeds, self._execution_device, batch_size)
             prepared[side] = {"ip_adapter_image_embeds": embeds}
         return prepared
+
+
+def flow_levels(shift: float) -> TrainedLevels:
+    """The 10,000 levels, in t, that ComfyUI keeps for FLUX. `shift` is diffusers' fixed shift, or exp(mu).
+
+    `normal` and `sgm_uniform` go evenly down to the lowest level and shift again, as ComfyUI does.
+    """
+
+    def shifted(t: torch.Tensor) -> torch.Tensor:
+        return shift / (shift + (1 / t - 1))
+
+    levels = shifted(torch.arange(1, 10001) / 10000)
+    return TrainedLevels(levels, shifted, levels[0].item(), levels[-1].item())
 
 
 def uses_ve(parameterization: str, sampler: Callable, sampler_kwargs: dict[str, Any], ts: torch.Tensor) -> bool:

@@ -16,10 +16,11 @@ import importlib.util
 import inspect
 import math
 import numbers
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -60,8 +61,11 @@ sampling, external = _k_diffusion("sampling", "external")
 
 BY_LEVELS = ("model", "x", "sigmas")
 BY_RANGE = ("model", "x", "sigma_min", "sigma_max")  # dpm_fast and dpm_adaptive place their own levels in log sigma
+COMFY_ALONE = re.compile(  # what ComfyUI names and k-diffusion has not
+    "(exp_)?heun_?(pp)?2.*|.*_cfg_pp|.*_sde_heun.*|ddpm|lcm|ipndm.*|deis|res_multistep.*|gradient_estimation|er_sde"
+    "|seeds_.|sa_solver.*|uni_pc.*"
+)
 GIVEN = {*BY_LEVELS, *BY_RANGE, "n", "extra_args", "callback", "disable"}
-SCHEDULES = ("karras", "exponential", "polyexponential", "vp")
 
 
 def sampler_names() -> list[str]:
@@ -85,12 +89,20 @@ def _unknown(argument: str, name: Any, known: Sequence[str]) -> ValueError:
 def find_sampler(sampler: str | Callable) -> Callable:
     """The sampler of this name, with or without `sample_`. A callable with k-diffusion's signature comes back as it is.
 
+    ComfyUI's names are known too: its `ddim` is Euler's method, its `dpmpp_*_sde_gpu` the samplers without `_gpu`.
+
     Raises:
         ValueError: no sampler of k-diffusion has this name.
         TypeError: not a name, and not callable as `sampler(model, x, sigmas, ...)`.
     """
     if isinstance(sampler, str):
         names, name = sampler_names(), sampler.removeprefix("sample_")
+        if COMFY_ALONE.fullmatch(name):
+            raise ValueError(
+                f"`sampler`: {name} is ComfyUI's, not k-diffusion's. Its own function can be passed in its place,"
+                f" sampler=comfy.samplers.sampler_object({name!r}).sampler_function"
+            )
+        name = "euler" if name == "ddim" else re.sub("_sde_gpu$", "_sde", name)
         if name in names:
             return getattr(sampling, f"sample_{name}")
         raise _unknown("sampler", sampler, names)
@@ -141,7 +153,9 @@ class _SamplerMode(TorchFunctionMode):
         if func is torch.randn_like:
             return self.draw(args[0])
         if func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
-            return args[0]
+            index = args[1] if isinstance(args[1], tuple) else ()
+            if index and index[0] is ... and all(i is None for i in index[1:]):  # k-diffusion's append_dims
+                return args[0]
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
@@ -361,6 +375,79 @@ def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> t
     return getattr(sampling, f"get_sigmas_{schedule}")(n, sigma_min, sigma_max)
 
 
+class TrainedLevels(NamedTuple):
+    """The noise levels that a network was trained with, as ComfyUI keeps them: float32, on the CPU."""
+
+    sigmas: torch.Tensor
+    """Rising."""
+    t_to_sigma: Callable[[torch.Tensor], torch.Tensor]
+    """Between the levels, from a t in t_min..t_max on the network's own scale."""
+    t_min: float
+    t_max: float
+
+
+def _evenly(n: int, trained: TrainedLevels) -> torch.Tensor:
+    return trained.t_to_sigma(torch.linspace(trained.t_max, trained.t_min, n))
+
+
+def _simple(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """n of the table, at an even stride from the top."""
+    stride = len(trained.sigmas) / n
+    return trained.sigmas.flip(0)[[int(i * stride) for i in range(n)]]
+
+
+def _ddim_uniform(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """At an even stride from the second lowest up. More than n levels where n does not divide the table."""
+    return trained.sigmas[1 :: max(len(trained.sigmas) // n, 1)].flip(0)
+
+
+def _beta(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """Quantiles of Beta(0.6, 0.6), Lee et al. 2024. With many steps some round to the same level."""
+    from scipy.special import betaincinv
+
+    places = betaincinv(0.6, 0.6, 1 - torch.arange(n, dtype=torch.float64).numpy() / n) * (len(trained.sigmas) - 1)
+    return trained.sigmas[torch.as_tensor(places).round().long()]
+
+
+def _linear_quadratic(n: int, trained: TrainedLevels, threshold: float = 0.025) -> torch.Tensor:
+    """A line from 1 to 1 - threshold in the first half of the steps, then the parabola that goes on smoothly to 0."""
+    half, i = n // 2, torch.arange(n, dtype=torch.float64)
+    slope = threshold / max(half, 1)
+    share = 1 - slope * i - (1 - slope * n) * ((i - half).clamp(min=0) / (n - half)) ** 2
+    return share.float() * trained.sigmas[-1]
+
+
+def _kl_optimal(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """Even in atan(sigma), Sabour et al. 2024. One step, for which ComfyUI has NaN, begins at the highest level."""
+    share = torch.arange(n) / max(n - 1, 1)
+    low, high = trained.sigmas[0].item(), trained.sigmas[-1].item()
+    return (share * math.atan(low) + (1 - share) * math.atan(high)).tan()
+
+
+# ComfyUI's noise levels by its names, falling, without the zero at their end. It takes karras and exponential from
+# k-diffusion, as is done here.
+COMFY_SCHEDULES: dict[str, Callable[[int, TrainedLevels], torch.Tensor]] = {
+    "simple": _simple,
+    "normal": _evenly,
+    "sgm_uniform": lambda n, trained: _evenly(n + 1, trained)[:-1],
+    "ddim_uniform": _ddim_uniform,
+    "beta": _beta,
+    "linear_quadratic": _linear_quadratic,
+    "kl_optimal": _kl_optimal,
+}
+SCHEDULES = ("karras", "exponential", "polyexponential", "vp", *COMFY_SCHEDULES)
+
+
+def trained_sigmas(schedule: str, n: int, trained: TrainedLevels) -> torch.Tensor:
+    """The noise levels of this name, one of `SCHEDULES`, for n steps: falling, then zero; float32.
+
+    They equal ComfyUI's to its float32. `beta` and `ddim_uniform` may have a few less or more than n steps, as there.
+    """
+    if schedule in COMFY_SCHEDULES:
+        return sampling.append_zero(COMFY_SCHEDULES[schedule](n, trained).unique_consecutive())
+    return named_sigmas(schedule, n, trained.sigmas[0].item(), trained.sigmas[-1].item())
+
+
 def steps_of(sampler: Callable, sigmas: torch.Tensor) -> float:
     """How many steps the sampler takes over these levels; infinity where it decides itself."""
     return math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1
@@ -416,6 +503,58 @@ def check_ip_adapter(network: torch.nn.Module, *images: Any) -> None:
         raise ValueError("`ip_adapter_image`: there is no IP-adapter, call load_ip_adapter first")
     if any(isinstance(image, list) and not image for image in given):
         raise ValueError("`ip_adapter_image` and `ip_adapter_image_embeds` have to be None or one for each IP-adapter")
+
+
+def check_comfy_seed(comfy_seed: int | list[int] | None, batch_size: int, **instead: Any) -> None:
+    """Raises a ValueError unless it is a seed, or one for every image, and no other argument gives noise too."""
+    if comfy_seed is None:
+        return
+    given = [name for name, value in instead.items() if value is not None]
+    if given:
+        raise ValueError(f"`comfy_seed` and `{given[0]}` both give the noise: pass one of them")
+    seeds = comfy_seed if isinstance(comfy_seed, list) else [comfy_seed]
+    if not all(isinstance(seed, int) and 0 <= seed < 2**64 for seed in seeds):
+        raise ValueError(
+            f"`comfy_seed` has to be a whole number in 0..2^64 - 1, or a list of them, but is {comfy_seed}"
+        )
+    if isinstance(comfy_seed, list) and len(seeds) != batch_size:
+        raise ValueError(f"`comfy_seed` has to have one seed an image, {batch_size}, but has {len(seeds)}")
+
+
+def _seeded(seed: int | list[int], device: torch.device | str) -> torch.Generator | list[torch.Generator]:
+    if isinstance(seed, list):
+        return [_seeded(one, device) for one in seed]
+    return torch.Generator(device).manual_seed(seed)
+
+
+def comfy_noise(
+    seed: int | list[int], shape: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Generator | list[torch.Generator]]:
+    """ComfyUI's initial noise, float32 on the CPU, and the generator that its `s_churn` draws from on this device.
+
+    A seed draws the whole batch, as there; a list draws each image as if it were alone.
+    """
+    generator = _seeded(seed, "cpu")
+    noise = randn_tensor(shape, generator, torch.device("cpu"), torch.float32)
+    return noise, generator if device.type == "cpu" else _seeded(seed, device)
+
+
+def comfy_noise_sampler(
+    sampler: Callable, x: torch.Tensor, sigmas: torch.Tensor, seed: int | list[int], on_device: bool = False
+) -> Callable:
+    """ComfyUI's step noise, float32: for `*_sde` a Brownian tree's, for others white on x's device.
+
+    The tree draws on the CPU, or, as in ComfyUI for the names that end in `_gpu`, on x's device.
+    """
+    name = getattr(sampler, "__name__", "")
+    if name.startswith("sample_dpmpp") and name.endswith("_sde"):
+        ends = sigmas[sigmas > 0].min().float(), sigmas.max().float()
+        tree = sampling.BrownianTreeNoiseSampler((x if on_device else x.cpu()).float(), *ends, seed)
+        # torchsde rounds the ends to 1e-6 and warns of a time beyond them, which it takes for the end
+        inside = [round(end.item(), 6) for end in ends]
+        return lambda *sigmas: tree(*(torch.as_tensor(sigma).double().clamp(*inside) for sigma in sigmas)).to(x)
+    generator = _seeded(seed, x.device)
+    return lambda sigma, sigma_next: randn_tensor(x.shape, generator, x.device, torch.float32).to(x)
 
 
 def check_schedule(schedule: str | None, **instead: Any) -> None:
@@ -487,6 +626,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         sampler_kwargs: dict[str, Any] | None = None,
         schedule: str | None = None,
         quantize_timesteps: bool = False,
+        comfy_seed: int | list[int] | None = None,
     ) -> StableDiffusionXLPipelineOutput | tuple:
         """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
 
@@ -494,10 +634,14 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
                 callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
             sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
-            schedule: noise levels by name, "karras", "exponential", "polyexponential" or "vp", between the lowest and
-                the highest level that the network was trained with. None: the scheduler's own.
+            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", between
+                the lowest and the highest level that the network was trained with, and ComfyUI's "simple", "normal",
+                "sgm_uniform", "ddim_uniform", "beta", "linear_quadratic" and "kl_optimal". None: the scheduler's own.
             quantize_timesteps: give the network the nearest trained timestep, as DPMSolverMultistepScheduler does, and
-                not an interpolated one, as EulerDiscreteScheduler does.
+                not an interpolated one, as EulerDiscreteScheduler does. ComfyUI does too.
+            comfy_seed: ComfyUI's seed, or one for each image, in place of `generator` and `latents`: the noise that
+                ComfyUI draws, its start and its step noise. With one of its schedules and `quantize_timesteps=True`
+                the latents are ComfyUI's.
 
         `sigmas` and the callback's `sigma` are noise levels of the variance-exploding process x = x0 + sigma noise, in
         which `latents` live too; `timesteps` are the trained ones. The state is float32 (float64 for a float64 network)
@@ -571,9 +715,11 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             self._get_add_time_ids(*s, self.unet.dtype, projection_dim).repeat(batch_size, 1)
             for s in (sizes, negative_sizes)
         )
+        check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
+        noise_on_device = str(sampler).endswith("_gpu")
         sampler = find_sampler(sampler)
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
-        denoiser_class, alphas_cumprod = self._trained_with()
+        denoiser_class, alphas_cumprod = self._trained_with(schedule)
         sigmas, start = self.noise_levels(num_inference_steps, timesteps, sigmas, schedule, denoising_end)
 
         self._guidance_scale = guidance_scale
@@ -628,11 +774,20 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 ).to(device, dtype)
 
             # generator -> noise, the stock pipeline's own
-            if latents is None:
-                shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            if comfy_seed is not None:
+                latents, generator = comfy_noise(comfy_seed, shape, device)
+                # ComfyUI begins with nothing but noise, x / sqrt(sigma^2 + 1), at the highest level, and below it with
+                # an empty latent and noise, x = 0 + sigma noise
+                at_highest = sigmas[0] ** 2 >= (1 / alphas_cumprod[-1] - 1) * (1 - 2e-5)
+                start = (sigmas[0] ** 2 + 1).sqrt() if at_highest else sigmas[0]
+            elif latents is None:
                 latents = randn_tensor(shape, generator, device, prompt_embeds.dtype)
             x = latents.to(device, state_dtype) * start.item()
             sigmas = sigmas.to(state_dtype)
+            if comfy_seed is not None:
+                step_noise = comfy_noise_sampler(sampler, x, sigmas, comfy_seed, noise_on_device)
+                sampler_kwargs.setdefault("noise_sampler", step_noise)
 
             # conditioning -> denoiser, the only place that knows the network
             def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -692,8 +847,12 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             self.maybe_free_model_hooks()
         return StableDiffusionXLPipelineOutput(images=image) if return_dict else (image,)
 
-    def _trained_with(self) -> tuple[type, torch.Tensor]:
-        """k-diffusion's wrapper for the network's prediction, and the alphas_cumprod it was trained with, float64."""
+    def _trained_with(self, schedule: str | None = None) -> tuple[type, torch.Tensor]:
+        """k-diffusion's wrapper for the network's prediction, and the alphas_cumprod it was trained with, float64.
+
+        Named noise levels get them from the betas in float64, as ComfyUI computes them; the scheduler's own levels get
+        the scheduler's, which are float32 (its lowest sigma is off by 1e-5).
+        """
         wrappers = {
             "epsilon": external.DiscreteEpsDDPMDenoiser,
             "v_prediction": external.DiscreteVDDPMDenoiser,
@@ -704,8 +863,18 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 f"`scheduler`: needs betas and prediction_type 'epsilon' or 'v_prediction', but is"
                 f" {type(self.scheduler).__name__} with {prediction_type!r}"
             )
-        # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
-        return wrappers[prediction_type], self.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
+        if schedule is None:
+            # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
+            return wrappers[prediction_type], self.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
+        scheduler, rescaled = self.scheduler, self.scheduler.config.get("rescale_betas_zero_snr", False)
+        if rescaled:
+            scheduler = type(scheduler).from_config(scheduler.config, rescale_betas_zero_snr=False)
+        alphas_cumprod = (1 - scheduler.betas.double().cpu()).cumprod(0)
+        if rescaled:  # Lin et al. 2024, algorithm 1, on the betas before scheduler and float32 had them
+            alphas = alphas_cumprod.sqrt()
+            alphas_cumprod = ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
+        # ComfyUI takes this for the zero, which makes the highest sigma 4518.76
+        return wrappers[prediction_type], alphas_cumprod.where(alphas_cumprod > 0, 4.8973451890853435e-08)
 
     def noise_levels(
         self,
@@ -720,14 +889,15 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         Returns:
             sigmas of shape (steps + 1,), falling, and a number; float64, on the CPU.
         """
-        alphas_cumprod = self._trained_with()[1]
+        alphas_cumprod = self._trained_with(schedule)[1]
         check_schedule(schedule, sigmas=sigmas, timesteps=timesteps)
         if sigmas is not None:
             check_sigmas(sigmas)
         trained = external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
         if schedule is not None:
-            low, high = trained.sigma_min.item(), trained.sigma_max.item()
-            levels = named_sigmas(schedule, num_inference_steps, low, high).double()
+            table = external.DiscreteSchedule(trained.sigmas.float(), quantize=False)
+            table = TrainedLevels(table.sigmas, table.t_to_sigma, 0, len(alphas_cumprod) - 1)
+            levels = trained_sigmas(schedule, num_inference_steps, table).double()
             start = levels[0]
         else:
             scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it

@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
 OFFLOAD = ("none", "model", "sequential")
+COMFY_SCHEDULES = "ComfyUI's simple, normal, sgm_uniform, ddim_uniform, beta, linear_quadratic and kl_optimal"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -26,6 +27,7 @@ class Family:
     guidance: float
     schedule: str | None
     schedule_help: str
+    comfy_schedule: str
 
     @property
     def demo(self) -> Path:
@@ -42,7 +44,8 @@ SDXL = Family(
     steps=25,
     guidance=5.0,
     schedule="karras",  # dpmpp_3m_sde needs small last steps, which the scheduler's own levels lack
-    schedule_help="karras (default), exponential, polyexponential, vp, or 'scheduler' for the model's own",
+    schedule_help=f"karras (default), exponential, polyexponential, vp, {COMFY_SCHEDULES}, 'scheduler' for its own",
+    comfy_schedule="normal",
 )
 FLUX = Family(
     name="flux",
@@ -54,7 +57,8 @@ FLUX = Family(
     steps=28,
     guidance=3.5,
     schedule=None,
-    schedule_help="'scheduler' for the model's own (default), karras, exponential, polyexponential or vp",
+    schedule_help=f"'scheduler' for its own (default), karras, exponential, polyexponential, vp, {COMFY_SCHEDULES}",
+    comfy_schedule="simple",
 )
 
 
@@ -68,7 +72,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--model", help=f"hub id, folder, .safetensors file, or 'demo' (default: {family.hub_model}, or demo)")
     add("--samplers", nargs="+", metavar="NAME", help="these only (default: all), with or without 'sample_'")
     add("--steps", type=_positive, help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})")
-    add("--schedule", default=family.schedule, help=f"noise levels: {family.schedule_help}")
+    add("--schedule", help=f"noise levels: {family.schedule_help}")
     add("--width", type=_positive, help="pixels (default: the model's)")
     add("--height", type=_positive, help="pixels (default: the model's)")
     add("--prompt", default=PROMPT, help="(default: %(default)s)")
@@ -77,14 +81,19 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     if family is FLUX:
         add("--true-cfg", type=float, default=2.0, help="scale of the negative prompt (default: %(default)s)")
     add("--seed", type=int, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
+    comfy = f"draw ComfyUI's picture: its levels (default: {family.comfy_schedule}), rounding, start and seed"
+    add("--comfy", action="store_true", help=comfy)
     add("--dtype", choices=DTYPES, help=f"of the network (default: {family.dtype}, on a CPU float32)")
     add("--device", help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
     add("--offload", choices=OFFLOAD, default="none", help="keep the model in main memory, for small GPUs")
     add("--output", type=Path, default=Path("output"), help="folder (default: %(default)s)")
     add("--resume", action="store_true", help="keep the pictures that are there already with the same settings")
     options = parser.parse_args(arguments)
+    options.schedule = options.schedule or (family.comfy_schedule if options.comfy else family.schedule)
     if options.schedule == "scheduler":
         options.schedule = None
+    if options.comfy and options.seed < 0:
+        parser.error(f"argument --seed: ComfyUI's begin at 0, but this is {options.seed}")
     if options.samplers is not None:
         options.samplers = [name for names in options.samplers for name in names.split(",") if name]
     return options

@@ -204,7 +204,7 @@ def test_interrupt(name):
     assert 0.3 * sigma < y.std() < 3 * (1 + sigma)
 
 
-@pytest.mark.parametrize("schedule", pipeline_file.SCHEDULES)
+@pytest.mark.parametrize("schedule", ["karras", "exponential", "polyexponential", "vp"])
 @pytest.mark.parametrize("steps", [1, 2, 10, 50])
 def test_named_sigmas(schedule, steps):
     """From the highest level to the lowest, then zero, strictly falling."""
