@@ -1,4 +1,4 @@
-"""Holds a k-diffusion sampler against a scheduler of diffusers or another sampler. `uv run compare.py --help` says how."""
+"""Holds a k-diffusion sampler against a scheduler of diffusers or another sampler. `uv run compare.py --help`"""
 
 import sys
 

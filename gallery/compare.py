@@ -86,7 +86,12 @@ class Switch:
 
 @dataclass
 class Result:
-    """All of one comparison."""
+    """All of one comparison.
+
+    Args:
+        initial, final: difference of the first and of the last latents.
+        local: the largest difference that arises within one step, where only these tell whether it is rounding.
+    """
 
     ours: str
     theirs: str
@@ -96,6 +101,7 @@ class Result:
     rows: list[Row]
     final: float
     cause: Cause | None
+    local: float | None
     switches: list[Switch]
     truth: Truth | None
     notes: list[str]
@@ -156,6 +162,8 @@ class Pair:
         levels = torch.tensor(theirs.levels, dtype=torch.float64)
         if session.options.schedule is not None:
             levels = session.named_levels(session.options.schedule, len(levels) - 1)
+        if len(levels) > 2 and levels[-1] == levels[-2]:
+            levels[-1] = 0.0  # theirs ends where its last step begins
         if not (levels.diff() < 0).all():
             raise Refused(f"{self.theirs.text}: its noise levels don't fall, so that no sampler can follow them")
         noise, first = session.noise.to(session.dtype), levels[0].item()
@@ -170,7 +178,9 @@ class Pair:
 
     def compare(self, a: Trajectory, b: Trajectory, setup: Ours) -> Result:
         """The table, and the cause of the first difference past the tolerance."""
-        result = Result(self.ours.text, self.theirs.text, len(b.starts), self.tolerance, 0, [], 0, None, [], None, [])
+        result = Result(
+            self.ours.text, self.theirs.text, len(b.starts), self.tolerance, 0, [], 0, None, None, [], None, []
+        )
         result.notes = [*b.notes, *a.notes]
         result.initial = relative(a.state(0), b.state(0))
         result.final = relative(a.final, b.final)
@@ -178,7 +188,7 @@ class Pair:
             levels = f"{len(a.starts)} steps against {len(b.starts)}"
             result.cause = Cause("noise levels", 0, b.levels[0], f"the sides take other steps: {levels}")
             return result
-        past = self.tolerance
+        past, first = self.tolerance, math.inf
         if result.initial > past:
             result.cause = self._initial(a, b)
         for i in range(len(b.starts)):
@@ -192,16 +202,56 @@ class Pair:
             if result.cause is not None:
                 continue
             for j, (one, other) in enumerate(zip(ours, theirs)):
-                moved = j > 0 and alike and (abs(one.level / other.level - 1) > 1e-5 or relative(one.x, other.x) > past)
-                if moved:
-                    result.cause = self._update(i, a, b, setup, inner=j)
-                elif differences[j] > past if j < len(differences) else False:
-                    result.cause = self._prediction(i, one, other, b)
+                apart = relative(one.x, other.x) if j and alike else 0.0
+                if apart > past or (j and alike and abs(one.level / other.level - 1) > 1e-5):
+                    result.cause, first = self._update(i, a, b, setup, inner=j), apart
+                elif j < len(differences) and differences[j] > past:
+                    result.cause, first = self._prediction(i, one, other, b), differences[j]
                 if result.cause is not None:
                     break
             if result.cause is None and latents > past:
-                result.cause = self._update(i, a, b, setup)
+                result.cause, first = self._update(i, a, b, setup), latents
+        if result.cause is not None and result.cause.step and min(first, result.largest / 3) < 30 * past:
+            self._local(result, b, setup)
         return result
+
+    def _local(self, result: Result, b: Trajectory, setup: Ours) -> None:
+        """Looks at each step by itself, where the differences are so small that the network may have made them large.
+
+        Our network and sampler get their latents and their predictions, step by step. A timestep that is theirs to
+        float32's rounding, 1e-4, is taken for the same.
+        """
+        exact = [self.session.timestep_of(evaluation.level) for evaluation in b.evaluations]
+        given = [evaluation.timestep for evaluation in b.evaluations]
+        timesteps = [t if abs(t - ours) < 1e-4 else None for t, ours in zip(given, exact)]
+
+        def probe(model, x, sigmas, extra_args=None, callback=None, disable=None):
+            for evaluation in b.evaluations:
+                model(evaluation.x, x.new_full([x.shape[0]], evaluation.level))
+            return x
+
+        probed = replace(setup, flow=True, timesteps=setup.timesteps or timesteps)
+        seen = self.session.follow_sampler(Side("probe", probe, {}), probed).evaluations
+        replayed = self.session.replay(self.ours, setup, [evaluation.denoised for evaluation in b.evaluations])
+        if len(replayed.evaluations) != len(b.evaluations) or replayed.starts != b.starts:
+            return
+        result.local = 0.0
+        for i, start in enumerate(b.starts):
+            end = start + len(b.step_evaluations(i))
+            for j in range(start, end):
+                denoised = relative(seen[j].denoised, b.evaluations[j].denoised)
+                latents = relative(
+                    replayed.evaluations[j + 1].x if j + 1 < len(seen) else replayed.final,
+                    b.evaluations[j + 1].x if j + 1 < len(seen) else b.final,
+                )
+                result.local = max(result.local, denoised, latents)
+                if denoised > self.tolerance:
+                    result.cause = self._prediction(i, seen[j], b.evaluations[j], b)
+                    return
+                if latents > self.tolerance:
+                    result.cause = self._update(i, replayed, b, setup, inner=j + 1 - start if j + 1 < end else 0)
+                    return
+        result.cause = None
 
     # --- what differs ---
 
@@ -224,11 +274,12 @@ class Pair:
         if abs(given - ours.timestep) < 1e-6:
             what = "the network predicts something else from the same latents and timestep"
             return Cause("prediction", i + 1, level, f"{what}: another conditioning or another type of prediction")
-        rounded = given == round(given)
-        if rounded and abs(given - exact) <= 0.5:
-            return Cause("timestep", i + 1, level, f"{what}: theirs is rounded")
-        if rounded and -1.001 < given - exact < 0:
+        whole = all(evaluation.timestep == round(evaluation.timestep) for evaluation in b.evaluations)
+        off = [evaluation.timestep - self.session.timestep_of(evaluation.level) for evaluation in b.evaluations]
+        if whole and -1.001 < min(off) < -0.5 and max(off) < 1e-3:
             return Cause("timestep", i + 1, level, f"{what}: theirs is cut off to a whole number")
+        if given == round(given) and abs(given - exact) <= 0.501:
+            return Cause("timestep", i + 1, level, f"{what}: theirs is rounded")
         if abs(given - exact) < 0.5:
             return Cause("timestep", i + 1, level, f"{what}: theirs is interpolated in another way")
         if self.session.flux:
@@ -246,6 +297,9 @@ class Pair:
         mine = a.evaluations[a.starts[i] + inner].x if inner else a.state(i + 1)
         gap = relative(mine, target)
         past, name = max(self.tolerance, 1e-7) * 3, "t" if self.session.flux else "sigma"
+        if last and b.levels[-1] == level:
+            what = f"its list repeats the last {name}, so that theirs stays at {level:.4g} where ours goes to 0"
+            return Cause(kind, i + 1, level, what)
         if dtype := b.rounded.get(after):
             if gap < 2 * {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}[dtype]:
                 return Cause("rounding", i + 1, level, f"theirs rounds its latents to {dtype}")
@@ -320,7 +374,7 @@ class Pair:
             run = self.session.replay(self.ours, shorter, denoised)
             if back == 0:
                 return run.final
-            # with the predictions given, the latents before the last step are those of the start times a slope, and more
+            # with the predictions given, the latents before the last step are linear in those of the start
             probe = self.session.replay(self.ours, replace(shorter, start=shorter.start + 1), denoised)
             slope = (probe.state(back) - run.state(back)).mean()
             start = shorter.start + (b.state(i) - run.state(back)) / slope
@@ -468,6 +522,8 @@ KNOWN = {
     "euler_at_final": (True, False),
     "lower_order_final": (True, False),
     "solver_type": ("midpoint", "heun"),
+    "clip_sample": (False,),
+    "thresholding": (False,),
 }
 
 
@@ -500,8 +556,6 @@ def compare_sides(session: Session, ours: Side, theirs: Side, tolerance: float, 
     pair = Pair(session, ours, theirs, tolerance)
     a, b, setup = pair.run()
     result = pair.compare(a, b, setup)
-    if result.largest > tolerance and result.cause is None:
-        result.cause = Cause("update", len(b.starts), b.levels[-2], "the differences grow from below the tolerance")
     if session.options.switches:
         result.switches = pair.try_switches(result, a, b)
     if result.cause is not None and truths is not None:
@@ -516,6 +570,11 @@ def compare_sides(session: Session, ours: Side, theirs: Side, tolerance: float, 
 def verdict(result: Result, session: Session) -> str:
     """The result in a few sentences."""
     cause, name = result.cause, "t" if session.flux else "sigma"
+    if cause is None and result.local is not None:
+        return (
+            f"identical to rounding (each step by itself to {result.local:.1e}, tolerance {result.tolerance:.0e}; over"
+            f" {result.steps} steps the network makes {result.largest:.1e} of it)"
+        )
     if cause is None:
         return f"identical to rounding (largest difference {result.largest:.1e}, tolerance {result.tolerance:.0e})"
     if cause.step == 0:

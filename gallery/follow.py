@@ -1,8 +1,8 @@
 """Following a sampler: what it gave to the network and what became of the latents, in one coordinate system.
 
 Both sides are told in the same coordinates, whatever they keep themselves: `sigma` and x = x0 + sigma noise on SDXL,
-t and x = (1 - t) x0 + t noise on FLUX. Nothing is patched: the network is watched by hooks that are taken off again, the
-stock pipeline by its `callback_on_step_end`.
+t and x = (1 - t) x0 + t noise on FLUX. Nothing is patched: the network is watched by hooks that are taken off again,
+the stock pipeline by its `callback_on_step_end`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Ours:
         noise: step noise by evaluation, another sampler's; or None.
         noise_sampler: step noise as a function of two sigmas of the sampler; or None.
         quantize: round to the trained timesteps (SDXL).
-        timesteps: what to give to the network, whatever the sigma, an entry for each evaluation; or None.
+        timesteps: what to give to the network, whatever the sigma, an entry for each evaluation, None for sigma's own.
         flow: FLUX's sampler sees t, whatever is asked for otherwise.
         keep: the evaluations; not those of a very fine run.
     """
@@ -90,7 +90,7 @@ class Ours:
     noise: dict[int, list[torch.Tensor]] | None = None
     noise_sampler: Callable | None = None
     quantize: bool = False
-    timesteps: list[float] | None = None
+    timesteps: list[float | None] | None = None
     flow: bool = False
     keep: bool = True
 
@@ -170,14 +170,14 @@ class Session:
     def watched(self, after: Callable[[torch.Tensor, float, torch.Tensor], Any], timesteps: Any = None) -> Iterator:
         """Calls `after(input, timestep, prediction)` for each evaluation, with guidance applied.
 
-        `timesteps`, if given, replace what the network is given.
+        `timesteps`, where not None, replace what the network is given.
         """
         count = 0
 
         def before(_, args, kwargs):
             nonlocal count
             given = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            if timesteps is not None and count < len(timesteps):
+            if timesteps is not None and count < len(timesteps) and timesteps[count] is not None:
                 value = torch.full_like(given, timesteps[count] / (1000 if self.flux else 1), dtype=torch.float64)
                 value = value.to(given.dtype if given.is_floating_point() else torch.float64)
                 if "timestep" in kwargs:
@@ -256,7 +256,7 @@ class Session:
         return scheduler
 
     def levels_of(self, scheduler: Any) -> tuple[list[float], list[float], list[int]]:
-        """Of a scheduler with its timesteps set: the level of each evaluation, those of the steps and the end, the starts.
+        """Of a scheduler with its timesteps set: the levels of its evaluations, of its steps and their end, the starts.
 
         A scheduler of order 2 lists a level twice or has midpoints between; its steps begin at every other evaluation.
         A DPMSolverSinglestepScheduler begins a step where its order is 1 and goes on from there.
@@ -359,8 +359,10 @@ class Session:
         return self.module.uses_ve(choice, side.target, side.options, ours.levels)
 
     def sampler_sigmas(self, levels: torch.Tensor, ve: bool) -> torch.Tensor:
-        """What the sampler sees for these levels."""
-        return self.module.ve_sigmas(levels.clone()) if ve else levels
+        """What the sampler sees for these levels. Only t = 1 itself has no finite sigma, and gets the pipeline's."""
+        if not ve:
+            return levels
+        return self.module.ve_sigmas(levels.clone()) if levels[0] == 1 else levels / (1 - levels)
 
     def follow_sampler(self, side: Side, ours: Ours) -> Trajectory:
         """One run of this project's pipeline with this sampler."""

@@ -124,7 +124,7 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     add("--width", type=_positive, help="pixels (default: the model's)")
     add("--height", type=_positive, help="pixels (default: the model's)")
     add("--prompt", default=PROMPT, help="(default: %(default)s)")
-    add("--guidance", type=float, help="guidance scale (default: 5, FLUX: 3.5)")
+    add("--guidance", type=float, help="guidance scale (default: FLUX 3.5, SDXL 1: no part of a sampler)")
     add("--seed", type=int, default=2, help="of the initial and the step noise (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="of the network (default: float64 for the demo models, else float32)")
     add("--device", help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
@@ -139,6 +139,7 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     options = parser.parse_args(arguments)
     family = {"sdxl": SDXL, "flux": FLUX}[options.family]
     options.negative_prompt, options.true_cfg = None, 1.0
-    options.guidance = family.guidance if options.guidance is None else options.guidance
+    if options.guidance is None:
+        options.guidance = FLUX.guidance if family is FLUX else 1.0
     options.dtype = options.dtype or ("float64" if options.model == "demo" else "float32")
     return options, family
