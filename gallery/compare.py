@@ -491,7 +491,11 @@ class Pair:
                 settings["levels"] = self._quantised(self.setup(theirs).levels)
                 settings["quantize"] = True
             setup = self.setup(theirs, **settings)
-            difference, parts = self.distance(self.session.follow_sampler(ours, setup), theirs)
+            a = self.session.follow_sampler(ours, setup)
+            difference, parts = self.distance(a, theirs)
+            if parts is not None and difference < 30 * self.tolerance:  # rounding, perhaps
+                if Pair(self.session, ours, self.theirs, self.tolerance).compare(a, theirs, setup).cause is None:
+                    parts = None
         except Refused:
             difference, parts = math.inf, 0
         return Switch(words, sides, difference, parts)

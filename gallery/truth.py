@@ -132,7 +132,7 @@ def solve(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajector
     key = (session.family.name, tuple(setup.levels.tolist()), setup.start.flatten()[0].item())
     fine = Side("sample_rk4", sample_rk4, {})
     for pieces in ODE_SPLITS:
-        if known.get(key, (None, math.inf, 0))[1] < gap / 50:
+        if known.get(key, (None, math.inf, 0))[1] < gap / 10:
             break
         if pieces <= known.get(key, (None, math.inf, 0))[2]:
             continue
@@ -177,7 +177,7 @@ def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory
         if previous is not None:
             error = ((run.final - previous).norm() / run.final.norm()).item()
         previous = run.final
-        if error < gap / 20:
+        if error < gap / 10:
             break
     return _distances("SDE", a, b, run.final, error, len(run.evaluations))
 
