@@ -658,6 +658,10 @@ def _run(options: argparse.Namespace, family: Family) -> int:
     ours, theirs = find_side(options.sampler, module, "--sampler"), find_side(options.against, module, "--against")
     if ours.is_scheduler:
         raise Refused("--sampler: has to be a sampler; name the scheduler with --against")
+    try:
+        module.check_schedule(options.schedule)
+    except ValueError as error:
+        raise Refused(str(error).replace("`schedule`", "--schedule")) from None
     session = Session(family, module, options)
     tolerance = options.tolerance or tolerance_of(session.network.dtype)
     with torch.no_grad():
