@@ -232,23 +232,30 @@ class Pair:
 
         probed = replace(setup, flow=True, timesteps=setup.timesteps or timesteps)
         seen = self.session.follow_sampler(Side("probe", probe, {}), probed).evaluations
-        replayed = self.session.replay(self.ours, setup, [evaluation.denoised for evaluation in b.evaluations])
+        denoised = [evaluation.denoised for evaluation in b.evaluations]
+        replayed = self.session.replay(self.ours, setup, denoised)
+        moved = self.session.replay(self.ours, replace(setup, start=setup.start + 1), denoised)
         if len(replayed.evaluations) != len(b.evaluations) or replayed.starts != b.starts:
             return
+
+        def latents(side: Trajectory) -> list[torch.Tensor]:
+            return [*(evaluation.x for evaluation in side.evaluations), side.final]
+
+        xs, ours, theirs = latents(moved), latents(replayed), latents(b)
         result.local = 0.0
         for i, start in enumerate(b.starts):
             end = start + len(b.step_evaluations(i))
             for j in range(start, end):
-                denoised = relative(seen[j].denoised, b.evaluations[j].denoised)
-                latents = relative(
-                    replayed.evaluations[j + 1].x if j + 1 < len(seen) else replayed.final,
-                    b.evaluations[j + 1].x if j + 1 < len(seen) else b.final,
-                )
-                result.local = max(result.local, denoised, latents)
-                if denoised > self.tolerance:
+                apart = relative(seen[j].denoised, b.evaluations[j].denoised)
+                # with the predictions given, latents are linear in those that the step began with
+                slope = (xs[j + 1] - ours[j + 1]).mean() / (xs[start] - ours[start]).mean()
+                arisen = ours[j + 1] - slope * (ours[start] - theirs[start])
+                step = relative(arisen, theirs[j + 1])
+                result.local = max(result.local, apart, step)
+                if apart > self.tolerance:
                     result.cause = self._prediction(i, seen[j], b.evaluations[j], b)
                     return
-                if latents > self.tolerance:
+                if step > self.tolerance:
                     result.cause = self._update(i, replayed, b, setup, inner=j + 1 - start if j + 1 < end else 0)
                     return
         result.cause = None

@@ -58,7 +58,7 @@ def write_parity(options: argparse.Namespace) -> int:
     _check_output(options.output)
     rows = [*_sdxl(options), *_flux(options)]
     write_text(options.output / "parity.md", markdown(rows, options))
-    write_text(options.output / "parity.json", json.dumps(rows, indent=1) + "\n")
+    write_text(options.output / "parity.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     print(f"{sum(row['identical'] for row in rows)} of {len(rows)} identical, in {options.output / 'parity.md'}")
     return int(not all(row["identical"] for row in rows))
 
@@ -95,8 +95,8 @@ def _flux(options: argparse.Namespace) -> list[dict[str, Any]]:
         for levels, name in LEVELS.items():
             side = find_side(theirs, module, "--against")
             if name is not None:
-                if theirs != "FlowMatchEulerDiscreteScheduler":
-                    continue  # flow sigmas are these schedulers' own
+                if not theirs.startswith("FlowMatchEuler"):
+                    break  # flow sigmas are these schedulers' own
                 side = replace(side, text=f"{theirs}(use_{name}_sigmas=True)", options={f"use_{name}_sigmas": True})
             try:
                 session.prepared(session.scheduler(side), session.options.steps)
@@ -104,8 +104,9 @@ def _flux(options: argparse.Namespace) -> list[dict[str, Any]]:
                 rows.append(_refused(ours, theirs, levels, str(refused)))
                 if theirs != "FlowMatchHeunDiscreteScheduler":
                     continue
-                side = Side(f"{theirs}, made to take FluxPipeline's arguments", FlowMatchHeunForFlux, {})
-            rows.append(_row(session, find_side(ours, module, "--sampler"), side, levels, side.text, truths))
+                theirs = f"{theirs}, made to take FluxPipeline's arguments"
+                side = Side(theirs, FlowMatchHeunForFlux, {})
+            rows.append(_row(session, find_side(ours, module, "--sampler"), side, levels, theirs, truths))
     return rows
 
 
@@ -115,7 +116,7 @@ def _row(session: Session, ours: Side, side: Side, levels: str, theirs: str, tru
     with torch.no_grad():
         result, *_ = compare_sides(session, ours, side, tolerance, truths)
     print(f"{session.family.name} {result.ours} | {result.theirs}\n    {result.verdict}", flush=True)
-    row = {"family": session.family.name, "pair": [result.ours, theirs.split("(use_")[0]], "levels": levels}
+    row = {"family": session.family.name, "pair": [result.ours, theirs], "levels": levels}
     return {**row, "cell": cell(result), **as_json(result)}
 
 
