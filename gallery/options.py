@@ -104,3 +104,51 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"has to be at least 1, but is {value}")
     return value
+
+
+def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
+    """The options of `compare.py`. Raises SystemExit(2) with one line for values that can't be right."""
+    parser = argparse.ArgumentParser(
+        description="Runs two samplers on one network from the same noise and finds the step where they part, and why.",
+        epilog="A side is NAME or NAME(option=value, ...). Exit status: 0 identical to rounding, 1 not, 2 bad input.",
+    )
+    add = parser.add_argument
+    add("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion, by name or a function (default: %(default)s)")
+    add(
+        "--against",
+        metavar="SIDE",
+        help="a scheduler class of diffusers, which runs in the stock pipeline, another sampler of k-diffusion, or a"
+        " function or scheduler class of your own: path/to/file.py:name or package.module:name (its code is run)",
+    )
+    add("--family", choices=("sdxl", "flux"), default="sdxl", help="(default: %(default)s)")
+    add("--model", default="demo", help="hub id, folder, .safetensors file, or 'demo' (default: %(default)s)")
+    add("--steps", type=_positive, default=25, help="(default: %(default)s)")
+    add("--schedule", help="noise levels of the k-diffusion side by name (default: those of the other side)")
+    add(
+        "--parameterization",
+        choices=("auto", "flow", "ve"),
+        default="auto",
+        help="FLUX: what the sampler sees as sigma",
+    )
+    add("--width", type=_positive, help="pixels (default: the model's)")
+    add("--height", type=_positive, help="pixels (default: the model's)")
+    add("--prompt", default=PROMPT, help="(default: %(default)s)")
+    add("--guidance", type=float, help="guidance scale (default: FLUX 3.5, SDXL 1: no part of a sampler)")
+    add("--seed", type=int, default=2, help="of the initial and the step noise (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="of the network (default: float64 for the demo models, else float32)")
+    add("--device", help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
+    add("--offload", choices=OFFLOAD, default="none", help="keep the model in main memory, for small GPUs")
+    add("--tolerance", type=float, help="of relative differences (default: 1e-6 in float64, 1e-4 in float32)")
+    add("--no-switches", dest="switches", action="store_false", help="don't try the known switches")
+    add("--no-truth", dest="truth", action="store_false", help="don't solve the ODE or SDE finely")
+    add("--json", nargs="?", const="-", metavar="FILE", help="write all of it as JSON, to standard output without FILE")
+    add("--html", metavar="FILE", help="write a report to look at, one file")
+    add("--all", action="store_true", help="run every known pair and write parity.md and parity.json")
+    add("--output", type=Path, default=Path("output"), help="folder for --all (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    family = {"sdxl": SDXL, "flux": FLUX}[options.family]
+    options.negative_prompt, options.true_cfg = None, 1.0
+    if options.guidance is None:
+        options.guidance = FLUX.guidance if family is FLUX else 1.0
+    options.dtype = options.dtype or ("float64" if options.model == "demo" else "float32")
+    return options, family
