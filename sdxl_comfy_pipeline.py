@@ -513,7 +513,7 @@ def check_comfy_seed(comfy_seed: int | list[int] | None, batch_size: int, **inst
     if given:
         raise ValueError(f"`comfy_seed` and `{given[0]}` both give the noise: pass one of them")
     seeds = comfy_seed if isinstance(comfy_seed, list) else [comfy_seed]
-    if not all(isinstance(seed, int) and 0 <= seed < 2**64 for seed in seeds):
+    if not all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds):  # torch takes neither bools nor numpy's
         raise ValueError(
             f"`comfy_seed` has to be a whole number in 0..2^64 - 1, or a list of them, but is {comfy_seed}"
         )

@@ -10,7 +10,7 @@ from conftest import PROMPT, seeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdxl_comfy_pipeline import sampler_names
+from sdxl_comfy_pipeline import SCHEDULES, sampler_names
 
 NAN, INF = float("nan"), float("inf")
 TEXTS = [None, "", "a cat", "ünïcode ☃", ["a cat"], ["a cat", "a dog"], [], [None], [3], 3, ("a cat",), "a " * 300]
@@ -69,7 +69,8 @@ BOTH = {
         3,
         "eta",
     ],
-    "schedule": [None, "karras", "exponential", "polyexponential", "vp", "scheduler", "", 3, ["karras"]],
+    "schedule": [None, "scheduler", "", 3, ["karras"], *SCHEDULES],
+    "comfy_seed": [None, 0, 2**64 - 1, -1, 2**64, 1.5, "1", True, np.int64(3), [5], [5, 6], [], [None], (5,)],
     "ip_adapter_image": [None, addons.IMAGE, [addons.IMAGE], 3],
     "ip_adapter_image_embeds": [None, [torch.zeros(1, 1, 32)], [torch.zeros(2, 1, 32)], torch.zeros(1, 1, 32), []],
 }
