@@ -525,7 +525,7 @@ def check_comfy_seed(comfy_seed: int | list[int] | None, batch_size: int, **inst
 
 def _seeded(seed: int | list[int], device: torch.device | str) -> torch.Generator | list[torch.Generator]:
     if isinstance(seed, list):
-        return [_seeded(one, device) for one in seed]
+        return [torch.Generator(device).manual_seed(one) for one in seed]
     return torch.Generator(device).manual_seed(seed)
 
 

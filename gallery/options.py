@@ -112,6 +112,7 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
         description="Runs two samplers on one network from the same noise and finds the step where they part, and why.",
         epilog="A side is NAME or NAME(option=value, ...). Exit status: 0 identical to rounding, 1 not, 2 bad input.",
     )
+    parser.set_defaults(comfy=False)  # that switch is the grids'
     add = parser.add_argument
     add("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion, by name or a function (default: %(default)s)")
     add(
