@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gallery.comfy import SKIPPING, comfy_arguments
 from gallery.options import Family
-from gallery.parameters import write_parameters
 from gallery.pictures import contact_sheet, read_settings, write_png
 
 
@@ -88,8 +86,6 @@ def _run(family: Family, options: argparse.Namespace) -> int:
         for sampler in bar:
             bar.set_postfix_str(sampler)
             wanted = {**settings, "sampler": sampler, "sampler_options": _sampler_options(module, sampler)}
-            if options.comfy and sampler in SKIPPING:
-                del wanted["sigmas"]  # it takes one of them more and leaves one out
             if options.resume and (found := read_settings(files[sampler])):
                 if {key: found.get(key) for key in wanted} == wanted:
                     drawn.append(_from_settings(sampler, files[sampler], found))
@@ -219,9 +215,8 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
         "schedule": options.schedule or "scheduler",
         "sigmas": json.dumps([round(sigma, 6) for sigma in sigmas.tolist()]),
         "guidance": str(options.guidance),
-        **({"true_cfg": str(options.true_cfg if options.negative_prompt else 1.0)} if flux else {}),
+        **({"true_cfg": str(options.true_cfg)} if flux and options.negative_prompt else {}),
         "seed": str(options.seed),
-        **({"comfy": "True"} if options.comfy else {}),
         "size": f"{width}x{height}",
         "dtype": str((pipe.transformer if flux else pipe.unet).dtype).removeprefix("torch."),
         "versions": json.dumps(
@@ -256,7 +251,7 @@ def _encode(family: Family, pipe: Any, options: argparse.Namespace) -> dict[str,
             names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
             embeds = pipe.encode_prompt(
                 options.prompt,
-                negative_prompt=_negative_prompt(options),
+                negative_prompt=options.negative_prompt,
                 do_classifier_free_guidance=options.guidance > 1,
             )
             return dict(zip(names, embeds))
@@ -268,11 +263,6 @@ def _encode(family: Family, pipe: Any, options: argparse.Namespace) -> dict[str,
             encoded |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": pooled}
             encoded["true_cfg_scale"] = options.true_cfg
         return encoded
-
-
-def _negative_prompt(options: argparse.Namespace) -> str | None:
-    """ComfyUI encodes an empty one; diffusers takes zeros where there is none."""
-    return options.negative_prompt or ("" if options.comfy else None)
 
 
 def _draw(
@@ -296,27 +286,21 @@ def _draw(
 
     hook = network.register_forward_pre_hook(count)
     width, height = (int(side) for side in settings["size"].split("x"))
-    steps = int(settings["steps"])
-    if options.comfy:
-        module = importlib.import_module(family.module)
-        arguments = comfy_arguments(sampler, steps, options.seed, module.find_sampler)
-        arguments |= {"quantize_timesteps": True} if family.name == "sdxl" else {}
-    else:
-        arguments = {"sampler": sampler, "num_inference_steps": steps}
-        arguments["generator"] = torch.Generator("cpu").manual_seed(options.seed)  # the same noise for every sampler
     start = time.perf_counter()
     try:
         image = pipe(
             **prompt,
-            **arguments,
+            sampler=sampler,
             schedule=options.schedule,
+            num_inference_steps=int(settings["steps"]),
             guidance_scale=options.guidance,
             width=width,
             height=height,
+            generator=torch.Generator("cpu").manual_seed(options.seed),  # the same noise for every sampler
         ).images[0]
         drawn.seconds = time.perf_counter() - start
         written = {**settings, "evaluations": str(drawn.evaluations), "seconds": f"{drawn.seconds:.1f}"}
-        write_png(image, path, {**written, "parameters": write_parameters(written)})
+        write_png(image, path, written)
         drawn.path = path
     except Exception as error:
         drawn.error = _reason(error)
@@ -342,7 +326,7 @@ def _finish(name: str, model: str, settings: dict[str, str], drawn: list[Drawn],
         (one.sampler, one.error or f"{one.evaluations} evaluations, {one.seconds:.1f} s", one.path) for one in drawn
     ]
     sheet = options.output / f"{name}-grid.png"
-    write_png(contact_sheet(title, entries), sheet, {**settings, "parameters": write_parameters(settings)})
+    write_png(contact_sheet(title, entries), sheet, settings)
     print(f"\n{'sampler':20}{'evaluations':>12}{'seconds':>10}  picture")
     for one in drawn:
         note = f" ({one.note})" if one.note else ""
