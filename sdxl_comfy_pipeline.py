@@ -88,10 +88,10 @@ def find_sampler(sampler: str | Callable) -> Callable:
         TypeError: not a name, and not callable as `sampler(model, x, sigmas, ...)`.
     """
     if isinstance(sampler, str):
-        names, name = sampler_names(), sampler.removeprefix("sample_")
-        if name in names:
-            return getattr(sampling, f"sample_{name}")
-        raise _unknown("sampler", sampler, names)
+        function = getattr(sampling, f"sample_{sampler.removeprefix('sample_')}", None)
+        if callable(function) and _first_parameters(function):
+            return function
+        raise _unknown("sampler", sampler, sampler_names())
     try:
         if _first_parameters(sampler) is None:
             inspect.signature(sampler).bind("model", "x", "sigmas")
@@ -321,9 +321,16 @@ def run_sampler(
             name = getattr(sampler, "__name__", sampler)
             raise ValueError(f"the latents can't be changed in a callback: {name} does not say where its steps begin")
 
+    def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+        mode.__exit__(None, None, None)
+        try:
+            return noise(sigma, sigma_next)
+        finally:
+            mode.__enter__()
+
     arguments["callback"] = callback
     if "noise_sampler" not in arguments:
-        arguments["noise_sampler"] = _noise_sampler(sampler, x, sigmas, generator)
+        noise, arguments["noise_sampler"] = _noise_sampler(sampler, x, sigmas, generator), noise_sampler
     try:
         with mode:
             x = _call(sampler, model, x, sigmas, arguments)
