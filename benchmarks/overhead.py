@@ -1,0 +1,302 @@
+"""What a picture costs beside its network: every sampler, the stock pipeline's counterpart and the bare network.
+
+    uv run benchmarks/overhead.py                  # the demo models
+    uv run benchmarks/overhead.py --size full      # SDXL's and FLUX's real architectures, random weights, needs CUDA
+
+The three of a row run in turn, round by round, after a warm-up, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from statistics import median, quantiles
+
+import torch
+from models import ROOT, Bench, demo, find_sampler, full, sampler_names, where
+
+STOCHASTIC = ("_ancestral", "_sde")
+
+
+class Clock:
+    """Times calls on the device, and within them the network's share."""
+
+    def __init__(self, network: torch.nn.Module, device: str):
+        self.network, self.cuda, self.device = network, torch.device(device).type == "cuda", device
+
+    def __call__(self, call: Callable[[], object]) -> tuple[float, float, int]:
+        """Seconds of the call, seconds of them outside the network (nan on CUDA, which runs on by itself), evaluations.
+
+        On CUDA by events, which wait for nothing inside the call.
+        """
+        began, inside, evaluations = 0.0, 0.0, 0
+
+        def before(*_: object) -> None:
+            nonlocal began
+            began = time.perf_counter()
+
+        def after(*_: object) -> None:
+            nonlocal inside, evaluations
+            inside, evaluations = inside + time.perf_counter() - began, evaluations + 1
+
+        hooks = [self.network.register_forward_pre_hook(before), self.network.register_forward_hook(after)]
+        try:
+            if self.cuda:
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda.synchronize(self.device)
+                first.record()
+                call()
+                last.record()
+                torch.cuda.synchronize(self.device)
+                return first.elapsed_time(last) / 1000, float("nan"), evaluations
+            start = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - start
+            return seconds, seconds - inside, evaluations
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def recorded(bench: Bench, call: Callable[[], object]) -> Callable[[int], None]:
+    """The bare network: a function that calls it n times with what the pipeline gave it, and does nothing else."""
+    inputs = []
+
+    def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs.append((args, kwargs))
+
+    hook = bench.network.register_forward_pre_hook(keep, with_kwargs=True)
+    call()
+    hook.remove()
+    args, kwargs = inputs[0]
+
+    @torch.no_grad()
+    def bare(n: int) -> None:
+        for _ in range(n):
+            bench.network(*args, **kwargs)
+
+    return bare
+
+
+def measured(bench: Bench, samplers: list[str], steps: int, rounds: int, device: str) -> list[dict[str, object]]:
+    """One row for each sampler: lists over the rounds of (seconds, seconds outside, evaluations) of the three."""
+    clock = Clock(bench.network, device)
+    bare = recorded(bench, lambda: bench.call(bench.ours, 1))
+    rows = []
+    for sampler in samplers:
+        stock = bench.stock_with(sampler)
+        runs = {"ours": lambda sampler=sampler: bench.call(bench.ours, steps, sampler=sampler)}
+        if stock is not None:
+            runs["stock"] = lambda stock=stock: stock(steps)
+        runs["bare"] = lambda: bare(steps)
+        rows.append({"sampler": sampler, "runs": runs, "times": {name: [] for name in runs}})
+    for number in range(rounds + 1):
+        for row in rows:
+            for name, run in row["runs"].items():
+                timed = clock(run)
+                if number:  # the first round warms up
+                    row["times"][name].append(timed)
+    for row in rows:
+        row["cuda"] = {name: memory_and_waits(run, steps) for name, run in row["runs"].items()} if clock.cuda else {}
+    return rows
+
+
+def memory_and_waits(run: Callable[[], object], steps: int) -> tuple[float, float]:
+    """Peak memory of a call in GiB, and how often a step makes the CPU wait for the GPU.
+
+    The calls before and after the loop wait too (to send the embeddings, to seed); they are counted along.
+    """
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchronizing" in str(one.message) for one in caught)
+    return torch.cuda.max_memory_allocated() / 2**30, waits / steps
+
+
+def per_evaluation(times: list[tuple[float, float, int]]) -> list[float]:
+    return [1000 * seconds / evaluations for seconds, _, evaluations in times]
+
+
+def spread(values: list[float]) -> float:
+    """Half the distance between the quartiles, in per cent of the median."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return 50 * (high - low) / middle
+
+
+def table(name: str, rows: list[dict]) -> tuple[list[float], list[float], list[float]]:
+    """Prints the rows and gives the ratios to the bare network (of all, of the deterministic ones) and to stock."""
+    print(f"\n### {name}: milliseconds per network evaluation, medians (half the quartiles' distance)\n")
+    cuda = any(row["cuda"] for row in rows)
+    more = " | GiB: ours, stock, bare | waits a step: ours, stock" if cuda else ""
+    print(f"| sampler | evaluations | ours | stock | bare | ours / bare | ours / stock | outside: ours, stock{more} |")
+    print("|---|---|---|---|---|---|---|---|" + ("---|---|" if cuda else ""))
+    to_bare, deterministic, to_stock = [], [], []
+    for row in rows:
+        each = {key: per_evaluation(times) for key, times in row["times"].items()}
+        cells = {key: f"{median(values):.2f} ({spread(values):.1f} %)" for key, values in each.items()}
+        outside = [
+            f"{median(1000 * out / count for _, out, count in row['times'][key]):.2f}"
+            for key in ("ours", "stock")
+            if key in each
+        ]
+        bare = median(ours / limit for ours, limit in zip(each["ours"], each["bare"]))
+        to_bare.append(bare)
+        if not row["sampler"].endswith(STOCHASTIC):
+            deterministic.append(bare)
+        stock = "none"
+        if "stock" in each:
+            to_stock.append(median(ours / other for ours, other in zip(each["ours"], each["stock"])))
+            stock = f"{to_stock[-1]:.3f}"
+        line = [row["sampler"], str(row["times"]["ours"][0][2]), cells["ours"], cells.get("stock", "none")]
+        line += [cells["bare"], f"{bare:.3f}", stock, ", ".join(outside)]
+        if cuda:
+            line.append(", ".join(f"{row['cuda'][key][0]:.2f}" for key in row["runs"]))
+            line.append(", ".join(f"{row['cuda'][key][1]:.1f}" for key in row["runs"] if key != "bare"))
+        print("| " + " | ".join(line) + " |", flush=True)
+    return to_bare, deterministic, to_stock
+
+
+def step_noise(device: str, queries: int = 24) -> None:
+    """Milliseconds of one draw of step noise: k-diffusion's tree, this project's path, white noise."""
+    from sdxl_comfy_pipeline import brownian_noise, named_sigmas, sampling
+
+    print(
+        "\n### Milliseconds for one step's noise, median (least)\n\n| latents | tree | path | white |\n|---|---|---|---|"
+    )
+    sigmas = named_sigmas("karras", queries + 1, 0.0292, 14.6146)[:-1]
+    for shape in ((1, 4, 128, 128), (1, 4096, 64)):
+        x = torch.zeros(shape, device=device)
+        tree = sampling.BrownianTreeNoiseSampler(x, sigmas[-1] * 0.999, sigmas[0] * 1.001, seed=[1])
+        path, generator = brownian_noise(x, [1], x.device), torch.Generator(device)
+        cells = []
+        for draw in (tree, path, lambda a, b: torch.randn(shape, generator=generator, device=device)):  # noqa: B023
+            times = []
+            for a, b in zip(sigmas, sigmas[1:]):
+                start = time.perf_counter()
+                draw(a, b)
+                if x.device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append(1000 * (time.perf_counter() - start))
+            cells.append(f"{median(times[2:]):.2f} ({min(times[2:]):.2f})")
+        print(f"| {'x'.join(map(str, shape))} | {' | '.join(cells)} |", flush=True)
+
+
+def starting(rounds: int = 3) -> None:
+    """Seconds that importing a pipeline file adds to diffusers' own, and that `--help` takes."""
+    print("\n### Seconds to start, least of three\n\n| | seconds |\n|---|---|")
+    code = (
+        "import time, torch\nfrom diffusers import {0}\nstart = time.perf_counter()\nimport {1}\n"
+        "print(time.perf_counter() - start)"
+    )
+    for parent, module in (
+        ("StableDiffusionXLPipeline", "sdxl_comfy_pipeline"),
+        ("FluxPipeline", "flux_comfy_pipeline"),
+    ):
+        runs = (script("-c", code.format(parent, module)) for _ in range(rounds))
+        print(f"| `import {module}` after torch and `{parent}` | {min(float(run[1]) for run in runs):.2f} |")
+    print(f"| `test.py --help` | {min(script('test.py', '--help')[0] for _ in range(rounds)):.2f} |", flush=True)
+
+
+def script(*arguments: str) -> tuple[float, str]:
+    """Seconds and the standard output of a Python that runs in the repository's root."""
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return time.perf_counter() - start, run.stdout
+
+
+def grids(benches: list[Bench]) -> None:
+    """The grid scripts' wall time over the limit: their evaluations, as many decodings, and nothing else."""
+    print("\n### The grid scripts: seconds\n")
+    print("| script | evaluations | limit: network, decoder | drawing | drawing / limit | with start and load |")
+    print("|---|---|---|---|---|---|")
+    for bench in benches:
+        name, steps = ("test.py", "10") if bench.name == "sdxl" else ("test_flux.py", "10")
+        with tempfile.TemporaryDirectory() as folder:
+            wall, output = script(name, "--model", "demo", "--device", "cpu", "--steps", steps, "--output", folder)
+        drawn = re.findall(r"^(\w+) +(\d+) +([\d.]+)  \S+\.png", output, re.MULTILINE)
+        evaluations, drawing = sum(int(one[1]) for one in drawn), sum(float(one[2]) for one in drawn)
+        bare = recorded(bench, lambda bench=bench: bench.call(bench.ours, 1))
+        network = least(lambda bare=bare: bare(8)) / 8 * evaluations
+        latents = bench.call(bench.ours, 1)
+        if bench.name == "flux":
+            latents = bench.ours._unpack_latents(latents, 128, 128, bench.ours.vae_scale_factor)
+        with torch.no_grad():
+            decoder = least(lambda b=bench, x=latents: b.ours.vae.decode(x.to(b.ours.vae.dtype))) * len(drawn)
+        limit = network + decoder
+        print(
+            f"| `{name} --steps {steps}` | {evaluations} | {network:.1f}, {decoder:.1f} | {drawing:.1f} |"
+            f" {drawing / limit:.3f} | {wall:.1f} |",
+            flush=True,
+        )
+
+
+def least(run: Callable[[], object], rounds: int = 4) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
+@contextlib.contextmanager
+def built(name: str, size: str, device: str) -> Iterator[Bench]:
+    """The network, gone again afterwards: SDXL's and FLUX's do not have to fit side by side."""
+    bench = demo(name, device=device) if size == "demo" else full(name, device)
+    yield bench
+    bench.ours = bench.stock = None
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--size", choices=("demo", "full"), default="demo", help="demo models, or the real architectures on CUDA")
+    add("--models", nargs="+", choices=("sdxl", "flux"), default=["sdxl", "flux"])
+    add("--samplers", nargs="+", default=sampler_names(), help="(default: all)")
+    add("--steps", type=int, help="(default: 6, full: 10)")
+    add("--rounds", type=int, help="after the warm-up (default: 5)", default=5)
+    add("--device", help="(default: cuda for --size full, else cpu)")
+    add("--only-samplers", action="store_true", help="leave out the tables of noise, start and grids")
+    options = parser.parse_args(arguments)
+    device = options.device or ("cuda" if options.size == "full" else "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--size {options.size}: there is no CUDA device here")
+    for sampler in options.samplers:
+        find_sampler(sampler)
+    steps = options.steps or (6 if options.size == "demo" else 10)
+
+    print(f"{options.size} models on {where(device)}; {steps} steps, {options.rounds} rounds")
+    ratios: tuple[list[float], ...] = ([], [], [])
+    for name in options.models:
+        with built(name, options.size, device) as bench:
+            rows = measured(bench, options.samplers, steps, options.rounds, device)
+            for all_of_them, these in zip(ratios, table(f"{name}, {options.size}", rows)):
+                all_of_them.extend(these)
+            if options.size == "demo" and not options.only_samplers:
+                grids([bench])
+    if not options.only_samplers:
+        step_noise(device)
+        starting()
+    worst = [f"{max(values):.3f}" if values else "not measured" for values in ratios]
+    print(f"\nworst ratio: {worst[0]} of the bare network ({worst[1]} deterministic), {worst[2]} of the stock pipeline")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
