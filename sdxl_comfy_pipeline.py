@@ -96,16 +96,17 @@ def find_sampler(sampler: str | Callable) -> Callable:
         TypeError: not a name, and not callable as `sampler(model, x, sigmas, ...)`.
     """
     if isinstance(sampler, str):
-        names, name = sampler_names(), sampler.removeprefix("sample_")
+        name = sampler.removeprefix("sample_")
         if COMFY_ALONE.fullmatch(name):
             raise ValueError(
                 f"`sampler`: {name} is ComfyUI's, not k-diffusion's. Its own function can be passed in its place,"
                 f" sampler=comfy.samplers.sampler_object({name!r}).sampler_function"
             )
         name = "euler" if name == "ddim" else re.sub("_sde_gpu$", "_sde", name)
-        if name in names:
-            return getattr(sampling, f"sample_{name}")
-        raise _unknown("sampler", sampler, names)
+        function = getattr(sampling, f"sample_{name}", None)
+        if callable(function) and _first_parameters(function):
+            return function
+        raise _unknown("sampler", sampler, sampler_names())
     try:
         if _first_parameters(sampler) is None:
             inspect.signature(sampler).bind("model", "x", "sigmas")
@@ -351,9 +352,13 @@ def run_sampler(
         if interrupted():
             raise _Interrupted(x, info.get("sigma_hat", sigma).cpu())
 
+    def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+        with mode.paused():
+            return noise(sigma, sigma_next)
+
     arguments["callback"] = callback
     if "noise_sampler" not in arguments:
-        arguments["noise_sampler"] = _noise_sampler(sampler, x, sigmas, generator)
+        noise, arguments["noise_sampler"] = _noise_sampler(sampler, x, sigmas, generator), noise_sampler
     try:
         with mode:
             x = _call(sampler, model, x, sigmas, arguments)
