@@ -10,7 +10,9 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,22 @@ class Refused(Exception):
     """Something that the user can mend. Its message is the one line to show."""
 
 
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw. All those of one `place` show one prompt and begin with one noise."""
+
+    place: str
+    prompt: str
+    seed: int
+    sampler: str
+    path: Path
+
+
 @dataclass
 class Drawn:
-    """What became of one sampler: its file, or why there is none."""
+    """What became of one picture: its file, or why there is none."""
 
-    sampler: str
+    picture: Picture
     path: Path | None
     seconds: float = 0.0
     evaluations: int = 0
@@ -67,7 +80,8 @@ def _run(family: Family, options: argparse.Namespace) -> int:
         raise Refused(f"--device: {str(error).splitlines()[0]}") from None
     model = options.model or (family.hub_model if torch.cuda.is_available() else "demo")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    state = PartialState(cpu=torch.device(device).type == "cpu")
+    # who is done first waits for the others, longer than the half hour that torch allows
+    state = PartialState(cpu=torch.device(device).type == "cpu", timeout=timedelta(days=7))
     if state.num_processes > 1 and torch.device(device).index is None:
         device = str(state.device)
     if options.model is None and model == "demo" and state.is_main_process:
@@ -76,30 +90,57 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     pipe = _load(family, module, model, device, options)
     name = _short_name(family, model)
     settings = _settings(family, pipe, model, options)
-    try:
-        prompt = _encode(family, pipe, options)
-    except Exception as error:
-        raise Refused(_reason(error)) from error
-    files = {sampler: options.output / f"{name}-sample_{sampler}.png" for sampler in samplers}
+    units = list(_units(name, module, samplers, options))
+    mine = [unit for turn, unit in units if turn % state.num_processes == state.process_index]
 
-    drawn = []
-    mine = samplers[state.process_index :: state.num_processes]
-    with tqdm(mine, desc=f"{name} grid", position=0, disable=not state.is_main_process) as bar:
-        for sampler in bar:
+    drawn, encoded = [], {}
+    with tqdm(total=sum(map(len, mine)), desc=f"{name} grid", position=0, disable=not state.is_main_process) as bar:
+        for unit in mine:
+            sampler = unit[0].sampler
             bar.set_postfix_str(sampler)
-            wanted = {**settings, "sampler": sampler, "sampler_options": _sampler_options(module, sampler)}
+            shared = {**settings, "sampler": sampler, "sampler_options": _sampler_options(module, sampler)}
             if options.comfy and sampler in SKIPPING:
-                del wanted["sigmas"]  # it takes one of them more and leaves one out
-            if options.resume and (found := read_settings(files[sampler])):
-                if {key: found.get(key) for key in wanted} == wanted:
-                    drawn.append(_from_settings(sampler, files[sampler], found))
-                    continue
-            drawn.append(_draw(family, pipe, sampler, prompt, wanted, files[sampler], device, options))
+                del shared["sigmas"]  # it takes one of them more and leaves one out
+            wanted = [{**shared, "prompt": one.prompt, "seed": str(one.seed)} for one in unit]
+            kept = [_kept(one, settings) if options.resume else None for one, settings in zip(unit, wanted)]
+            drawn += filter(None, kept)
+            if not all(kept):
+                prompts = _encode_all(family, pipe, unit, encoded, options)
+                drawn += _draw(family, pipe, unit, kept, prompts, wanted, device, options)
+            bar.update(len(unit))
 
-    drawn = sorted(gather_object(drawn), key=lambda one: samplers.index(one.sampler))
+    order = {one: i for i, one in enumerate(one for _, unit in units for one in unit)}
+    drawn = sorted(gather_object(drawn), key=lambda one: order[one.picture])
     if state.is_main_process:
         _finish(name, model, settings, drawn, options)
     return int(any(one.error for one in drawn))
+
+
+def _units(
+    name: str, module: Any, samplers: list[str], options: argparse.Namespace
+) -> Iterator[tuple[int, list[Picture]]]:
+    """What is drawn in one batch, in the order of drawing, and whose turn it is.
+
+    Always the same batches, whatever is there already and however many processes share them: a picture depends on its
+    batch by the rounding. A sampler that chooses its steps by their error would choose them for all of a batch;
+    and ComfyUI's noise is one stream for a batch.
+    """
+    prompts = options.prompts or [options.prompt]
+    seeds = range(options.seed, options.seed + options.seeds)
+    places = []
+    for number, prompt in enumerate(prompts, 1):
+        for seed in seeds:
+            tags = [f"{number:03}"] * (options.prompts is not None) + [f"seed{seed}"] * (len(seeds) > 1)
+            places.append(("-".join([name, *tags]), prompt, seed))
+    for block, first in enumerate(range(0, len(places), options.batch)):
+        for number, sampler in enumerate(samplers):
+            pictures = [
+                Picture(place, prompt, seed, sampler, options.output / f"{place}-sample_{sampler}.png")
+                for place, prompt, seed in places[first : first + options.batch]
+            ]
+            alone = options.comfy or "rtol" in inspect.signature(module.find_sampler(sampler)).parameters
+            for unit in [[one] for one in pictures] if alone else [pictures]:
+                yield number + block, unit  # plus block: a slow sampler is not always the same process's
 
 
 # --- before anything runs --------------------------------------------------------------------------------------------
@@ -247,21 +288,40 @@ def _k_diffusion_version() -> dict[str, str]:
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def _encode(family: Family, pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that carry the prompt, encoded once for the whole grid."""
+def _encode_all(
+    family: Family, pipe: Any, unit: list[Picture], encoded: dict[str, dict[str, Any]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The arguments that carry the unit's prompts. The last few stay in `encoded`, since all samplers draw them."""
+    import torch
+
+    for prompt in dict.fromkeys(one.prompt for one in unit):
+        if prompt not in encoded:
+            try:
+                encoded[prompt] = _encode(family, pipe, prompt, options)
+            except Exception as error:
+                raise Refused(_reason(error)) from error
+    each = [encoded[one.prompt] for one in unit]
+    for prompt in list(encoded)[: -options.batch]:
+        del encoded[prompt]
+    tensors = {name for name, value in each[0].items() if isinstance(value, torch.Tensor)}
+    return {name: torch.cat([one[name] for one in each]) if name in tensors else each[0][name] for name in each[0]}
+
+
+def _encode(family: Family, pipe: Any, text: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that carry one prompt, encoded once for all samplers."""
     import torch
 
     with torch.no_grad():
         if family.name == "sdxl":
             names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
             embeds = pipe.encode_prompt(
-                options.prompt,
+                text,
                 negative_prompt=_negative_prompt(options),
                 do_classifier_free_guidance=options.guidance > 1,
             )
             return dict(zip(names, embeds))
         length = 512 if pipe.transformer.config.guidance_embeds else 256  # schnell was trained with 256
-        prompt_embeds, pooled, _ = pipe.encode_prompt(options.prompt, max_sequence_length=length)
+        prompt_embeds, pooled, _ = pipe.encode_prompt(text, max_sequence_length=length)
         encoded = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
         if options.negative_prompt:
             negative, pooled, _ = pipe.encode_prompt(options.negative_prompt, max_sequence_length=length)
@@ -278,74 +338,109 @@ def _negative_prompt(options: argparse.Namespace) -> str | None:
 def _draw(
     family: Family,
     pipe: Any,
-    sampler: str,
-    prompt: dict[str, Any],
-    settings: dict[str, str],
-    path: Path,
+    unit: list[Picture],
+    kept: list[Drawn | None],
+    prompts: dict[str, Any],
+    settings: list[dict[str, str]],
     device: str,
     options: argparse.Namespace,
-) -> Drawn:
-    """Draws and writes one picture. What fails is told, not raised, so that the others go on."""
+) -> list[Drawn]:
+    """Draws a unit in one batch and writes what is not kept. What fails is told, not raised: the others go on."""
     import torch
 
     network = pipe.unet if family.name == "sdxl" else pipe.transformer
-    drawn = Drawn(sampler, None)
+    drawn = [Drawn(one, None) for one in unit]
+    evaluations = 0
 
     def count(*_: Any) -> None:
-        drawn.evaluations += 1
+        nonlocal evaluations
+        evaluations += 1
 
     hook = network.register_forward_pre_hook(count)
-    width, height = (int(side) for side in settings["size"].split("x"))
-    steps = int(settings["steps"])
+    sampler, first = unit[0].sampler, settings[0]
+    width, height = (int(side) for side in first["size"].split("x"))
+    steps = int(first["steps"])
     if options.comfy:
         module = importlib.import_module(family.module)
-        arguments = comfy_arguments(sampler, steps, options.seed, module.find_sampler)
+        arguments = comfy_arguments(sampler, steps, unit[0].seed, module.find_sampler)
         arguments |= {"quantize_timesteps": True} if family.name == "sdxl" else {}
     else:
         arguments = {"sampler": sampler, "num_inference_steps": steps}
-        arguments["generator"] = torch.Generator("cpu").manual_seed(options.seed)  # the same noise for every sampler
+        # the same noise for every sampler
+        arguments["generator"] = [torch.Generator("cpu").manual_seed(one.seed) for one in unit]
     start = time.perf_counter()
     try:
-        image = pipe(
-            **prompt,
+        images = pipe(
+            **prompts,
             **arguments,
             schedule=options.schedule,
             guidance_scale=options.guidance,
             width=width,
             height=height,
-        ).images[0]
-        drawn.seconds = time.perf_counter() - start
-        written = {**settings, "evaluations": str(drawn.evaluations), "seconds": f"{drawn.seconds:.1f}"}
-        write_png(image, path, {**written, "parameters": write_parameters(written)})
-        drawn.path = path
+        ).images
+        seconds = (time.perf_counter() - start) / len(unit)
+        for one, image, wanted, there in zip(drawn, images, settings, kept):
+            if there is None:
+                one.seconds, one.evaluations = seconds, evaluations
+                written = {**wanted, "evaluations": str(evaluations), "seconds": f"{seconds:.1f}"}
+                write_png(image, one.picture.path, {**written, "parameters": write_parameters(written)})
+                one.path = one.picture.path
     except Exception as error:
-        drawn.error = _reason(error)
+        for one in drawn:
+            one.error = "" if one.path else _reason(error)
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
     finally:
         hook.remove()
-    return drawn
+    return [one for one, there in zip(drawn, kept) if there is None]
 
 
-def _from_settings(sampler: str, path: Path, found: dict[str, str]) -> Drawn:
-    return Drawn(sampler, path, float(found.get("seconds", 0)), int(found.get("evaluations", 0)), note="kept")
+def _kept(picture: Picture, wanted: dict[str, str]) -> Drawn | None:
+    """The picture that is there already, whole and with these settings."""
+    found = read_settings(picture.path)
+    if not found or {key: found.get(key) for key in wanted} != wanted:
+        return None
+    return Drawn(picture, picture.path, float(found.get("seconds", 0)), int(found.get("evaluations", 0)), note="kept")
 
 
 def _finish(name: str, model: str, settings: dict[str, str], drawn: list[Drawn], options: argparse.Namespace) -> None:
-    """The contact sheet and the table."""
+    """A contact sheet for each prompt and seed, and the table."""
+    places: dict[str, list[Drawn]] = {}
+    for one in drawn:
+        places.setdefault(one.picture.place, []).append(one)
+    sheets = [_sheet(place, settings, all_of_it, options) for place, all_of_it in places.items()]
+    failed = sum(bool(one.error) for one in drawn)
+    if len(sheets) == 1:
+        print(f"\n{'sampler':20}{'evaluations':>12}{'seconds':>10}  picture")
+        for one in drawn:
+            note, result = f" ({one.note})" if one.note else "", one.path or "FAILED: " + one.error
+            print(f"{one.picture.sampler:20}{one.evaluations:12}{one.seconds:10.1f}  {result}{note}")
+        print(f"{len(drawn) - failed} of {len(drawn)} drawn with {model}, side by side in {sheets[0]}")
+        return
+    print(f"\n{'sampler':20}{'pictures':>10}{'kept':>6}{'evaluations':>12}{'seconds':>10}")
+    for sampler in dict.fromkeys(one.picture.sampler for one in drawn):
+        those = [one for one in drawn if one.picture.sampler == sampler and one.path]
+        kept, evaluations = sum(bool(one.note) for one in those), sum(one.evaluations for one in those)
+        print(f"{sampler:20}{len(those):10}{kept:6}{evaluations:12}{sum(one.seconds for one in those):10.1f}")
+    for one in drawn:
+        if one.error:
+            print(f"FAILED: {one.picture.path}: {one.error}")
+    print(f"{len(drawn) - failed} of {len(drawn)} drawn with {model}, {len(sheets)} sheets like {sheets[0]}")
+
+
+def _sheet(place: str, settings: dict[str, str], drawn: list[Drawn], options: argparse.Namespace) -> Path:
+    """All samplers of one prompt and seed side by side, in a file."""
+    first = drawn[0].picture
     title = [
-        f"{name}: {len(drawn)} samplers of k-diffusion, {settings['steps']} steps, {settings['schedule']} noise levels,"
-        f" guidance {settings['guidance']}, seed {settings['seed']}",
-        options.prompt + (f"   (not: {options.negative_prompt})" if options.negative_prompt else ""),
+        f"{place}: {len(drawn)} samplers of k-diffusion, {settings['steps']} steps, {settings['schedule']} noise"
+        f" levels, guidance {settings['guidance']}, seed {first.seed}",
+        first.prompt + (f"   (not: {options.negative_prompt})" if options.negative_prompt else ""),
     ]
     entries = [
-        (one.sampler, one.error or f"{one.evaluations} evaluations, {one.seconds:.1f} s", one.path) for one in drawn
+        (one.picture.sampler, one.error or f"{one.evaluations} evaluations, {one.seconds:.1f} s", one.path)
+        for one in drawn
     ]
-    sheet = options.output / f"{name}-grid.png"
-    write_png(contact_sheet(title, entries), sheet, {**settings, "parameters": write_parameters(settings)})
-    print(f"\n{'sampler':20}{'evaluations':>12}{'seconds':>10}  picture")
-    for one in drawn:
-        note = f" ({one.note})" if one.note else ""
-        print(f"{one.sampler:20}{one.evaluations:12}{one.seconds:10.1f}  {one.path or 'FAILED: ' + one.error}{note}")
-    failed = sum(bool(one.error) for one in drawn)
-    print(f"{len(drawn) - failed} of {len(drawn)} drawn with {model}, side by side in {sheet}")
+    path = options.output / f"{place}-grid.png"
+    settings = {**settings, "prompt": first.prompt, "seed": str(first.seed)}
+    write_png(contact_sheet(title, entries), path, {**settings, "parameters": write_parameters(settings)})
+    return path

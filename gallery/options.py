@@ -80,7 +80,10 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--guidance", type=float, default=family.guidance, help="guidance scale (default: %(default)s)")
     if family is FLUX:
         add("--true-cfg", type=float, default=2.0, help="scale of the negative prompt (default: %(default)s)")
+    add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead of --prompt")
     add("--seed", type=int, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
+    add("--seeds", type=_positive, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
+    add("--batch", type=_positive, default=1, metavar="N", help="draw N prompts and seeds at once (default: 1)")
     comfy = f"draw ComfyUI's picture: its levels (default: {family.comfy_schedule}), rounding, start and seed"
     add("--comfy", action="store_true", help=comfy)
     add("--dtype", choices=DTYPES, help=f"of the network (default: {family.dtype}, on a CPU float32)")
@@ -92,6 +95,14 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     options.schedule = options.schedule or (family.comfy_schedule if options.comfy else family.schedule)
     if options.schedule == "scheduler":
         options.schedule = None
+    if options.prompts is not None:
+        try:
+            lines = options.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"argument --prompts: can't read {options.prompts}: {error}")
+        if not (found := [line.strip() for line in lines if line.strip()]):
+            parser.error(f"argument --prompts: {options.prompts} has no line with a prompt")
+        options.prompts = found
     if options.comfy and options.seed < 0:
         parser.error(f"argument --seed: ComfyUI's begin at 0, but this is {options.seed}")
     if options.samplers is not None:

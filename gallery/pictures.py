@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import textwrap
 from pathlib import Path
@@ -18,6 +19,8 @@ def write_png(image: Image.Image, path: Path, settings: dict[str, str] | None = 
     try:
         image.save(temporary, format="PNG", pnginfo=info)
         os.replace(temporary, path)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed here
+            left.unlink(missing_ok=True)
     finally:
         temporary.unlink(missing_ok=True)
 
