@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,6 +22,7 @@ from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline, find_sampler, sa
 
 PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
 
+DPM_SOLVER = {"algorithm_type": "dpmsolver", "solver_order": 3, "final_sigmas_type": "sigma_min"}
 # the scheduler that does what the sampler does; lms takes its order from the step, dpm_fast mixes orders 3, 2 and 1
 SDXL_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
@@ -29,7 +31,7 @@ SDXL_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm_2": ("KDPM2DiscreteScheduler", {}),
     "dpm_2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
-    "dpm_fast": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver", "solver_order": 3}),
+    "dpm_fast": ("DPMSolverSinglestepScheduler", DPM_SOLVER),
     "dpmpp_2s_ancestral": ("DPMSolverSinglestepScheduler", {"solver_order": 2}),
     "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
@@ -77,12 +79,16 @@ class Bench:
         arguments = {"generator": torch.Generator().manual_seed(0), **self.arguments, **arguments}
         return pipe(num_inference_steps=steps, output_type="latent", **arguments).images
 
+    def scheduler_of(self, sampler: str) -> Any:
+        """The sampler's counterpart in diffusers, for this network."""
+        name, options = self.schedulers[sampler]
+        return getattr(diffusers, name).from_config(self.ours.scheduler.config, **options)
+
     def stock_with(self, sampler: str) -> Callable[..., torch.Tensor] | None:
         """The stock pipeline's call with the sampler's counterpart; None where diffusers has none."""
         if sampler not in self.schedulers:
             return None
-        name, options = self.schedulers[sampler]
-        scheduler = getattr(diffusers, name).from_config(self.ours.scheduler.config, **options)
+        scheduler = self.scheduler_of(sampler)
 
         def call(steps: int, **arguments: Any) -> torch.Tensor:
             self.stock.scheduler = scheduler
@@ -93,6 +99,8 @@ class Bench:
 
 def demo(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Bench:
     """The demo model, 128x128, with its own text encoders' embeddings of the usual prompt."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     ours_class, stock_class = _classes(name)
     ours = ours_class.from_pretrained(ROOT / "demo" / name, dtype=torch.float32).to(device)
     with torch.no_grad():

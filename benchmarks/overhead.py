@@ -172,9 +172,8 @@ def step_noise(device: str, queries: int = 24) -> None:
     """Milliseconds of one draw of step noise: k-diffusion's tree, this project's path, white noise."""
     from sdxl_comfy_pipeline import brownian_noise, named_sigmas, sampling
 
-    print(
-        "\n### Milliseconds for one step's noise, median (least)\n\n| latents | tree | path | white |\n|---|---|---|---|"
-    )
+    print("\n### Milliseconds for one step's noise, median (least)")
+    print("\n| latents | tree | path | white |\n|---|---|---|---|")
     sigmas = named_sigmas("karras", queries + 1, 0.0292, 14.6146)[:-1]
     for shape in ((1, 4, 128, 128), (1, 4096, 64)):
         x = torch.zeros(shape, device=device)

@@ -1,0 +1,119 @@
+"""What the benchmarks build and how they count; the timings themselves are no test's matter."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import models  # noqa: E402
+import overhead  # noqa: E402
+import precision  # noqa: E402
+
+TINY = {
+    "sdxl": {
+        "sample_size": 8,
+        "block_out_channels": (32, 32, 64),
+        "transformer_layers_per_block": 1,
+        "attention_head_dim": (2, 2, 4),
+        "cross_attention_dim": 16,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
+        "norm_num_groups": 8,
+    },
+    "flux": {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (4, 6, 6),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "kind, config, billions",
+    [("UNet2DConditionModel", models.SDXL_CONFIG, 2.567), ("FluxTransformer2DModel", models.FLUX_CONFIG, 11.901)],
+)
+def test_full_size_is_the_real_architecture(kind, config, billions):
+    """By the number of weights that the models are published with; no memory is taken for them."""
+    with torch.device("meta"):
+        network = getattr(models.diffusers, kind)(**config)
+    assert sum(parameter.numel() for parameter in network.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_full_size_runs_beside_the_stock_pipeline(name):
+    """The path of `--size full`, with a small network on the CPU: both loops, the same latents from euler."""
+    bench = models.full(name, "cpu", TINY[name], size=64)
+    assert bench.network.dtype == {"sdxl": torch.float16, "flux": torch.bfloat16}[name]
+    assert all(parameter.isfinite().all() for parameter in bench.network.parameters())
+    rows = overhead.measured(bench, ["euler", "heun"], 2, 1, "cpu")
+    assert [row["times"]["ours"][0][2] for row in rows] == [2, 3]
+    assert set(rows[0]["runs"]) == {"ours", "stock", "bare"}
+    assert all(0 < outside < whole for row in rows for whole, outside, _ in row["times"]["ours"])
+    ours, stock = bench.call(bench.ours, 2), bench.stock_with("euler")(2)
+    assert ours.isfinite().all() and (ours - stock).norm() < 0.05 * stock.norm()
+
+
+@pytest.mark.filterwarnings("ignore")  # diffusers' own, of NumPy 2 and of its old algorithm
+def test_every_counterpart_runs():
+    """All of them draw, with finite latents."""
+    bench = models.full("sdxl", "cpu", TINY["sdxl"], size=64)
+    bench.network.float()
+    bench.arguments = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in bench.arguments.items()}
+    for sampler in models.SDXL_SCHEDULERS:
+        assert models.find_sampler(sampler) and bench.stock_with(sampler)(3).isfinite().all(), sampler
+    assert bench.stock_with("dpm_adaptive") is None
+
+
+def test_the_last_line_names_the_worst(capsys):
+    def row(sampler, ours, stock, bare):
+        times = {"ours": [(ours, 0.1, 2)] * 3, "stock": [(stock, 0.1, 2)] * 3, "bare": [(bare, 0.0, 2)] * 3}
+        return {"sampler": sampler, "times": times, "runs": times, "cuda": {}}
+
+    rows = [row("euler", 2.2, 2.0, 2.0), row("dpmpp_sde", 3.0, 4.0, 2.0)]
+    to_bare, deterministic, to_stock = overhead.table("sdxl", rows)
+    assert to_bare == pytest.approx([1.1, 1.5]) and deterministic == pytest.approx([1.1])
+    assert to_stock == pytest.approx([1.1, 0.75])
+    assert "| dpmpp_sde | 2 | 1500.00 (0.0 %) | 2000.00 (0.0 %) | 1000.00 (0.0 %) | 1.500 | 0.750 |" in (
+        capsys.readouterr().out
+    )
+
+
+def test_no_cuda_is_said_in_one_line(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit):
+        overhead.main(["--size", "full"])
+    assert "there is no CUDA device here" in capsys.readouterr().err
+
+
+def test_step_noise_has_the_same_numbers_in_every_dtype():
+    draw = precision.float32_noise(3), precision.float32_noise(3)
+    single, half = draw[0]((4, 4), dtype=torch.float64), draw[1]((4, 4), dtype=torch.float16)
+    torch.testing.assert_close(half.double(), single, rtol=2**-10, atol=1e-4)
+
+
+def test_importing_a_pipeline_file_adds_nothing_heavy():
+    """After diffusers' pipeline, what a file imports is k-diffusion's sampling and the two solvers it names.
+
+    Nothing for plots, trackers or training. And the options of the scripts do without torch.
+    """
+    code = (
+        "import sys, torch\nfrom diffusers import StableDiffusionXLPipeline, FluxPipeline\nbefore = set(sys.modules)\n"
+        "import sdxl_comfy_pipeline, flux_comfy_pipeline\n"
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))\n"
+        "print([n for n in ('wandb', 'clip', 'kornia', 'matplotlib', 'skimage', 'cleanfid') if n in sys.modules])"
+    )
+    new, heavy = overhead.script("-c", code)[1].splitlines()
+    known = {"sdxl_comfy_pipeline", "flux_comfy_pipeline", "torchsde", "torchdiffeq", "trampoline"}
+    assert set(eval(new)) - set(sys.stdlib_module_names) <= known and heavy == "[]"
+    names = "import sys\nfrom gallery.options import SDXL, parse\nparse(SDXL, [])\nprint('torch' in sys.modules)"
+    assert overhead.script("-c", names)[1].strip() == "False"
