@@ -280,6 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
         find_sampler(sampler)
     steps = options.steps or (6 if options.size == "demo" else 10)
 
+    warnings.simplefilter("ignore")  # diffusers' of NumPy 2 and old algorithms, torchsde's of a rounded end
     print(f"{options.size} models on {where(device)}; {steps} steps, {options.rounds} rounds")
     ratios: tuple[list[float], ...] = ([], [], [])
     for name in options.models:

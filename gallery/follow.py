@@ -111,7 +111,7 @@ class Session:
         self.width, self.height = options.width or native, options.height or native
         try:
             self.pipe.check_inputs(options.prompt, None, self.height, self.width, *(() if self.flux else (None,)))
-            self.prompt = _encode(family, self.pipe, options)
+            self.prompt = _encode(family, self.pipe, options.prompt, options)
         except Exception as error:
             raise Refused(_reason(error)) from error
         self.guidance = options.guidance

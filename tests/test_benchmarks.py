@@ -48,6 +48,7 @@ def test_full_size_is_the_real_architecture(kind, config, billions):
     assert sum(parameter.numel() for parameter in network.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' own, of NumPy 2
 @pytest.mark.parametrize("name", TINY)
 def test_full_size_runs_beside_the_stock_pipeline(name):
     """The path of `--size full`, with a small network on the CPU: both loops, the same latents from euler."""
