@@ -718,9 +718,9 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
         if negative_original_size is None or negative_target_size is None:
             negative_sizes = sizes
+        dtype = self.unet.dtype  # the text encoders' may be another
         time_ids, negative_time_ids = (
-            self._get_add_time_ids(*s, self.unet.dtype, projection_dim).repeat(batch_size, 1)
-            for s in (sizes, negative_sizes)
+            self._get_add_time_ids(*s, dtype, projection_dim).repeat(batch_size, 1) for s in (sizes, negative_sizes)
         )
         check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
         noise_on_device = str(sampler).endswith("_gpu")
@@ -756,7 +756,6 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 clip_skip=clip_skip,
             )
             prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = embeds
-            dtype = self.unet.dtype  # the text encoders' may be another
             state_dtype = torch.promote_types(dtype, torch.float32)
 
             def both(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
