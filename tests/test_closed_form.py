@@ -102,12 +102,12 @@ def test_convergence_order(process, sampler):
 
 
 def test_convergence_order_with_v_prediction():
-    """The same network in other words gives the same samples, to rounding that the mixture's edges enlarge."""
+    """The same network in other words gives the same samples, to the float32 in which diffusers keeps its betas."""
     epsilon, v = (sdxl_pipeline(KNOWN, prediction_type=kind) for kind in ("epsilon", "v_prediction"))
     for sampler in ("heun", "dpmpp_2m"):
         arguments = {"sampler": sampler, "num_inference_steps": 10, "schedule": "karras"}
         first, second = (call(pipe, 4, 4, generator=seeded(), **arguments) for pipe in (epsilon, v))
-        assert relative(second, first) < 1e-8
+        assert relative(second, first) < 1e-6
 
 
 # --- distribution ----------------------------------------------------------------------------------------------------
