@@ -93,7 +93,8 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     units = list(_units(name, module, samplers, options))
     mine = [unit for turn, unit in units if turn % state.num_processes == state.process_index]
 
-    drawn, encoded = [], {}
+    drawn: list[Any] = []
+    encoded: dict[Any, dict[str, Any]] = {}
     with tqdm(total=sum(map(len, mine)), desc=f"{name} grid", position=0, disable=not state.is_main_process) as bar:
         for unit in mine:
             sampler = unit[0].sampler
