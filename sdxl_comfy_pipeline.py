@@ -8,16 +8,19 @@ This file works alone: it needs torch, diffusers, transformers and k-diffusion, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import importlib
 import importlib.util
 import inspect
 import math
+import numbers
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -58,8 +61,11 @@ sampling, external = _k_diffusion("sampling", "external")
 
 BY_LEVELS = ("model", "x", "sigmas")
 BY_RANGE = ("model", "x", "sigma_min", "sigma_max")  # dpm_fast and dpm_adaptive place their own levels in log sigma
+COMFY_ALONE = re.compile(  # what ComfyUI names and k-diffusion has not
+    "(exp_)?heun_?(pp)?2.*|.*_cfg_pp|.*_sde_heun.*|ddpm|lcm|ipndm.*|deis|res_multistep.*|gradient_estimation|er_sde"
+    "|seeds_.|sa_solver.*|uni_pc.*"
+)
 GIVEN = {*BY_LEVELS, *BY_RANGE, "n", "extra_args", "callback", "disable"}
-SCHEDULES = ("karras", "exponential", "polyexponential", "vp")
 
 
 def sampler_names() -> list[str]:
@@ -83,12 +89,21 @@ def _unknown(argument: str, name: Any, known: Sequence[str]) -> ValueError:
 def find_sampler(sampler: str | Callable) -> Callable:
     """The sampler of this name, with or without `sample_`. A callable with k-diffusion's signature comes back as it is.
 
+    ComfyUI's names are known too: its `ddim` is Euler's method, its `dpmpp_*_sde_gpu` the samplers without `_gpu`.
+
     Raises:
         ValueError: no sampler of k-diffusion has this name.
         TypeError: not a name, and not callable as `sampler(model, x, sigmas, ...)`.
     """
     if isinstance(sampler, str):
-        function = getattr(sampling, f"sample_{sampler.removeprefix('sample_')}", None)
+        name = sampler.removeprefix("sample_")
+        if COMFY_ALONE.fullmatch(name):
+            raise ValueError(
+                f"`sampler`: {name} is ComfyUI's, not k-diffusion's. Its own function can be passed in its place,"
+                f" sampler=comfy.samplers.sampler_object({name!r}).sampler_function"
+            )
+        name = "euler" if name == "ddim" else re.sub("_sde_gpu$", "_sde", name)
+        function = getattr(sampling, f"sample_{name}", None)
         if callable(function) and _first_parameters(function):
             return function
         raise _unknown("sampler", sampler, sampler_names())
@@ -139,8 +154,19 @@ class _SamplerMode(TorchFunctionMode):
         if func is torch.randn_like:
             return self.draw(args[0])
         if func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
-            return args[0]
+            index = args[1] if isinstance(args[1], tuple) else ()
+            if index and index[0] is ... and all(i is None for i in index[1:]):  # k-diffusion's append_dims
+                return args[0]
         return func(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is not the sampler's: the network and the caller's functions."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
 
 class _Interrupted(Exception):
@@ -179,7 +205,8 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels. The
     normals are drawn on `device`; those of the last call are kept, so that the next one makes about 15 draws.
     """
-    generator, normals, motion = torch.Generator(device), {}, {}
+    generator = torch.Generator(device)
+    normals, motion = dict[int, torch.Tensor](), dict[float, torch.Tensor]()
 
     def draw(node: int) -> torch.Tensor:
         # the CPU's generator reads 32 bits of its seed: with an odd factor they differ between the nodes of a path
@@ -210,7 +237,7 @@ def _noise_sampler(
     if not (_is_k_diffusion(sampler) and sampler.__name__.endswith("_sde")):
         return lambda sigma, sigma_next: randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
-    seeds = [torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu").item() for g in generators]
+    seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
     return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
 
 
@@ -240,11 +267,11 @@ def _call(
     return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
 
 
-def _step_starts(sampler: Callable, sigmas: torch.Tensor, arguments: dict[str, Any]) -> dict[int, int]:
+def _step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor, arguments: dict[str, Any]) -> dict[int, int]:
     """Which evaluation of the model begins which step: {evaluation: step}, found by a run on a one-element tensor.
 
     A sampler of k-diffusion calls back after the first evaluation of a step. Empty for one whose steps depend on its
-    error, which can't be known beforehand.
+    error, which can't be known beforehand, and for a callable that can't run on one element.
     """
     if "rtol" in inspect.signature(sampler).parameters:
         return {}
@@ -258,10 +285,13 @@ def _step_starts(sampler: Callable, sigmas: torch.Tensor, arguments: dict[str, A
     def callback(info: dict[str, Any]) -> None:
         starts[evaluations - 1] = info["i"]
 
-    x = torch.ones(1, dtype=sigmas.dtype)
+    x = torch.ones([1] * ndim, dtype=sigmas.dtype)
     dry = {"callback": callback, "noise_sampler": lambda sigma, sigma_next: torch.zeros_like(x)}
-    with _SamplerMode(torch.zeros_like):
-        _call(sampler, model, x, sigmas, {**arguments, **dry})
+    try:
+        with _SamplerMode(torch.zeros_like):
+            _call(sampler, model, x, sigmas, {**arguments, **dry})
+    except Exception:
+        return {}
     return starts
 
 
@@ -284,49 +314,47 @@ def run_sampler(
         sigmas: on the CPU, 1-D, falling. They stay there: to compare sigmas on a GPU, the sampler would wait for it.
         after_step: `after_step(i, x, sigma, began, denoised) -> x` gets the state that step i ended with and its sigma,
             the sigma that the step began at and what was predicted there. The sampler goes on from what it returns.
+            Where it can't be known which evaluation begins a step, as in dpm_adaptive, both sigmas are that of x, and
+            another x is a ValueError.
         on_step: called in every step.
         interrupted: asked in every step; the run ends there if it answers True.
 
     Returns:
         The state at the end and its sigma, which is sigmas[-1] unless interrupted.
     """
-    evaluations, steps = 0, {}
+    evaluations, steps = 0, dict[int, tuple[torch.Tensor, torch.Tensor]]()
     arguments = {"disable": True, **sampler_kwargs}
-    starts = _step_starts(sampler, sigmas, arguments) if after_step else {}
+    starts = _step_starts(sampler, x.ndim, sigmas, arguments) if after_step else {}
     mode = _SamplerMode(lambda like: randn_tensor(like.shape, generator, like.device, like.dtype))
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal evaluations
         step, evaluations = starts.get(evaluations, 0), evaluations + 1
-        mode.__exit__(None, None, None)
-        try:
-            if step > 0:
-                changed = after_step(step - 1, x, sigma[0], *steps.pop(step - 1))
-                if changed is not x:
-                    x.copy_(changed)  # x is the sampler's own tensor
+        with mode.paused():
+            if after_step and step - 1 in steps:
+                # x is the sampler's own tensor; the caller gets another, to keep or to write on
+                x.copy_(after_step(step - 1, x.clone(), sigma[0], *steps.pop(step - 1)))
                 if interrupted():
                     raise _Interrupted(x, sigma[0].cpu())
             return denoiser(x, sigma)
-        finally:
-            mode.__enter__()
 
     def callback(info: dict[str, Any]) -> None:
         on_step()
-        if interrupted():
-            raise _Interrupted(info["x"], info["sigma_hat"].cpu())
         i, x, sigma, denoised = (info[key] for key in ("i", "x", "sigma", "denoised"))
         if starts:
             steps[i] = sigma, denoised
-        elif after_step and after_step(i, x, sigma, sigma, denoised) is not x:
-            name = getattr(sampler, "__name__", sampler)
-            raise ValueError(f"the latents can't be changed in a callback: {name} does not say where its steps begin")
+        elif after_step:
+            with mode.paused():
+                changed = after_step(i, x.clone(), sigma, sigma, denoised)
+            if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
+                name = getattr(sampler, "__name__", sampler)
+                raise ValueError(f"a callback can't change the latents: {name} does not say where its steps begin")
+        if interrupted():
+            raise _Interrupted(x, info.get("sigma_hat", sigma).cpu())
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        mode.__exit__(None, None, None)
-        try:
+        with mode.paused():
             return noise(sigma, sigma_next)
-        finally:
-            mode.__enter__()
 
     arguments["callback"] = callback
     if "noise_sampler" not in arguments:
@@ -336,7 +364,7 @@ def run_sampler(
             x = _call(sampler, model, x, sigmas, arguments)
     except _Interrupted as stopped:
         return stopped.args
-    if steps:
+    if after_step and steps:
         last = max(steps)
         x = after_step(last, x, sigmas[-1], *steps[last])
     return x, sigmas[-1]
@@ -354,6 +382,79 @@ def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> t
     return getattr(sampling, f"get_sigmas_{schedule}")(n, sigma_min, sigma_max)
 
 
+class TrainedLevels(NamedTuple):
+    """The noise levels that a network was trained with, as ComfyUI keeps them: float32, on the CPU."""
+
+    sigmas: torch.Tensor
+    """Rising."""
+    t_to_sigma: Callable[[torch.Tensor], torch.Tensor]
+    """Between the levels, from a t in t_min..t_max on the network's own scale."""
+    t_min: float
+    t_max: float
+
+
+def _evenly(n: int, trained: TrainedLevels) -> torch.Tensor:
+    return trained.t_to_sigma(torch.linspace(trained.t_max, trained.t_min, n))
+
+
+def _simple(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """n of the table, at an even stride from the top."""
+    stride = len(trained.sigmas) / n
+    return trained.sigmas.flip(0)[[int(i * stride) for i in range(n)]]
+
+
+def _ddim_uniform(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """At an even stride from the second lowest up. More than n levels where n does not divide the table."""
+    return trained.sigmas[1 :: max(len(trained.sigmas) // n, 1)].flip(0)
+
+
+def _beta(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """Quantiles of Beta(0.6, 0.6), Lee et al. 2024. With many steps some round to the same level."""
+    from scipy.special import betaincinv
+
+    places = betaincinv(0.6, 0.6, 1 - torch.arange(n, dtype=torch.float64).numpy() / n) * (len(trained.sigmas) - 1)
+    return trained.sigmas[torch.as_tensor(places).round().long()]
+
+
+def _linear_quadratic(n: int, trained: TrainedLevels, threshold: float = 0.025) -> torch.Tensor:
+    """A line from 1 to 1 - threshold in the first half of the steps, then the parabola that goes on smoothly to 0."""
+    half, i = n // 2, torch.arange(n, dtype=torch.float64)
+    slope = threshold / max(half, 1)
+    share = 1 - slope * i - (1 - slope * n) * ((i - half).clamp(min=0) / (n - half)) ** 2
+    return share.float() * trained.sigmas[-1]
+
+
+def _kl_optimal(n: int, trained: TrainedLevels) -> torch.Tensor:
+    """Even in atan(sigma), Sabour et al. 2024. One step, for which ComfyUI has NaN, begins at the highest level."""
+    share = torch.arange(n) / max(n - 1, 1)
+    low, high = trained.sigmas[0].item(), trained.sigmas[-1].item()
+    return (share * math.atan(low) + (1 - share) * math.atan(high)).tan()
+
+
+# ComfyUI's noise levels by its names, falling, without the zero at their end. It takes karras and exponential from
+# k-diffusion, as is done here.
+COMFY_SCHEDULES: dict[str, Callable[[int, TrainedLevels], torch.Tensor]] = {
+    "simple": _simple,
+    "normal": _evenly,
+    "sgm_uniform": lambda n, trained: _evenly(n + 1, trained)[:-1],
+    "ddim_uniform": _ddim_uniform,
+    "beta": _beta,
+    "linear_quadratic": _linear_quadratic,
+    "kl_optimal": _kl_optimal,
+}
+SCHEDULES = ("karras", "exponential", "polyexponential", "vp", *COMFY_SCHEDULES)
+
+
+def trained_sigmas(schedule: str, n: int, trained: TrainedLevels) -> torch.Tensor:
+    """The noise levels of this name, one of `SCHEDULES`, for n steps: falling, then zero; float32.
+
+    They equal ComfyUI's to its float32. `beta` and `ddim_uniform` may have a few less or more than n steps, as there.
+    """
+    if schedule in COMFY_SCHEDULES:
+        return sampling.append_zero(COMFY_SCHEDULES[schedule](n, trained).unique_consecutive())
+    return named_sigmas(schedule, n, trained.sigmas[0].item(), trained.sigmas[-1].item())
+
+
 def steps_of(sampler: Callable, sigmas: torch.Tensor) -> float:
     """How many steps the sampler takes over these levels; infinity where it decides itself."""
     return math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1
@@ -361,17 +462,106 @@ def steps_of(sampler: Callable, sigmas: torch.Tensor) -> float:
 
 def check_call(
     num_inference_steps: int,
+    num_images_per_prompt: int | None,
+    images: int,
     generator: torch.Generator | list[torch.Generator] | None,
-    latents: torch.Tensor | None,
-    shape: tuple[int | None, ...],
+    **tensors: tuple[torch.Tensor | None, tuple[int | None, ...]],
 ) -> None:
-    """Raises a ValueError unless there is a step to take, and a generator or latents for every image."""
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` has to be a whole number, at least 1, but is {num_inference_steps!r}")
-    if isinstance(generator, list) and len(generator) != shape[0]:
-        raise ValueError(f"`generator` has to have one generator an image, {shape[0]}, but has {len(generator)}")
-    if latents is not None and [n for n, fixed in zip(latents.shape, shape) if fixed] != [n for n in shape if n]:
-        raise ValueError(f"`latents` have to be of shape {shape}, but are of shape {tuple(latents.shape)}")
+    """Raises a ValueError for counts below 1, too few generators, or a tensor that is not of the shape beside it.
+
+    None in a shape stands for any number. What is no generator at all is a TypeError.
+    """
+    counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
+    for name, count in counts.items():
+        if not isinstance(count, numbers.Integral) or count < 1:
+            raise ValueError(f"`{name}` has to be a whole number, at least 1, but is {count!r}")
+    generators = generator if isinstance(generator, list) else [generator] * images
+    if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
+        raise TypeError(f"`generator` has to be a torch.Generator or a list of them, but is {generator!r}")
+    if len(generators) != images:
+        raise ValueError(f"`generator` has to have one generator an image, {images}, but has {len(generators)}")
+    for name, (tensor, shape) in tensors.items():
+        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
+        fits = len(found) == len(shape) and all(n in (None, m) for n, m in zip(shape, found))
+        if tensor is not None and not fits:
+            wanted, found = str(shape).replace("None", "any"), found or type(tensor)
+            raise ValueError(f"`{name}` have to be of shape {wanted}, but are {found}")
+
+
+def per_prompt(count: int, *texts: str | list[str] | None) -> list[list[str] | None]:
+    """prompt, prompt_2 and their negatives as lists of `count`: a single text goes to every prompt.
+
+    Raises a ValueError for a list of another length or of other things than texts.
+    """
+    lists = [[text] * count if isinstance(text, str) else text for text in texts]
+    for name, texts in zip(("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"), lists):
+        fits = isinstance(texts, list) and len(texts) == count > 0 and all(isinstance(text, str) for text in texts)
+        if texts is not None and not fits:
+            raise ValueError(
+                f"`{name}` has to be a text, or a list of one for each of {count} prompts, but is {texts!r}"
+            )
+    return lists
+
+
+def check_ip_adapter(network: torch.nn.Module, *images: Any) -> None:
+    """Raises a ValueError for images (or embeddings) that the network has no adapter for, and for a list of none."""
+    given = [image for image in images if image is not None]
+    if given and getattr(network, "encoder_hid_proj", None) is None:
+        raise ValueError("`ip_adapter_image`: there is no IP-adapter, call load_ip_adapter first")
+    if any(isinstance(image, list) and not image for image in given):
+        raise ValueError("`ip_adapter_image` and `ip_adapter_image_embeds` have to be None or one for each IP-adapter")
+
+
+def check_comfy_seed(comfy_seed: int | list[int] | None, batch_size: int, **instead: Any) -> None:
+    """Raises a ValueError unless it is a seed, or one for every image, and no other argument gives noise too."""
+    if comfy_seed is None:
+        return
+    given = [name for name, value in instead.items() if value is not None]
+    if given:
+        raise ValueError(f"`comfy_seed` and `{given[0]}` both give the noise: pass one of them")
+    seeds = comfy_seed if isinstance(comfy_seed, list) else [comfy_seed]
+    if not all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds):  # torch takes neither bools nor numpy's
+        raise ValueError(
+            f"`comfy_seed` has to be a whole number in 0..2^64 - 1, or a list of them, but is {comfy_seed}"
+        )
+    if isinstance(comfy_seed, list) and len(seeds) != batch_size:
+        raise ValueError(f"`comfy_seed` has to have one seed an image, {batch_size}, but has {len(seeds)}")
+
+
+def _seeded(seed: int | list[int], device: torch.device | str) -> torch.Generator | list[torch.Generator]:
+    if isinstance(seed, list):
+        return [torch.Generator(device).manual_seed(one) for one in seed]
+    return torch.Generator(device).manual_seed(seed)
+
+
+def comfy_noise(
+    seed: int | list[int], shape: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Generator | list[torch.Generator]]:
+    """ComfyUI's initial noise, float32 on the CPU, and the generator that its `s_churn` draws from on this device.
+
+    A seed draws the whole batch, as there; a list draws each image as if it were alone.
+    """
+    generator = _seeded(seed, "cpu")
+    noise = randn_tensor(shape, generator, torch.device("cpu"), torch.float32)
+    return noise, generator if device.type == "cpu" else _seeded(seed, device)
+
+
+def comfy_noise_sampler(
+    sampler: Callable, x: torch.Tensor, sigmas: torch.Tensor, seed: int | list[int], on_device: bool = False
+) -> Callable:
+    """ComfyUI's step noise, float32: for `*_sde` a Brownian tree's, for others white on x's device.
+
+    The tree draws on the CPU, or, as in ComfyUI for the names that end in `_gpu`, on x's device.
+    """
+    name = getattr(sampler, "__name__", "")
+    if name.startswith("sample_dpmpp") and name.endswith("_sde"):
+        ends = sigmas[sigmas > 0].min().float(), sigmas.max().float()
+        tree = sampling.BrownianTreeNoiseSampler((x if on_device else x.cpu()).float(), *ends, seed)
+        # torchsde rounds the ends to 1e-6 and warns of a time beyond them, which it takes for the end
+        inside = [round(end.item(), 6) for end in ends]
+        return lambda *sigmas: tree(*(torch.as_tensor(sigma).double().clamp(*inside) for sigma in sigmas)).to(x)
+    generator = _seeded(seed, x.device)
+    return lambda sigma, sigma_next: randn_tensor(x.shape, generator, x.device, torch.float32).to(x)
 
 
 def check_schedule(schedule: str | None, **instead: Any) -> None:
@@ -396,6 +586,10 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
     """
 
     _callback_tensor_inputs = [*StableDiffusionXLPipeline._callback_tensor_inputs, "denoised", "sigma"]
+
+    def to_json_string(self) -> str:
+        """The configuration. It names the parent, so that every loader of diffusers reads a saved folder."""
+        return super().to_json_string().replace(f'"{type(self).__name__}"', '"StableDiffusionXLPipeline"')
 
     @torch.no_grad()
     def __call__(
@@ -439,6 +633,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         sampler_kwargs: dict[str, Any] | None = None,
         schedule: str | None = None,
         quantize_timesteps: bool = False,
+        comfy_seed: int | list[int] | None = None,
     ) -> StableDiffusionXLPipelineOutput | tuple:
         """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
 
@@ -446,18 +641,27 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
                 callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
             sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
-            schedule: noise levels by name, "karras", "exponential", "polyexponential" or "vp", between the lowest and
-                the highest level that the network was trained with. None: the scheduler's own.
+            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", between
+                the lowest and the highest level that the network was trained with, and ComfyUI's "simple", "normal",
+                "sgm_uniform", "ddim_uniform", "beta", "linear_quadratic" and "kl_optimal". None: the scheduler's own.
             quantize_timesteps: give the network the nearest trained timestep, as DPMSolverMultistepScheduler does, and
-                not an interpolated one, as EulerDiscreteScheduler does.
+                not an interpolated one, as EulerDiscreteScheduler does. ComfyUI does too.
+            comfy_seed: ComfyUI's seed, or one for each image, in place of `generator` and `latents`: the noise that
+                ComfyUI draws, its start and its step noise. With one of its schedules and `quantize_timesteps=True`
+                the latents are ComfyUI's.
 
         `sigmas` and the callback's `sigma` are noise levels of the variance-exploding process x = x0 + sigma noise, in
         which `latents` live too; `timesteps` are the trained ones. The state is float32 (float64 for a float64 network)
-        whatever the network's dtype. `callback_on_step_end_tensor_inputs` may also name `denoised`, the prediction that
-        the step began with, and `sigma`, the level that it began at.
+        whatever the network's dtype; `latents` that are given are scaled to the first level, as in the parent.
+
+        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that it ended with
+        and the timestep that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the x0
+        that was predicted there, and `sigma`, the level. The next step starts from what it returns. Before the run the
+        sampler is called once on a single number, to learn which evaluations begin a step.
 
         Raises:
-            ValueError, TypeError: for arguments that do not fit, before any network runs.
+            ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
+                the latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -466,6 +670,28 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         original_size = original_size or (height, width)
         target_size = target_size or (height, width)
 
+        check_ip_adapter(self.unet, ip_adapter_image, ip_adapter_image_embeds)
+        if eta:
+            raise ValueError("`eta` is an option of the sampler here: pass sampler_kwargs={'eta': ...}")
+        if min(height, width) < 1:
+            raise ValueError(f"`height` and `width` have to be positive, but are {height} and {width}")
+        given = prompt_embeds if prompt is None else prompt
+        prompts = 1 if isinstance(given, str) else 0 if given is None else len(given)
+        batch_size = prompts * (num_images_per_prompt or 0)
+        channels = self.unet.config.in_channels
+        projection_dim = self.unet.add_embedding.linear_1.in_features - 6 * self.unet.config.addition_time_embed_dim
+        tokens = self.tokenizer_2.model_max_length if prompt_embeds is None else None
+        check_call(
+            num_inference_steps,
+            num_images_per_prompt,
+            batch_size,
+            generator,
+            latents=(latents, (batch_size, channels, None, None)),
+            prompt_embeds=(prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
+            negative_prompt_embeds=(negative_prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
+            pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, projection_dim)),
+            negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, projection_dim)),
+        )
         self.check_inputs(
             prompt,
             prompt_2,
@@ -482,17 +708,25 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             ip_adapter_image_embeds,
             callback_on_step_end_tensor_inputs,
         )
-        if eta:
-            raise ValueError("`eta` is an option of the sampler here: pass sampler_kwargs={'eta': ...}")
-        if min(height, width) < 1:
-            raise ValueError(f"`height` and `width` have to be positive, but are {height} and {width}")
-        batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
-        batch_size *= num_images_per_prompt
-        channels = self.unet.config.in_channels
-        check_call(num_inference_steps, generator, latents, (batch_size, channels, None, None))
+        texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
+        prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
+        if clip_skip is not None and prompt is not None:
+            layers = min(e.config.num_hidden_layers for e in (self.text_encoder, self.text_encoder_2) if e is not None)
+            if not -1 <= clip_skip < layers:
+                raise ValueError(f"`clip_skip` has to be below the text encoders' {layers} layers, but is {clip_skip}")
+        sizes = (original_size, crops_coords_top_left, target_size)
+        negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
+        if negative_original_size is None or negative_target_size is None:
+            negative_sizes = sizes
+        dtype = self.unet.dtype  # the text encoders' may be another
+        time_ids, negative_time_ids = (
+            self._get_add_time_ids(*s, dtype, projection_dim).repeat(batch_size, 1) for s in (sizes, negative_sizes)
+        )
+        check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
+        noise_on_device = str(sampler).endswith("_gpu")
         sampler = find_sampler(sampler)
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
-        denoiser_class, alphas_cumprod = self._trained_with()
+        denoiser_class, alphas_cumprod = self._trained_with(schedule)
         sigmas, start = self.noise_levels(num_inference_steps, timesteps, sigmas, schedule, denoising_end)
 
         self._guidance_scale = guidance_scale
@@ -518,23 +752,13 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 negative_prompt_embeds=negative_prompt_embeds,
                 pooled_prompt_embeds=pooled_prompt_embeds,
                 negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-                lora_scale=(cross_attention_kwargs or {}).get("scale"),
+                lora_scale=dict(cross_attention_kwargs or {}).get("scale"),
                 clip_skip=clip_skip,
             )
             prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = embeds
-            dtype = self.unet.dtype  # the text encoders' may be another
             state_dtype = torch.promote_types(dtype, torch.float32)
 
-            sizes = (original_size, crops_coords_top_left, target_size)
-            negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
-            if negative_original_size is None or negative_target_size is None:
-                negative_sizes = sizes
-            projection_dim = pooled_prompt_embeds.shape[-1]
-            time_ids, negative_time_ids = (
-                self._get_add_time_ids(*s, dtype, projection_dim).repeat(batch_size, 1) for s in (sizes, negative_sizes)
-            )
-
-            def both(positive: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
+            def both(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
                 """The two sides of classifier-free guidance in one batch, the negative one first."""
                 joined = torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive
                 return joined.to(device, dtype)
@@ -556,11 +780,20 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 ).to(device, dtype)
 
             # generator -> noise, the stock pipeline's own
-            if latents is None:
-                shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            if comfy_seed is not None:
+                latents, generator = comfy_noise(comfy_seed, shape, device)
+                # ComfyUI begins with nothing but noise, x / sqrt(sigma^2 + 1), at the highest level, and below it with
+                # an empty latent and noise, x = 0 + sigma noise
+                at_highest = sigmas[0] ** 2 >= (1 / alphas_cumprod[-1] - 1) * (1 - 2e-5)
+                start = (sigmas[0] ** 2 + 1).sqrt() if at_highest else sigmas[0]
+            elif latents is None:
                 latents = randn_tensor(shape, generator, device, prompt_embeds.dtype)
             x = latents.to(device, state_dtype) * start.item()
             sigmas = sigmas.to(state_dtype)
+            if comfy_seed is not None:
+                step_noise = comfy_noise_sampler(sampler, x, sigmas, comfy_seed, noise_on_device)
+                sampler_kwargs.setdefault("noise_sampler", step_noise)
 
             # conditioning -> denoiser, the only place that knows the network
             def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -595,8 +828,9 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 timestep = denoiser.sigma_to_t(began.to(device).reshape(1))[0]
                 tensors = {"latents": x, "sigma": began, "denoised": denoised, **conditioning}
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, i, timestep, chosen)
-                conditioning.update({name: value for name, value in returned.items() if name in conditioning})
+                returned = callback_on_step_end(self, i, timestep, chosen) or {}  # type: ignore
+                for name in conditioning.keys() & returned.keys():
+                    conditioning[name] = returned[name].to(device, dtype)
                 return returned.get("latents", x)
 
             # noise, sigmas -> latents
@@ -619,8 +853,12 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             self.maybe_free_model_hooks()
         return StableDiffusionXLPipelineOutput(images=image) if return_dict else (image,)
 
-    def _trained_with(self) -> tuple[type, torch.Tensor]:
-        """k-diffusion's wrapper for the network's prediction, and the alphas_cumprod it was trained with, float64."""
+    def _trained_with(self, schedule: str | None = None) -> tuple[type, torch.Tensor]:
+        """k-diffusion's wrapper for the network's prediction, and the alphas_cumprod it was trained with, float64.
+
+        Named noise levels get them from the betas in float64, as ComfyUI computes them; the scheduler's own levels get
+        the scheduler's, which are float32 (its lowest sigma is off by 1e-5).
+        """
         wrappers = {
             "epsilon": external.DiscreteEpsDDPMDenoiser,
             "v_prediction": external.DiscreteVDDPMDenoiser,
@@ -631,8 +869,18 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 f"`scheduler`: needs betas and prediction_type 'epsilon' or 'v_prediction', but is"
                 f" {type(self.scheduler).__name__} with {prediction_type!r}"
             )
-        # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
-        return wrappers[prediction_type], self.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
+        if schedule is None:
+            # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
+            return wrappers[prediction_type], self.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
+        scheduler, rescaled = self.scheduler, self.scheduler.config.get("rescale_betas_zero_snr", False)
+        if rescaled:
+            scheduler = type(scheduler).from_config(scheduler.config, rescale_betas_zero_snr=False)
+        alphas_cumprod = (1 - scheduler.betas.double().cpu()).cumprod(0)
+        if rescaled:  # Lin et al. 2024, algorithm 1, on the betas before scheduler and float32 had them
+            alphas = alphas_cumprod.sqrt()
+            alphas_cumprod = ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
+        # ComfyUI takes this for the zero, which makes the highest sigma 4518.76
+        return wrappers[prediction_type], alphas_cumprod.where(alphas_cumprod > 0, 4.8973451890853435e-08)
 
     def noise_levels(
         self,
@@ -647,14 +895,15 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         Returns:
             sigmas of shape (steps + 1,), falling, and a number; float64, on the CPU.
         """
-        alphas_cumprod = self._trained_with()[1]
+        alphas_cumprod = self._trained_with(schedule)[1]
         check_schedule(schedule, sigmas=sigmas, timesteps=timesteps)
         if sigmas is not None:
             check_sigmas(sigmas)
         trained = external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
         if schedule is not None:
-            low, high = trained.sigma_min.item(), trained.sigma_max.item()
-            levels = named_sigmas(schedule, num_inference_steps, low, high).double()
+            table = external.DiscreteSchedule(trained.sigmas.float(), quantize=False)
+            table = TrainedLevels(table.sigmas, table.t_to_sigma, 0, len(alphas_cumprod) - 1)
+            levels = trained_sigmas(schedule, num_inference_steps, table).double()
             start = levels[0]
         else:
             scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
@@ -671,7 +920,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             start = start if start > 1 else (levels[0] ** 2 + 1).sqrt()
         if denoising_end is not None and 0 < denoising_end < 1:
             count = self.scheduler.config.num_train_timesteps
-            reached = trained.sigma_to_t(levels[:-1]) >= round(count - denoising_end * count)
+            # sigma_to_t misses a timestep by a rounding of the scheduler's float32 sigmas
+            reached = trained.sigma_to_t(levels[:-1]) > round(count - denoising_end * count) - 1e-3
             levels = levels[: int(reached.sum()) + 1]
         return levels, start
 

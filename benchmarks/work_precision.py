@@ -200,7 +200,7 @@ def measure(name: str, model: Any, results: Results) -> dict[str, list[tuple[int
 
 def print_curves(name: str, curves: dict[str, list[tuple[int, float]]], floor: float) -> None:
     for noisy, what in ((False, "error against the converged sample"), (True, "distance of the samples")):
-        print(f"\n{name}: {what}, at so many evaluations" + (f" (true samples: {floor:.3f})" if noisy else ""))
+        print(f"\n{name}: {what}, at so many evaluations" + (f" (two such sets: {floor:.3f})" if noisy else ""))
         for sampler, points in curves.items():
             if has_noise(sampler) == noisy:
                 print(f"{sampler:20}" + "".join(f"{count:6}: {error:7.1e}" for count, error in sorted(points)))
@@ -247,7 +247,12 @@ def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], floors: dict[str
                 points = sorted(samplers[sampler])
                 axis.loglog(*zip(*points), marker=markers[i], markersize=5, linewidth=1.4, label=sampler)
             if noisy:
-                axis.axhline(floors[name], color="grey", linestyle="--", label="two true sets")
+                axis.axhline(
+                    floors[name],
+                    color="grey",
+                    linestyle="--",
+                    label="two " + ("true" if "closed" in name else "converged") + " sets",
+                )
             axis.set_title(f"{name}, samplers with{'' if noisy else 'out'} noise")
             axis.set_xlabel("evaluations of the network")
             axis.set_ylabel("distance of the samples" if noisy else "error of the sample")

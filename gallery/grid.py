@@ -16,7 +16,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from gallery.comfy import SKIPPING, comfy_arguments
 from gallery.options import Family
+from gallery.parameters import write_parameters
 from gallery.pictures import contact_sheet, read_settings, write_png
 
 
@@ -91,12 +93,15 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     units = list(_units(name, module, samplers, options))
     mine = [unit for turn, unit in units if turn % state.num_processes == state.process_index]
 
-    drawn, encoded = [], {}
+    drawn: list[Any] = []
+    encoded: dict[Any, dict[str, Any]] = {}
     with tqdm(total=sum(map(len, mine)), desc=f"{name} grid", position=0, disable=not state.is_main_process) as bar:
         for unit in mine:
             sampler = unit[0].sampler
             bar.set_postfix_str(sampler)
             shared = {**settings, "sampler": sampler, "sampler_options": _sampler_options(module, sampler)}
+            if options.comfy and sampler in SKIPPING:
+                del shared["sigmas"]  # it takes one of them more and leaves one out
             wanted = [{**shared, "prompt": one.prompt, "seed": str(one.seed)} for one in unit]
             kept = [_kept(one, settings) if options.resume else None for one, settings in zip(unit, wanted)]
             drawn += filter(None, kept)
@@ -118,7 +123,8 @@ def _units(
     """What is drawn in one batch, in the order of drawing, and whose turn it is.
 
     Always the same batches, whatever is there already and however many processes share them: a picture depends on its
-    batch by the rounding. A sampler that chooses its steps by their error would choose them for all of a batch.
+    batch by the rounding. A sampler that chooses its steps by their error would choose them for all of a batch;
+    and ComfyUI's noise is one stream for a batch.
     """
     prompts = options.prompts or [options.prompt]
     seeds = range(options.seed, options.seed + options.seeds)
@@ -133,7 +139,7 @@ def _units(
                 Picture(place, prompt, seed, sampler, options.output / f"{place}-sample_{sampler}.png")
                 for place, prompt, seed in places[first : first + options.batch]
             ]
-            alone = "rtol" in inspect.signature(module.find_sampler(sampler)).parameters
+            alone = options.comfy or "rtol" in inspect.signature(module.find_sampler(sampler)).parameters
             for unit in [[one] for one in pictures] if alone else [pictures]:
                 yield number + block, unit  # plus block: a slow sampler is not always the same process's
 
@@ -255,8 +261,9 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
         "schedule": options.schedule or "scheduler",
         "sigmas": json.dumps([round(sigma, 6) for sigma in sigmas.tolist()]),
         "guidance": str(options.guidance),
-        **({"true_cfg": str(options.true_cfg)} if flux and options.negative_prompt else {}),
+        **({"true_cfg": str(options.true_cfg if options.negative_prompt else 1.0)} if flux else {}),
         "seed": str(options.seed),
+        **({"comfy": "True"} if options.comfy else {}),
         "size": f"{width}x{height}",
         "dtype": str((pipe.transformer if flux else pipe.unet).dtype).removeprefix("torch."),
         "versions": json.dumps(
@@ -310,7 +317,7 @@ def _encode(family: Family, pipe: Any, text: str, options: argparse.Namespace) -
             names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
             embeds = pipe.encode_prompt(
                 text,
-                negative_prompt=options.negative_prompt,
+                negative_prompt=_negative_prompt(options),
                 do_classifier_free_guidance=options.guidance > 1,
             )
             return dict(zip(names, embeds))
@@ -322,6 +329,11 @@ def _encode(family: Family, pipe: Any, text: str, options: argparse.Namespace) -
             encoded |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": pooled}
             encoded["true_cfg_scale"] = options.true_cfg
         return encoded
+
+
+def _negative_prompt(options: argparse.Namespace) -> str | None:
+    """ComfyUI encodes an empty one; diffusers takes zeros where there is none."""
+    return options.negative_prompt or ("" if options.comfy else None)
 
 
 def _draw(
@@ -346,26 +358,33 @@ def _draw(
         evaluations += 1
 
     hook = network.register_forward_pre_hook(count)
-    width, height = (int(side) for side in settings[0]["size"].split("x"))
+    sampler, first = unit[0].sampler, settings[0]
+    width, height = (int(side) for side in first["size"].split("x"))
+    steps = int(first["steps"])
+    if options.comfy:
+        module = importlib.import_module(family.module)
+        arguments = comfy_arguments(sampler, steps, unit[0].seed, module.find_sampler)
+        arguments |= {"quantize_timesteps": True} if family.name == "sdxl" else {}
+    else:
+        arguments = {"sampler": sampler, "num_inference_steps": steps}
+        # the same noise for every sampler
+        arguments["generator"] = [torch.Generator("cpu").manual_seed(one.seed) for one in unit]
     start = time.perf_counter()
     try:
         images = pipe(
             **prompts,
-            sampler=unit[0].sampler,
+            **arguments,
             schedule=options.schedule,
-            num_inference_steps=int(settings[0]["steps"]),
             guidance_scale=options.guidance,
             width=width,
             height=height,
-            generator=[torch.Generator("cpu").manual_seed(one.seed) for one in unit],  # every sampler's noise
         ).images
         seconds = (time.perf_counter() - start) / len(unit)
         for one, image, wanted, there in zip(drawn, images, settings, kept):
             if there is None:
                 one.seconds, one.evaluations = seconds, evaluations
-                write_png(
-                    image, one.picture.path, {**wanted, "evaluations": str(evaluations), "seconds": f"{seconds:.1f}"}
-                )
+                written = {**wanted, "evaluations": str(evaluations), "seconds": f"{seconds:.1f}"}
+                write_png(image, one.picture.path, {**written, "parameters": write_parameters(written)})
                 one.path = one.picture.path
     except Exception as error:
         for one in drawn:
@@ -423,5 +442,6 @@ def _sheet(place: str, settings: dict[str, str], drawn: list[Drawn], options: ar
         for one in drawn
     ]
     path = options.output / f"{place}-grid.png"
-    write_png(contact_sheet(title, entries), path, {**settings, "prompt": first.prompt, "seed": str(first.seed)})
+    settings = {**settings, "prompt": first.prompt, "seed": str(first.seed)}
+    write_png(contact_sheet(title, entries), path, {**settings, "parameters": write_parameters(settings)})
     return path

@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
 OFFLOAD = ("none", "model", "sequential")
+COMFY_SCHEDULES = "ComfyUI's simple, normal, sgm_uniform, ddim_uniform, beta, linear_quadratic and kl_optimal"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -26,6 +27,7 @@ class Family:
     guidance: float
     schedule: str | None
     schedule_help: str
+    comfy_schedule: str
 
     @property
     def demo(self) -> Path:
@@ -42,7 +44,8 @@ SDXL = Family(
     steps=25,
     guidance=5.0,
     schedule="karras",  # dpmpp_3m_sde needs small last steps, which the scheduler's own levels lack
-    schedule_help="karras (default), exponential, polyexponential, vp, or 'scheduler' for the model's own",
+    schedule_help=f"karras (default), exponential, polyexponential, vp, {COMFY_SCHEDULES}, 'scheduler' for its own",
+    comfy_schedule="normal",
 )
 FLUX = Family(
     name="flux",
@@ -54,7 +57,8 @@ FLUX = Family(
     steps=28,
     guidance=3.5,
     schedule=None,
-    schedule_help="'scheduler' for the model's own (default), karras, exponential, polyexponential or vp",
+    schedule_help=f"'scheduler' for its own (default), karras, exponential, polyexponential, vp, {COMFY_SCHEDULES}",
+    comfy_schedule="simple",
 )
 
 
@@ -68,7 +72,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--model", help=f"hub id, folder, .safetensors file, or 'demo' (default: {family.hub_model}, or demo)")
     add("--samplers", nargs="+", metavar="NAME", help="these only (default: all), with or without 'sample_'")
     add("--steps", type=_positive, help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})")
-    add("--schedule", default=family.schedule, help=f"noise levels: {family.schedule_help}")
+    add("--schedule", help=f"noise levels: {family.schedule_help}")
     add("--width", type=_positive, help="pixels (default: the model's)")
     add("--height", type=_positive, help="pixels (default: the model's)")
     add("--prompt", default=PROMPT, help="(default: %(default)s)")
@@ -80,12 +84,15 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--seed", type=int, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
     add("--seeds", type=_positive, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
     add("--batch", type=_positive, default=1, metavar="N", help="draw N prompts and seeds at once (default: 1)")
+    comfy = f"draw ComfyUI's picture: its levels (default: {family.comfy_schedule}), rounding, start and seed"
+    add("--comfy", action="store_true", help=comfy)
     add("--dtype", choices=DTYPES, help=f"of the network (default: {family.dtype}, on a CPU float32)")
     add("--device", help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
     add("--offload", choices=OFFLOAD, default="none", help="keep the model in main memory, for small GPUs")
     add("--output", type=Path, default=Path("output"), help="folder (default: %(default)s)")
     add("--resume", action="store_true", help="keep the pictures that are there already with the same settings")
     options = parser.parse_args(arguments)
+    options.schedule = options.schedule or (family.comfy_schedule if options.comfy else family.schedule)
     if options.schedule == "scheduler":
         options.schedule = None
     if options.prompts is not None:
@@ -96,6 +103,8 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
         if not (found := [line.strip() for line in lines if line.strip()]):
             parser.error(f"argument --prompts: {options.prompts} has no line with a prompt")
         options.prompts = found
+    if options.comfy and options.seed < 0:
+        parser.error(f"argument --seed: ComfyUI's begin at 0, but this is {options.seed}")
     if options.samplers is not None:
         options.samplers = [name for names in options.samplers for name in names.split(",") if name]
     return options
@@ -106,3 +115,52 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"has to be at least 1, but is {value}")
     return value
+
+
+def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
+    """The options of `compare.py`. Raises SystemExit(2) with one line for values that can't be right."""
+    parser = argparse.ArgumentParser(
+        description="Runs two samplers on one network from the same noise and finds the step where they part, and why.",
+        epilog="A side is NAME or NAME(option=value, ...). Exit status: 0 identical to rounding, 1 not, 2 bad input.",
+    )
+    parser.set_defaults(comfy=False)  # that switch is the grids'
+    add = parser.add_argument
+    add("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion, by name or a function (default: %(default)s)")
+    add(
+        "--against",
+        metavar="SIDE",
+        help="a scheduler class of diffusers, which runs in the stock pipeline, another sampler of k-diffusion, or a"
+        " function or scheduler class of your own: path/to/file.py:name or package.module:name (its code is run)",
+    )
+    add("--family", choices=("sdxl", "flux"), default="sdxl", help="(default: %(default)s)")
+    add("--model", default="demo", help="hub id, folder, .safetensors file, or 'demo' (default: %(default)s)")
+    add("--steps", type=_positive, default=25, help="(default: %(default)s)")
+    add("--schedule", help="noise levels of the k-diffusion side by name (default: those of the other side)")
+    add(
+        "--parameterization",
+        choices=("auto", "flow", "ve"),
+        default="auto",
+        help="FLUX: what the sampler sees as sigma",
+    )
+    add("--width", type=_positive, help="pixels (default: the model's)")
+    add("--height", type=_positive, help="pixels (default: the model's)")
+    add("--prompt", default=PROMPT, help="(default: %(default)s)")
+    add("--guidance", type=float, help="guidance scale (default: FLUX 3.5, SDXL 1: no part of a sampler)")
+    add("--seed", type=int, default=2, help="of the initial and the step noise (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="of the network (default: float64 for the demo models, else float32)")
+    add("--device", help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
+    add("--offload", choices=OFFLOAD, default="none", help="keep the model in main memory, for small GPUs")
+    add("--tolerance", type=float, help="of relative differences (default: 1e-6 in float64, 1e-4 in float32)")
+    add("--no-switches", dest="switches", action="store_false", help="don't try the known switches")
+    add("--no-truth", dest="truth", action="store_false", help="don't solve the ODE or SDE finely")
+    add("--json", nargs="?", const="-", metavar="FILE", help="write all of it as JSON, to standard output without FILE")
+    add("--html", metavar="FILE", help="write a report to look at, one file")
+    add("--all", action="store_true", help="run every known pair and write parity.md and parity.json")
+    add("--output", type=Path, default=Path("output"), help="folder for --all (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    family = {"sdxl": SDXL, "flux": FLUX}[options.family]
+    options.negative_prompt, options.true_cfg = None, 1.0
+    if options.guidance is None:
+        options.guidance = FLUX.guidance if family is FLUX else 1.0
+    options.dtype = options.dtype or ("float64" if options.model == "demo" else "float32")
+    return options, family

@@ -30,7 +30,7 @@ def read_settings(path: Path) -> dict[str, str] | None:
     try:
         with Image.open(path) as image:
             image.load()
-            return dict(image.text)
+            return dict(image.text)  # type: ignore[attr-defined]
     except (OSError, SyntaxError, AttributeError):
         return None
 

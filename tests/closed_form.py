@@ -86,7 +86,13 @@ class UNet(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, in_channels: int = 4, sample_size: int = 16, addition_time_embed_dim: int = 1):
+    def __init__(
+        self,
+        in_channels: int = 4,
+        sample_size: int = 16,
+        addition_time_embed_dim: int = 1,
+        cross_attention_dim: int = 1,
+    ):
         super().__init__()
         self.parameter = torch.nn.Parameter(torch.zeros(()))  # for the module's dtype and device
         self.add_embedding = torch.nn.Module()
@@ -123,7 +129,13 @@ class Transformer(ModelMixin, ConfigMixin, CacheMixin):
     """FLUX's network for a mixture: the velocity noise - x0 at x = (1 - t) x0 + t noise of (b, tokens, channels)."""
 
     @register_to_config
-    def __init__(self, in_channels: int = 16, guidance_embeds: bool = False):
+    def __init__(
+        self,
+        in_channels: int = 16,
+        guidance_embeds: bool = False,
+        joint_attention_dim: int = 1,
+        pooled_projection_dim: int = 1,
+    ):
         super().__init__()
         self.parameter = torch.nn.Parameter(torch.zeros(()))
 

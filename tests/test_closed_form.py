@@ -64,7 +64,7 @@ def truth(seed: int = 0) -> torch.Tensor:
 # once, which the others carry to the end: order 2 in all. dpm_fast takes steps of order 3; with n = 2 (mod 3)
 # evaluations its last is of order 2, which leaves an error of h^3 once, so that the whole keeps order 3.
 ORDERS = {"euler": 1, "heun": 2, "dpm_2": 2, "dpmpp_2m": 2, "lms": 2, "dpm_fast": 3}
-STEPS = (65, 128)  # both 2 (mod 3)
+STEPS = {name: (65, 128) if order < 3 else (128, 257) for name, order in ORDERS.items()}  # dpm_fast's are 2 (mod 3)
 
 
 def check_order(process: str, sampler: str, network: type | None = None, disturb: Callable = lambda sampler: sampler):
@@ -72,11 +72,11 @@ def check_order(process: str, sampler: str, network: type | None = None, disturb
 
     The last evaluation, that of the step to zero, sees the state at the last positive level. Between 65 and 128 steps
     the measured order is within 0.2: the next term is h of the leading one, with h = log(2 / 0.4) / 65 = 0.025 and
-    constants of up to four.
+    constants of up to four. dpm_fast takes three evaluations a step, so it needs more.
     """
     pipe = pipeline(process, torch.float64, network, **({} if process == "sdxl" else {"mu": 0.0}))
-    errors = []
-    for steps in STEPS:
+    errors, counts = [], STEPS[sampler]
+    for steps in counts:
         sigmas = np.geomspace(2.0, 0.4, steps + 1)
         sigmas = np.append(sigmas if process == "sdxl" else sigmas / (1 + sigmas), 0.0)
         options = {} if process == "sdxl" else {"parameterization": process}
@@ -89,7 +89,7 @@ def check_order(process: str, sampler: str, network: type | None = None, disturb
             for (sigma, y), (sigma_next, y_next) in itertools.pairwise(seen):
                 by_hand = y + (sigma_next - sigma) * (y - KNOWN.denoised(y, sigma)) / sigma
                 assert relative(y_next, by_hand) < 1e-6  # the schedulers keep their levels in float32
-    order = math.log(errors[0] / errors[1]) / math.log(STEPS[1] / STEPS[0])
+    order = math.log(errors[0] / errors[1]) / math.log(counts[1] / counts[0])
     assert order == pytest.approx(ORDERS[sampler], abs=0.2), (errors, order)
 
 
@@ -102,12 +102,12 @@ def test_convergence_order(process, sampler):
 
 
 def test_convergence_order_with_v_prediction():
-    """The same network in other words gives the same samples, to rounding that the mixture's edges enlarge."""
+    """The same network in other words gives the same samples, to the float32 in which diffusers keeps its betas."""
     epsilon, v = (sdxl_pipeline(KNOWN, prediction_type=kind) for kind in ("epsilon", "v_prediction"))
     for sampler in ("heun", "dpmpp_2m"):
         arguments = {"sampler": sampler, "num_inference_steps": 10, "schedule": "karras"}
         first, second = (call(pipe, 4, 4, generator=seeded(), **arguments) for pipe in (epsilon, v))
-        assert relative(second, first) < 1e-8
+        assert relative(second, first) < 1e-6
 
 
 # --- distribution ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,11 @@
+"""Holds a k-diffusion sampler against a scheduler of diffusers or another sampler. `uv run compare.py --help`"""
+
+import sys
+
+from gallery.options import parse_compare
+
+if __name__ == "__main__":
+    options, family = parse_compare()
+    from gallery.compare import run  # after the options, so that --help is quick
+
+    sys.exit(run(options, family))

@@ -1,0 +1,500 @@
+"""Following a sampler: what it gave to the network and what became of the latents, in one coordinate system.
+
+Both sides are told in the same coordinates, whatever they keep themselves: `sigma` and x = x0 + sigma noise on SDXL,
+t and x = (1 - t) x0 + t noise on FLUX. Nothing is patched: the network is watched by hooks that are taken off again,
+the stock pipeline by its `callback_on_step_end`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from gallery.grid import Refused, _encode, _load, _reason
+from gallery.options import Family
+from gallery.sides import ComfyDenoiser, ModelSampling, Side
+
+
+@dataclass
+class Evaluation:
+    """One call of the network: at which level and timestep, on which x, and what was predicted."""
+
+    level: float
+    timestep: float
+    x: torch.Tensor
+    denoised: torch.Tensor
+
+
+@dataclass
+class Trajectory:
+    """What one side did.
+
+    Args:
+        levels: where its steps begin and the last one ends, n + 1 of them.
+        evaluations: in order; step i begins with evaluations[starts[i]].
+        final: the latents at levels[-1].
+        noise: step noise by the evaluation after which it was drawn, in the order of the draws.
+        scheduler: a fresh one with its timesteps set, where the side is one of diffusers.
+        notes: what was seen on the way and is worth telling.
+        rounded: the shorter dtype that the latents after an evaluation fit into, by evaluation.
+        keeps_alpha_x: the side itself keeps x / sqrt(sigma^2 + 1), as DPM-Solver's schedulers do.
+    """
+
+    levels: list[float]
+    evaluations: list[Evaluation]
+    starts: list[int]
+    final: torch.Tensor
+    noise: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    scheduler: Any = None
+    notes: list[str] = field(default_factory=list)
+    rounded: dict[int, str] = field(default_factory=dict)
+    keeps_alpha_x: bool = False
+
+    def state(self, i: int) -> torch.Tensor:
+        """The latents that step i begins with; those of the end for i = n."""
+        return self.evaluations[self.starts[i]].x if i < len(self.starts) else self.final
+
+    def step_evaluations(self, i: int) -> list[Evaluation]:
+        """The evaluations of step i."""
+        end = self.starts[i + 1] if i + 1 < len(self.starts) else len(self.evaluations)
+        return self.evaluations[self.starts[i] : end]
+
+
+@dataclass(frozen=True)
+class Ours:
+    """How our side runs: over which levels, from which latents, with which step noise.
+
+    Args:
+        levels: in the common coordinates, float64.
+        start: latents at levels[0].
+        noise: step noise by evaluation, another sampler's; or None.
+        noise_sampler: step noise as a function of two sigmas of the sampler; or None.
+        quantize: round to the trained timesteps (SDXL).
+        timesteps: what to give to the network, whatever the sigma, an entry for each evaluation, None for sigma's own.
+        flow: FLUX's sampler sees t, whatever is asked for otherwise.
+        keep: the evaluations; not those of a very fine run.
+    """
+
+    levels: torch.Tensor
+    start: torch.Tensor
+    noise: dict[int, list[torch.Tensor]] | None = None
+    noise_sampler: Callable | None = None
+    quantize: bool = False
+    timesteps: list[float | None] | None = None
+    flow: bool = False
+    keep: bool = True
+
+
+class Session:
+    """One model, prompt and initial noise, on which any number of sides run."""
+
+    def __init__(self, family: Family, module: Any, options: argparse.Namespace):
+        self.family, self.module, self.options = family, module, options
+        self.flux = family.name == "flux"
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.pipe = _load(family, module, options.model, device, options)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.stock_class = type(self.pipe).__bases__[0]
+        self.network = self.pipe.transformer if self.flux else self.pipe.unet
+        native = self.pipe.vae.config.sample_size
+        native = native if self.flux else self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        self.width, self.height = options.width or native, options.height or native
+        try:
+            self.pipe.check_inputs(options.prompt, None, self.height, self.width, *(() if self.flux else (None,)))
+            self.prompt = _encode(family, self.pipe, options.prompt, options)
+        except Exception as error:
+            raise Refused(_reason(error)) from error
+        self.guidance = options.guidance
+        self.guided = not self.flux and self.guidance > 1 and self.network.config.time_cond_proj_dim is None
+        self.dtype = torch.promote_types(self.network.dtype, torch.float32)
+        device = self.device = self.pipe._execution_device
+        self.generator = torch.Generator("cpu").manual_seed(options.seed)
+        channels, scale = self.network.config.in_channels, self.pipe.vae_scale_factor
+        embeds = self.prompt["prompt_embeds"]
+        if self.flux:
+            draw = self.pipe.prepare_latents
+            noise, _ = draw(1, channels // 4, self.height, self.width, embeds.dtype, device, self.generator)
+            self.tokens = noise.shape[1]
+        else:
+            shape = (1, channels, self.height // scale, self.width // scale)
+            noise = randn_tensor(shape, self.generator, device, embeds.dtype)
+        self.noise = noise  # as the stock pipeline draws it; the same generator goes on with the step noise
+        self.drawn = self.generator.get_state()
+
+    # --- noise levels and timesteps ---
+
+    def trained(self) -> torch.Tensor:
+        """The level of each trained timestep, rising, float64."""
+        if self.flux:
+            return torch.arange(1, 1001, dtype=torch.float64) / 1000
+        alphas_cumprod = self.pipe._trained_with()[1]
+        return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+
+    def level_of(self, timestep: float) -> float:
+        """The level of a timestep, interpolated in log sigma as k-diffusion does."""
+        if self.flux:
+            return timestep / 1000
+        logs = self.trained().log()
+        low = min(max(int(timestep), 0), len(logs) - 2)
+        return torch.lerp(logs[low], logs[low + 1], timestep - low).exp().item()
+
+    def timestep_of(self, level: float) -> float:
+        """The timestep of a level: the inverse of `level_of`, k-diffusion's."""
+        if self.flux:
+            return level * 1000
+        schedule = self.module.external.DiscreteSchedule(self.trained(), quantize=False)
+        return schedule.sigma_to_t(torch.tensor([level], dtype=torch.float64)).item()
+
+    def named_levels(self, schedule: str | None, steps: int) -> torch.Tensor:
+        """The pipeline's own levels of this name."""
+        try:
+            if self.flux:
+                return self.pipe.noise_levels(self.tokens, steps, schedule=schedule)
+            return self.pipe.noise_levels(steps, schedule=schedule)[0]
+        except ValueError as error:
+            raise Refused(str(error).replace("`schedule`", "--schedule")) from None
+
+    # --- watching the network ---
+
+    @contextlib.contextmanager
+    def watched(self, after: Callable[[torch.Tensor, float, torch.Tensor], Any], timesteps: Any = None) -> Iterator:
+        """Calls `after(input, timestep, prediction)` for each evaluation, with guidance applied.
+
+        `timesteps`, where not None, replace what the network is given.
+        """
+        count = 0
+
+        def before(_, args, kwargs):
+            nonlocal count
+            given = kwargs["timestep"] if "timestep" in kwargs else args[1]
+            if timesteps is not None and count < len(timesteps) and timesteps[count] is not None:
+                value = torch.full_like(given, timesteps[count] / (1000 if self.flux else 1), dtype=torch.float64)
+                value = value.to(given.dtype if given.is_floating_point() else torch.float64)
+                if "timestep" in kwargs:
+                    kwargs = {**kwargs, "timestep": value}
+                else:
+                    args = (args[0], value, *args[2:])
+            count += 1
+            return args, kwargs
+
+        def hook(_, args, kwargs, output):
+            x = kwargs["hidden_states"] if self.flux else args[0]
+            t = kwargs["timestep"] if "timestep" in kwargs else args[1]
+            timestep = t.flatten()[0].double().item() * (1000 if self.flux else 1)
+            x, prediction = x.to(self.dtype), output[0].to(self.dtype)
+            if self.guided:
+                x = x.chunk(2)[1]
+                unconditional, conditional = prediction.chunk(2)
+                prediction = unconditional + self.guidance * (conditional - unconditional)
+            after(x, timestep, prediction)
+
+        handles = [
+            self.network.register_forward_pre_hook(before, with_kwargs=True),
+            self.network.register_forward_hook(hook, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _call(self, pipe: Any, steps: int, **arguments: Any) -> Any:
+        try:
+            return pipe(
+                **self.prompt,
+                num_inference_steps=steps,
+                guidance_scale=self.guidance,
+                width=self.width,
+                height=self.height,
+                output_type="latent",
+                **arguments,
+            ).images
+        except (Refused, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise Refused(_reason(error)) from error
+
+    # --- the stock pipeline ---
+
+    def scheduler(self, side: Side, **changes: Any) -> Any:
+        """A fresh scheduler of this class, configured as a diffusers user would: from the model's own."""
+        options = {**side.options, **changes}
+        parameters = inspect.signature(side.target.__init__).parameters
+        if "noise_sampler_seed" in parameters:
+            options.setdefault("noise_sampler_seed", self.options.seed)  # its own Brownian tree, made to be known
+        try:
+            return side.target.from_config(self.pipe.scheduler.config, **options)
+        except Exception as error:
+            raise Refused(f"{side.text}: {_reason(error)}") from error
+
+    def prepared(self, scheduler: Any, steps: int) -> Any:
+        """The scheduler with its timesteps set as the stock pipeline sets them. A copy."""
+        scheduler = copy.deepcopy(scheduler)
+        arguments = {}
+        if self.flux:
+            config = scheduler.config
+            keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            values = (config.get(key, default) for key, default in zip(keys, (256, 4096, 0.5, 1.15)))
+            arguments["mu"] = self.module.calculate_shift(self.tokens, *values)
+            if not config.get("use_flow_sigmas"):
+                arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        try:
+            self.module.retrieve_timesteps(scheduler, steps, "cpu", **arguments)
+        except Exception as error:
+            stock = self.stock_class.__name__
+            raise Refused(f"{type(scheduler).__name__} does not run in {stock}: {_reason(error)}") from error
+        return scheduler
+
+    def levels_of(self, scheduler: Any) -> tuple[list[float], list[float], list[int]]:
+        """Of a scheduler with its timesteps set: the levels of its evaluations, of its steps and their end, the starts.
+
+        A scheduler of order 2 lists a level twice or has midpoints between; its steps begin at every other evaluation.
+        A DPMSolverSinglestepScheduler begins a step where its order is 1 and goes on from there.
+        """
+        timesteps = [float(t) for t in scheduler.timesteps]
+        count = len(timesteps)
+        if getattr(scheduler, "sigmas", None) is None:
+            listed = [self.level_of(t) for t in timesteps]
+            alpha = getattr(scheduler, "final_alpha_cumprod", None)
+            listed.append(0.0 if alpha is None else ((1 - alpha.double()) / alpha.double()).sqrt().item())
+        else:
+            listed = scheduler.sigmas.double().tolist()
+        levels = listed[:count]
+        orders = getattr(scheduler, "order_list", None)
+        if orders:
+            starts = [i for i, order in enumerate(orders) if order == 1]
+        elif getattr(scheduler, "order", 1) == 2:
+            starts = list(range(0, count, 2))
+            if getattr(scheduler, "sigmas_interpol", None) is not None:
+                middle = scheduler.sigmas_interpol.double().tolist()
+                back = 1 if "sigmas_down" in vars(scheduler) else 0
+                levels = [middle[i - back] if i % 2 else level for i, level in enumerate(levels)]
+            elif hasattr(scheduler, "mid_point_sigma"):
+                levels = [math.sqrt(levels[i - 1] * level) if i % 2 else level for i, level in enumerate(levels)]
+        else:
+            starts = list(range(count))
+        return levels, [levels[i] for i in starts] + [listed[-1]], starts
+
+    def follow_scheduler(self, side: Side, **changes: Any) -> Trajectory:
+        """One run of the stock pipeline with this scheduler."""
+        steps = self.options.steps
+        scheduler = self.scheduler(side, **changes)
+        fresh = self.prepared(scheduler, steps)
+        levels, step_levels, starts = self.levels_of(fresh)
+        # add_watermarker is SDXL's alone
+        extra = {} if self.flux else {"add_watermarker": False}
+        pipe = self.stock_class(**{**self.pipe.components, "scheduler": scheduler}, **extra)
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator("cpu")
+        generator.set_state(self.drawn)
+        seen, after, noise, states = [], [], {}, []
+
+        def record(x: torch.Tensor, timestep: float, prediction: torch.Tensor) -> None:
+            seen.append((x, timestep, prediction))
+            states.append(generator.get_state())
+
+        def step_end(_, i, t, tensors):
+            after.append(tensors["latents"].to(self.dtype))
+            if not states[-1].equal(generator.get_state()):
+                draws = _draws(states[-1], generator.get_state(), tensors["latents"], self.device)
+                noise[len(seen) - 1] = [draw.to(self.dtype) for draw in draws]
+            return {}
+
+        with self.watched(record):
+            self._call(pipe, steps, latents=self.noise.clone(), generator=generator, callback_on_step_end=step_end)
+        if len(seen) != len(levels):
+            raise Refused(
+                f"{side.text}: the network was called {len(seen)} times, not {len(levels)} as its timesteps say"
+            )
+        notes = []
+        if getattr(fresh, "sigmas", None) is not None and not torch.equal(fresh.sigmas, scheduler.sigmas.cpu()):
+            changed = [i for i, (a, b) in enumerate(zip(fresh.sigmas, scheduler.sigmas)) if a != b]
+            notes.append(f"the scheduler changed its own sigmas while it ran, at {changed}")
+        # Schedulers that keep alpha x hand their latents to the network as they are, x / sqrt(sigma^2 + 1)
+        ratios = [x.norm() / latents.norm() for latents, (x, *_) in zip(after, seen[1:])]
+        keeps_alpha_x = not self.flux and all(abs(ratio - 1) < 1e-6 for ratio in ratios)
+        evaluations = []
+        for level, (x, timestep, prediction) in zip(levels, seen):
+            scale = 1.0 if self.flux else math.sqrt(level**2 + 1)
+            evaluations.append(Evaluation(level, timestep, x * scale, self._denoised(x, level, prediction)))
+        scale = math.sqrt(step_levels[-1] ** 2 + 1) if keeps_alpha_x else 1.0
+        shorter = (torch.bfloat16, torch.float16, torch.float32)
+        shorter = [dtype for dtype in shorter if dtype.itemsize < self.network.dtype.itemsize]
+        rounded = {}
+        for i, latents in enumerate(after):
+            fits = [str(dtype)[6:] for dtype in shorter if latents.equal(latents.to(dtype).to(latents.dtype))]
+            rounded |= {i: fits[0]} if fits else {}
+        return Trajectory(
+            step_levels, evaluations, starts, after[-1] * scale, noise, fresh, notes, rounded, keeps_alpha_x
+        )
+
+    def _denoised(self, x: torch.Tensor, level: float, prediction: torch.Tensor) -> torch.Tensor:
+        """x0 from the network's input and prediction, at the level that its sampler says."""
+        if self.flux:
+            return x - level * prediction
+        scale = math.sqrt(level**2 + 1)
+        if self.pipe.scheduler.config.get("prediction_type") == "v_prediction":
+            return x / scale - prediction * level / scale
+        return x * scale - prediction * level
+
+    # --- this project's pipeline ---
+
+    def uses_ve(self, side: Side, ours: Ours) -> bool:
+        """Whether FLUX's sampler sees sigma = t / (1 - t)."""
+        if not self.flux or ours.flow:
+            return False
+        choice = self.options.parameterization
+        if choice == "auto" and getattr(side.target, "__module__", "").startswith("comfy."):
+            choice = "flow"  # ComfyUI's samplers know flows themselves
+        return self.module.uses_ve(choice, side.target, side.options, ours.levels)
+
+    def sampler_sigmas(self, levels: torch.Tensor, ve: bool) -> torch.Tensor:
+        """What the sampler sees for these levels. Only t = 1 itself has no finite sigma, and gets the pipeline's."""
+        if not ve:
+            return levels
+        return self.module.ve_sigmas(levels.clone()) if levels[0] == 1 else levels / (1 - levels)
+
+    def follow_sampler(self, side: Side, ours: Ours) -> Trajectory:
+        """One run of this project's pipeline with this sampler."""
+        ve = self.uses_ve(side, ours)
+        timesteps, record = [], Record()
+
+        def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
+            return self._sample(side, ours, model, ve, record, callback)
+
+        arguments = {"parameterization": "ve" if ve else "flow"} if self.flux else {"quantize_timesteps": ours.quantize}
+        generator = torch.Generator("cpu")
+        generator.set_state(self.drawn)
+        with self.watched(lambda x, timestep, prediction: timesteps.append(timestep), ours.timesteps):
+            self._call(self.pipe, len(ours.levels) - 1, sampler=run, generator=generator, **arguments)
+        return record.trajectory(ours.levels, timesteps, ve)
+
+    def replay(self, side: Side, ours: Ours, denoised: list[torch.Tensor]) -> Trajectory:
+        """Our sampler on predictions that were made before, without the network."""
+        ve, record = self.uses_ve(side, ours), Record()
+
+        def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return denoised[min(len(record.calls), len(denoised) - 1)]
+
+        def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
+            return self._sample(side, ours, model, ve, record, callback)
+
+        sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype)
+        self.module.run_sampler(run, {}, model, ours.start, sigmas)
+        return record.trajectory(ours.levels, [math.nan] * len(record.calls), ve)
+
+    def _sample(
+        self, side: Side, ours: Ours, model: Callable, ve: bool, record: Record, callback: Callable | None
+    ) -> torch.Tensor:
+        """Calls the sampler over our levels and notes what it asks of the model."""
+        sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype)
+        x = ours.start.to(self.dtype)
+        if ve:  # at t = 1 the noise alone, as in the pipeline
+            x = x * (sigmas[0] if ours.levels[0] == 1 else 1 + sigmas[0]).item()
+
+        def recorded(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            denoised = model(x, sigma)
+            kept = (x.clone(), denoised.clone()) if ours.keep else (None, None)
+            record.calls.append((kept[0], sigma.flatten()[0].item(), kept[1]))
+            record.draws = 0
+            return denoised
+
+        silent = side.options.get("eta") == 0  # some samplers draw all the same, and add it zero times
+
+        def noise_sampler(sigma, sigma_next) -> torch.Tensor:
+            if silent:
+                return torch.zeros_like(x)
+            i = len(record.calls) - 1
+            draws = ours.noise.get(i) if ours.noise else None
+            if ours.noise_sampler is not None:
+                draw = ours.noise_sampler(sigma, sigma_next)
+            elif draws:
+                draw = draws[min(record.draws, len(draws) - 1)]
+            else:  # the other side drew nothing here
+                draw = randn_tensor(x.shape, torch.Generator("cpu").manual_seed(i), x.device, x.dtype)
+                record.unmatched.append(i)
+            record.draws += 1
+            if ours.keep:
+                record.noise.setdefault(i, []).append(draw)
+            return draw
+
+        def called_back(info: dict[str, Any]) -> None:
+            record.starts.append(len(record.calls) - 1)
+            if callback is not None:
+                callback(info)
+
+        arguments = {"disable": True, **side.options, "callback": called_back, "noise_sampler": noise_sampler}
+        denoiser = ComfyDenoiser(recorded, ModelSampling(self.trained(), self.flux and not ve))
+        record.final = self.module._call(side.target, denoiser, x, sigmas, arguments)
+        return record.final
+
+    # --- pictures ---
+
+    def picture(self, latents: torch.Tensor) -> Any:
+        """A PIL image of latents at level 0."""
+        pipe = self.pipe
+        with torch.no_grad():
+            if not self.flux:
+                return pipe._decode(latents.to(self.network.dtype), "pil")[0]
+            latents = pipe._unpack_latents(latents, self.height, self.width, pipe.vae_scale_factor)
+            latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+            return pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0], output_type="pil")[
+                0
+            ]
+
+
+class Record:
+    """What a sampler of ours did, in its own coordinates."""
+
+    def __init__(self):
+        self.calls: list[tuple[torch.Tensor, float, torch.Tensor]] = []
+        self.starts: list[int] = []
+        self.noise: dict[int, list[torch.Tensor]] = {}
+        self.unmatched: list[int] = []
+        self.draws = 0
+        self.final: torch.Tensor | None = None
+
+    def trajectory(self, levels: torch.Tensor, timesteps: list[float], ve: bool) -> Trajectory:
+        """The same in the common coordinates."""
+        evaluations = []
+        for (x, sigma, denoised), timestep in zip(self.calls, timesteps):
+            if ve and x is not None:
+                x = x / (1 + sigma)
+            level = sigma / (1 + sigma) if ve else sigma
+            evaluations.append(Evaluation(level, timestep, x, denoised))
+        starts = self.starts if len(self.starts) == len(levels) - 1 else []
+        starts = starts or list(range(len(evaluations)))
+        step_levels = [evaluations[i].level for i in starts] + [levels[-1].item()]
+        if len(step_levels) == len(levels):
+            step_levels = levels.tolist()
+        final = self.final
+        if ve and levels[-1] > 0:
+            final = final * (1 - levels[-1].item())
+        notes = []
+        if self.unmatched:
+            count = len(set(self.unmatched))
+            notes.append(f"the k-diffusion sampler adds noise in {count} steps where the other side drew none")
+        return Trajectory(step_levels, evaluations, starts, final, self.noise, notes=notes)
+
+
+def _draws(before: torch.Tensor, after: torch.Tensor, like: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
+    """What was drawn between two states of the generator, in the dtype that leads from one to the other."""
+    for dtype in dict.fromkeys((like.dtype, torch.float32, torch.float64, torch.float16, torch.bfloat16)):
+        generator = torch.Generator("cpu")
+        generator.set_state(before)
+        draws = []
+        for _ in range(4):
+            draws.append(randn_tensor(like.shape, generator, device, dtype))
+            if generator.get_state().equal(after):
+                return draws
+    return []

@@ -1,0 +1,215 @@
+"""The two sides of a comparison, as they are named on the command line, and what ComfyUI's samplers ask of a model."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from gallery.grid import Refused
+
+
+@dataclass(frozen=True)
+class Side:
+    """A sampler with k-diffusion's signature or a scheduler of diffusers, with its options."""
+
+    text: str
+    target: Callable
+    options: dict[str, Any]
+
+    @property
+    def is_scheduler(self) -> bool:
+        return inspect.isclass(self.target)
+
+
+def find_side(text: str, module: ModuleType, flag: str) -> Side:
+    """`NAME` or `NAME(option=value, ...)`.
+
+    NAME is a sampler of k-diffusion, a scheduler class of diffusers, or a sampler function or scheduler class of one's
+    own, `path/to/file.py:name` or `package.module:name`. A file is run only when it is named here.
+
+    Args:
+        module: the pipeline file, which knows k-diffusion's samplers.
+        flag: the option that `text` came with, for messages.
+    """
+    name, options = _parse(text, flag)
+    if ":" in name:
+        target = _load(name, flag)
+    elif name.removeprefix("sample_") in module.sampler_names():
+        target = module.find_sampler(name)
+    else:
+        import diffusers
+
+        target = getattr(diffusers, name, None) if name.isidentifier() else None
+        if not _is_scheduler(target):
+            known = [*module.sampler_names(), *(n for n in dir(diffusers) if n.endswith("Scheduler"))]
+            raise Refused(str(module._unknown(flag, name, known)).replace("`", ""))
+    if inspect.isclass(target):
+        if not _is_scheduler(target):
+            raise Refused(f"{flag}: {name} is a class, but no scheduler: it needs set_timesteps() and step()")
+        known = list(inspect.signature(target.__init__).parameters)[1:]
+        inherits = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target.__init__).parameters.values())
+        if unknown := [option for option in options if option not in known and not inherits]:
+            raise Refused(f"{flag}: {name} takes no {', '.join(unknown)}; it takes {', '.join(known)}")
+        return Side(text, target, options)
+    try:
+        return Side(text, module.find_sampler(target), module.check_sampler_kwargs(target, options))
+    except (TypeError, ValueError) as error:
+        raise Refused(f"{flag}: {error}".replace("`", "")) from None
+
+
+def _is_scheduler(target: Any) -> bool:
+    return inspect.isclass(target) and hasattr(target, "set_timesteps") and hasattr(target, "step")
+
+
+def _parse(text: str, flag: str) -> tuple[str, dict[str, Any]]:
+    name, bracket, arguments = text.strip().partition("(")
+    if not bracket:
+        return name, {}
+    try:
+        call = ast.parse(f"f({arguments}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError
+        return name.strip(), {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError):
+        raise Refused(f"{flag}: expected NAME or NAME(option=value, ...), but got {text!r}") from None
+
+
+def _load(name: str, flag: str) -> Any:
+    """The object of `path/to/file.py:name` or `package.module:name`."""
+    source, _, attribute = name.rpartition(":")
+    try:
+        loaded = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except FileNotFoundError:
+        raise Refused(f"{flag}: there is no file {source}") from None
+    except Exception as error:
+        raise Refused(f"{flag}: {source} can't be imported: {type(error).__name__}: {error}") from error
+    if not callable(getattr(loaded, attribute, None)):
+        functions = [n for n, value in vars(loaded).items() if callable(value) and n.startswith("sample_")]
+        hint = f"; it has {', '.join(functions)}" if functions else ""
+        raise Refused(f"{flag}: {source} has no function or class {attribute!r}{hint}")
+    return getattr(loaded, attribute)
+
+
+def _load_file(path: Path) -> ModuleType:
+    """A module from a file. One that belongs to a package which it imports by name is loaded as that package's.
+
+    ComfyUI's `comfy/k_diffusion/sampling.py` says `from . import utils` and `import comfy.model_sampling`, so it is
+    `comfy.k_diffusion.sampling` below the folder that holds `comfy`.
+    """
+    path = path.resolve(strict=True)
+    imports = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    absolute = {alias.name.split(".")[0] for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    froms = [node for node in imports if isinstance(node, ast.ImportFrom)]
+    absolute |= {node.module.split(".")[0] for node in froms if not node.level}
+    above = next((parent for parent in path.parents if parent.name in absolute), None)
+    if above is None and any(node.level for node in froms):
+        above = path.parent
+    if above is not None:
+        sys.path.append(str(above.parent))
+        return importlib.import_module(".".join(path.relative_to(above.parent).with_suffix("").parts))
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+# --- ComfyUI ---------------------------------------------------------------------------------------------------------
+
+
+class ModelSampling:
+    """The model's noise levels under the names that ComfyUI's samplers look them up by.
+
+    Args:
+        sigmas: of the trained timesteps, rising, of shape (n,); FLUX's t when `flow`.
+        flow: whether the sampler sees x = (1 - sigma) x0 + sigma noise, or x0 + sigma noise.
+    """
+
+    sigma_data = 1.0
+
+    def __init__(self, sigmas: torch.Tensor, flow: bool):
+        self.sigmas, self.flow = sigmas, flow
+
+    @property
+    def sigma_min(self) -> torch.Tensor:
+        return self.sigmas[0]
+
+    @property
+    def sigma_max(self) -> torch.Tensor:
+        return self.sigmas[-1]
+
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The nearest trained timestep, or, of FLUX, t itself."""
+        if self.flow:
+            return sigma
+        distances = sigma.log().reshape(-1, 1).cpu() - self.sigmas.log()
+        return distances.abs().argmin(dim=1).reshape(sigma.shape).to(sigma.device)
+
+    def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The sigma of a timestep, interpolated in log sigma."""
+        if self.flow:
+            return timestep
+        t = timestep.double().clamp(0, len(self.sigmas) - 1)
+        low, high = t.floor().long().cpu(), t.ceil().long().cpu()
+        return torch.lerp(self.sigmas[low].log(), self.sigmas[high].log(), t.frac().cpu()).exp().to(timestep.device)
+
+    def percent_to_sigma(self, percent: float) -> float:
+        """The sigma at a share of the way through the trained timesteps, 0 for noise and 1 for the picture."""
+        if percent <= 0:
+            return 1.0 if self.flow else 999999999.9
+        if percent >= 1:
+            return 0.0
+        position = (1 - percent) * (len(self.sigmas) - 1)
+        low = math.floor(position)
+        low, high = self.sigmas[low].item(), self.sigmas[min(low + 1, len(self.sigmas) - 1)].item()
+        share = position % 1
+        return (
+            low + share * (high - low) if self.flow else math.exp((1 - share) * math.log(low) + share * math.log(high))
+        )
+
+    def noise_scaling(
+        self, sigma: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor, max_denoise: bool = False
+    ) -> torch.Tensor:
+        """`latent_image` with noise of level `sigma`."""
+        if self.flow:
+            return sigma * noise + (1 - sigma) * latent_image
+        return noise * ((1 + sigma**2) ** 0.5 if max_denoise else sigma) + latent_image
+
+    def inverse_noise_scaling(self, sigma: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """The picture's share of `latent`."""
+        return latent / (1 - sigma) if self.flow else latent
+
+
+class ComfyDenoiser:
+    """`denoiser(x, sigma) -> denoised` that also answers the look-ups of ComfyUI's samplers.
+
+    They are `model.inner_model.inner_model.model_sampling` and
+    `model.inner_model.model_patcher.get_model_object("model_sampling")`. Where ComfyUI is loaded, its samplers ask
+    whether `model_sampling` is a `CONST`, its name for a flow; so it is one of ComfyUI's classes then.
+    """
+
+    def __init__(self, denoiser: Callable, model_sampling: ModelSampling):
+        self.denoiser = denoiser
+        comfy = sys.modules.get("comfy.model_sampling")
+        kind = getattr(comfy, "CONST" if model_sampling.flow else "EPS", None)
+        if kind is not None:
+            model_sampling = type("ModelSampling", (ModelSampling, kind), {})(
+                model_sampling.sigmas, model_sampling.flow
+            )
+        patcher = SimpleNamespace(get_model_object={"model_sampling": model_sampling}.__getitem__, model_options={})
+        patcher.model = SimpleNamespace(model_sampling=model_sampling)
+        self.inner_model = SimpleNamespace(inner_model=patcher.model, model_patcher=patcher)
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.denoiser(x, sigma)

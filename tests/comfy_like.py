@@ -1,0 +1,47 @@
+"""Samplers that ask of a model what ComfyUI's ask: the noise levels behind `inner_model`."""
+
+
+def _step_noise(model, s_noise):
+    return s_noise * getattr(model.inner_model.model_patcher.get_model_object("model_sampling"), "noise_scale", 1.0)
+
+
+def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None, s_churn=0.0):
+    """Euler's method, with a second look at the model's range."""
+    sampling = model.inner_model.inner_model.model_sampling
+    assert sampling is model.inner_model.model_patcher.get_model_object("model_sampling")
+    assert float(sampling.sigma_min) < float(sigmas[0]) <= float(sampling.sigma_max) * 1.001
+    assert abs(float(sampling.sigma(sampling.timestep(sigmas[0]))) / float(sigmas[0]) - 1) < 0.01
+    assert sampling.percent_to_sigma(0.2) > sampling.percent_to_sigma(0.8) > sampling.percent_to_sigma(1.0) == 0
+    ones = x.new_ones([x.shape[0]])
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i] * ones, **(extra_args or {}))
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
+    return x
+
+
+def sample_lcm(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None, s_noise=1.0):
+    """The prediction, with new noise of the next level by the model's own scaling."""
+    ones, amount = x.new_ones([x.shape[0]]), _step_noise(model, s_noise)
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i] * ones)
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        x = denoised
+        if sigmas[i + 1] > 0:
+            scaling = model.inner_model.inner_model.model_sampling.noise_scaling
+            x = scaling(sigmas[i + 1], amount * noise_sampler(sigmas[i], sigmas[i + 1]), x)
+    return x
+
+
+def sample_half_euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Euler's method that goes half as far in its third step."""
+    ones = x.new_ones([x.shape[0]])
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i] * ones)
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        share = 0.5 if i == 2 else 1.0
+        x = x + share * (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
+    return x

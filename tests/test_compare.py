@@ -1,0 +1,439 @@
+"""`compare.py`: pairs that are the same, faults that were planted, the command and its report."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import flux_comfy_pipeline
+import sdxl_comfy_pipeline
+from gallery.compare import compare_sides, run
+from gallery.follow import Session
+from gallery.options import parse_compare
+from gallery.sides import find_side
+from gallery.truth import Path as BrownianPath
+from gallery.truth import sample_rk4, split
+
+FAULTY = f"{ROOT}/tests/faulty_schedulers.py"
+COMFY = f"{ROOT}/tests/comfy_like.py"
+TOLERANCE = 1e-6  # what rounding diffusers' sigmas to float32 leaves of a float64 network's trajectory
+
+
+class Compared:
+    """A session of few steps on a demo model in float64, and comparisons in it."""
+
+    def __init__(self, *arguments: str):
+        options, family = parse_compare(["--steps", "6", "--no-truth", *arguments])
+        self.module = {"sdxl": sdxl_comfy_pipeline, "flux": flux_comfy_pipeline}[family.name]
+        self.session = Session(family, self.module, options)
+
+    def __call__(self, ours: str, theirs: str, switches: bool = False, tolerance: float = TOLERANCE, **options):
+        before = vars(self.session.options).copy()
+        vars(self.session.options).update(options, switches=switches)
+        try:
+            sides = find_side(ours, self.module, "--sampler"), find_side(theirs, self.module, "--against")
+            with torch.no_grad():
+                return compare_sides(self.session, *sides, tolerance, {} if options.get("truth") else None)[0]
+        finally:
+            vars(self.session.options).update(before)
+
+
+@pytest.fixture(scope="module")
+def sdxl_pair():
+    return Compared()
+
+
+@pytest.fixture(scope="module")
+def flux_pair():
+    return Compared("--family", "flux", "--steps", "3")
+
+
+SAME = [
+    ("euler", "EulerDiscreteScheduler"),
+    ("euler", "DDIMScheduler(clip_sample=False)"),
+    ("euler_ancestral", "EulerAncestralDiscreteScheduler"),
+    ("heun", "HeunDiscreteScheduler"),
+    ("dpm_2", "KDPM2DiscreteScheduler"),
+    ("dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler"),
+    ("lms", "LMSDiscreteScheduler"),
+    ("dpmpp_2m", "DPMSolverMultistepScheduler"),
+    ("dpmpp_2m_sde", "DPMSolverMultistepScheduler(algorithm_type='sde-dpmsolver++')"),
+    ("dpmpp_sde", "DPMSolverSDEScheduler"),
+    ("euler", "EulerDiscreteScheduler(use_karras_sigmas=True)"),
+    ("heun", "HeunDiscreteScheduler(use_beta_sigmas=True)"),
+]
+
+
+@pytest.mark.parametrize("ours, theirs", SAME)
+def test_counterparts_are_identical_to_rounding(sdxl_pair, ours, theirs):
+    result = sdxl_pair(ours, theirs)
+    assert result.cause is None and result.largest < TOLERANCE, result.verdict
+    assert result.verdict.startswith("identical to rounding")
+    assert len(result.rows) == 6 and result.rows[0].step == 1
+    count = 1 if ours in ("euler", "euler_ancestral", "lms", "dpmpp_2m", "dpmpp_2m_sde") else 2
+    assert [len(row.timesteps[0]) for row in result.rows] == [count] * 5 + [1]
+    for row in result.rows:  # at the same timesteps, to the rounding of float32
+        np.testing.assert_allclose(*row.timesteps, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        ("euler", "FlowMatchEulerDiscreteScheduler"),
+        ("euler", "FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)"),
+    ],
+)
+def test_flux_counterparts_are_identical_to_rounding(flux_pair, ours, theirs):
+    result = flux_pair(ours, theirs)
+    assert result.cause is None and result.largest < TOLERANCE, result.verdict
+
+
+def test_rounded_timesteps_are_found_and_switched(sdxl_pair):
+    """diffusers' DPM-Solver rounds Karras timesteps: `quantize_timesteps` and its own timesteps take that away."""
+    result = sdxl_pair("dpmpp_2m", "DPMSolverMultistepScheduler(use_karras_sigmas=True)", switches=True)
+    assert result.cause.kind == "timestep" and "rounded" in result.cause.what
+    # the first level is timestep 999 itself, the second the first that falls between two
+    assert result.cause.step == 2
+    assert result.rows[1].timesteps[1][0] == round(result.rows[1].timesteps[0][0])
+    removing = [switch.name for switch in result.switches if switch.removes]
+    assert removing == ["quantize_timesteps", "timesteps of the other side"]
+    assert "Removed by quantize_timesteps" in result.verdict
+
+
+def test_timesteps_cut_off_are_told_from_rounded_ones(sdxl_pair):
+    """The int64 of exponential levels is no rounding: 998.99... becomes 998."""
+    result = sdxl_pair("dpmpp_2m", "DPMSolverMultistepScheduler(use_exponential_sigmas=True)")
+    assert result.cause.kind == "timestep" and "cut off" in result.cause.what and result.cause.step == 1
+    for row in result.rows:
+        assert -1.001 < row.timesteps[1][0] - row.timesteps[0][0] < 1e-3
+
+
+SWITCHES = [
+    ("dpmpp_2m", "DPMSolverMultistepScheduler(final_sigmas_type='sigma_min')", 6, "lower_order_final=False"),
+    (
+        "dpmpp_2m",
+        "DPMSolverMultistepScheduler(final_sigmas_type='sigma_min', lower_order_final=False, euler_at_final=True)",
+        6,
+        "euler_at_final=False",
+    ),
+    (
+        "dpmpp_2m_sde(solver_type='heun')",
+        "DPMSolverMultistepScheduler(algorithm_type='sde-dpmsolver++')",
+        2,
+        "solver_type",
+    ),
+    ("euler", "DDIMScheduler", 1, "clip_sample=False"),
+]
+
+
+@pytest.mark.parametrize("ours, theirs, step, name", SWITCHES)
+def test_the_switch_that_removes_it_is_named(sdxl_pair, ours, theirs, step, name):
+    result = sdxl_pair(ours, theirs, switches=True)
+    assert result.cause.step == step, result.verdict
+    assert result.cause.kind == ("last step" if step == 6 else "update")
+    assert any(switch.removes and switch.name.startswith(name) for switch in result.switches), result.switches
+
+
+FAULTS = [
+    ("euler", "WrongSigmaEuler", 3, "noise levels", "The step ends at"),
+    ("dpmpp_2m", "WrongSigmaMultistep", 3, "noise levels", "The step ends at"),
+    ("euler", "WrongSigmaInList", 3, "noise levels", "that the scheduler lists"),
+    ("euler", "RoundedTimesteps(use_karras_sigmas=True)", 2, "timestep", "theirs is rounded"),
+    ("euler", "RoundedLatents", 3, "rounding", "to float16"),
+    ("heun", "HeunWithoutLastCorrection", 5, "update", "Euler's step"),
+    ("dpmpp_2m", "MultistepWithoutHistory", 3, "update", "order 1"),
+    ("euler", "WrongInitialScale", 0, "initial scale", "1.1 times"),
+    ("euler_ancestral", "WeakNoise", 3, "step noise", "0.9 times"),
+    ("euler_ancestral", "OtherNoise", 3, "step noise", "other step noise"),
+]
+
+
+@pytest.mark.parametrize("ours, fault, step, kind, words", FAULTS)
+def test_planted_faults_are_caught_at_their_step(sdxl_pair, ours, fault, step, kind, words):
+    result = sdxl_pair(ours, f"{FAULTY}:{fault}")
+    assert (result.cause.kind, result.cause.step) == (kind, step), result.verdict
+    assert words in result.verdict
+    # up to there the two are the same
+    before = [max(row.latents, row.denoised) for row in result.rows[: max(step - 1, 0)]]
+    assert all(value < TOLERANCE for value in before)
+
+
+def test_the_wrong_sigma_is_found_by_its_value(sdxl_pair):
+    """1.1 times what the list says, as planted."""
+    result = sdxl_pair("euler", f"{FAULTY}:WrongSigmaEuler")
+    found, listed = (float(word.strip(",.")) for word in result.cause.what.split() if word[0].isdigit())
+    assert found / listed == pytest.approx(1.1, rel=1e-5)
+
+
+def test_drift_by_rounding_is_told_from_a_difference(sdxl_pair):
+    """A tolerance that the whole run misses and each step by itself keeps: the verdict is the steps'."""
+    largest = sdxl_pair("dpm_2", "KDPM2DiscreteScheduler").largest
+    result = sdxl_pair("dpm_2", "KDPM2DiscreteScheduler", tolerance=0.8 * largest)
+    assert result.local < 0.8 * largest < result.largest
+    assert result.cause is None and "each step by itself" in result.verdict
+
+
+def test_named_levels_of_our_side_part_from_others(sdxl_pair):
+    result = sdxl_pair("euler", "EulerDiscreteScheduler", schedule="karras")
+    assert result.cause.kind in ("initial scale", "noise levels")
+
+
+def test_two_samplers_of_k_diffusion(sdxl_pair):
+    assert sdxl_pair("dpmpp_2m_sde", "dpmpp_2m_sde").largest == 0
+    result = sdxl_pair("dpmpp_2m_sde", "dpmpp_2m_sde(eta=0.5)")
+    assert result.cause.step == 1
+    result = sdxl_pair("euler_ancestral", "euler")
+    assert result.cause.kind == "step noise" and "adds no step noise" in result.cause.what
+
+
+def test_functions_of_a_file(sdxl_pair, flux_pair):
+    """They find ComfyUI's look-ups, are the same as what they repeat, and part where they don't."""
+    for pair in (sdxl_pair, flux_pair):
+        assert pair("euler", f"{COMFY}:sample_euler").largest == 0
+        assert pair(f"{COMFY}:sample_lcm", f"{COMFY}:sample_lcm").largest == 0
+    result = sdxl_pair("euler", f"{COMFY}:sample_half_euler")
+    assert result.cause.step == 3
+
+
+def test_a_file_of_a_package_is_loaded_as_the_package_s(sdxl_pair, tmp_path, monkeypatch):
+    """With relative imports, as ComfyUI's, and `model_sampling` is then what ComfyUI calls a flow or not."""
+    folder = tmp_path / "comfy" / "k_diffusion"
+    folder.mkdir(parents=True)
+    (tmp_path / "comfy" / "model_sampling.py").write_text("class EPS: pass\nclass CONST: pass\n")
+    (folder / "utils.py").write_text("ONE = 1\n")
+    source = (
+        Path(COMFY)
+        .read_text()
+        .replace(
+            '"""Euler\'s method, with a second look at the model\'s range."""',
+            "assert isinstance(model.inner_model.inner_model.model_sampling, comfy.model_sampling.EPS)\n"
+            "    assert not isinstance(model.inner_model.inner_model.model_sampling, comfy.model_sampling.CONST)",
+        )
+    )
+    (folder / "sampling.py").write_text("from . import utils\nimport comfy.model_sampling\n" + source)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    try:
+        assert sdxl_pair("euler", f"{folder}/sampling.py:sample_euler").largest == 0
+        assert "comfy.k_diffusion.sampling" in sys.modules
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "comfy"]:
+            del sys.modules[name]
+
+
+# --- the truth -------------------------------------------------------------------------------------------------------
+
+
+def gaussian(x, sigma, **kwargs):
+    """The ideal denoiser of x0 ~ N(0, 1)."""
+    return x / (1 + sigma.view(-1, 1) ** 2)
+
+
+def test_rk4_solves_the_ode_to_its_order():
+    """x = x(sigma_0) sqrt((1 + sigma^2) / (1 + sigma_0^2)) for N(0, 1); halved steps leave a sixteenth of the error."""
+    x, errors = torch.ones(1, 1, dtype=torch.float64), []
+    for pieces in (2, 4, 8):
+        levels = split(torch.tensor([10.0, 3.0, 1.0, 0.3], dtype=torch.float64), pieces)
+        errors.append(abs(sample_rk4(gaussian, x, levels).item() - math.sqrt(1.09 / 101)))
+    assert errors[2] < 1e-6 and 10 < errors[0] / errors[1] < 24 and 10 < errors[1] / errors[2] < 24
+
+
+def test_split_keeps_the_levels():
+    levels = torch.tensor([10.0, 3.0, 1.0, 0.0], dtype=torch.float64)
+    fine = split(levels, 4, tail=2)
+    assert fine[0] == 10 and fine[-1] == 0 and (fine.diff() < 0).all() and len(fine) == 4 * 4 + 2
+    for level in (3.0, 1.0, 0.25, 1 / 16):
+        assert (fine - level).abs().min() < 1e-12
+
+
+def test_a_refined_brownian_path_keeps_its_step_noise_and_is_brownian():
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.tensor([8.0, 4.0, 1.0, 0.5], dtype=torch.float64)
+    noise = [torch.randn(40000, generator=generator, dtype=torch.float64) for _ in range(3)]
+    path = BrownianPath(levels, noise, seed=1)
+    path.halve()
+    path.halve()
+    assert len(path.levels) == 13
+    fine, widths = path.noise(), (path.levels[:-1] - path.levels[1:]).sqrt()
+    for i, coarse in enumerate(noise):
+        total = sum(fine[j][0] * widths[j] for j in range(4 * i, 4 * i + 4))
+        torch.testing.assert_close(total / (levels[i] - levels[i + 1]).sqrt(), coarse)
+    every = torch.stack([fine[j][0] for j in range(12)])
+    # unit and uncorrelated; 5 sigma of 40,000 draws is 0.025
+    assert (every @ every.T / 40000 - torch.eye(12)).abs().max() < 0.04
+
+
+def test_who_is_nearer_to_the_truth(sdxl_pair):
+    """heun against euler: the method of order 2 is nearer to the same ODE."""
+    result = sdxl_pair("heun", "euler", truth=True)
+    truth = result.truth
+    assert truth.equation == "ODE" and truth.nearer == "ours" and truth.error < truth.theirs - truth.ours
+    assert "Nearer to the ODE solved finely: k-diffusion's" in result.verdict
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def command(capsys, *arguments: str):
+    options, family = parse_compare([*arguments, "--no-truth"])
+    status = run(options, family)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_exit_status_and_json(capsys, tmp_path):
+    path = tmp_path / "result.json"
+    arguments = ("--sampler", "euler", "--against", "EulerDiscreteScheduler", "--steps", "3")
+    status, out, _ = command(capsys, *arguments, "--json", str(path))
+    assert status == 0 and "identical to rounding" in out
+    written = json.loads(path.read_text())
+    assert written["identical"] and written["steps"] == 3 and written["cause"] is None and len(written["rows"]) == 3
+    status, out, err = command(
+        capsys, "--against", "DPMSolverMultistepScheduler(use_karras_sigmas=True)", "--steps", "3", "--json"
+    )
+    written = json.loads(out)  # nothing else on standard output
+    assert status == 1 and written["cause"]["kind"] == "timestep" and "<-- parts here" in err
+    assert [switch["name"] for switch in written["switches"] if switch["removes"]][0] == "quantize_timesteps"
+
+
+BAD = [
+    (["--against", "EulerScheduler"], "did you mean"),
+    (["--against", "EulerDiscreteScheduler(karras=True)"], "takes no karras; it takes"),
+    (["--against", "EulerDiscreteScheduler(use_karras_sigmas=open('x'))"], "expected NAME or NAME(option=value"),
+    (["--against", "heun(eta=1)"], "takes no eta"),
+    (["--sampler", "DDIMScheduler", "--against", "euler"], "has to be a sampler"),
+    (["--against", "nowhere.py:sample"], "there is no file nowhere.py"),
+    (["--against", f"{COMFY}:sample_none"], "it has sample_euler"),
+    (["--against", f"{COMFY}:_step_noise"], "signature"),
+    (["--against", "no.such.module:f"], "can't be imported"),
+    (["--against", "euler", "--schedule", "karas"], "did you mean karras"),
+    (["--against", "euler", "--model", "nowhere.safetensors"], "there is no file"),
+    (["--against", "euler", "--html", "/nowhere/report.html"], "there is no folder /nowhere"),
+    ([], "--all"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD)
+def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
+    status, out, err = command(capsys, "--steps", "2", *arguments)
+    assert status == 2 and message in err and err.count("\n") == 1 and not out
+
+
+def test_the_script_runs(tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    arguments = ["--sampler", "euler", "--against", "EulerDiscreteScheduler", "--steps", "2"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "compare.py", *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "identical to rounding" in done.stdout
+
+
+def test_nothing_is_left_behind(sdxl_pair):
+    """No hook on the network, no scheduler but the model's own, no attribute of k-diffusion changed."""
+    session = sdxl_pair.session
+    before, sampler = dict(session.pipe.scheduler.config), sdxl_comfy_pipeline.sampling.sample_euler
+    sdxl_pair("euler", f"{FAULTY}:WrongSigmaInList")
+    assert not session.network._forward_hooks and not session.network._forward_pre_hooks
+    assert dict(session.pipe.scheduler.config) == before
+    assert sdxl_comfy_pipeline.sampling.sample_euler is sampler
+
+
+def test_stock_side_is_what_the_stock_pipeline_gives(sdxl_pair):
+    """The followed run and a plain call of the stock pipeline end at the same latents, to the bit."""
+    session = sdxl_pair.session
+    side = find_side("EulerAncestralDiscreteScheduler", sdxl_comfy_pipeline, "--against")
+    with torch.no_grad():
+        followed = session.follow_scheduler(side).final
+    components = {**session.pipe.components, "scheduler": session.scheduler(side)}
+    pipe = session.stock_class(**components, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"guidance_scale": 1.0, "width": session.width, "height": session.height, "output_type": "latent"}
+    generator = torch.Generator("cpu").manual_seed(session.options.seed)
+    plain = pipe(**session.prompt, **arguments, num_inference_steps=6, generator=generator).images
+    assert followed.equal(plain)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1100,1900",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options=options, service=Service(driver)) as opened:
+        yield opened
+
+
+def test_report_in_a_browser(browser, capsys, tmp_path):
+    """No error, no request, both pictures there, and the arrow keys move through the steps."""
+    path = tmp_path / "report.html"
+    arguments = ("--against", "DPMSolverMultistepScheduler(use_karras_sigmas=True)", "--steps", "4", "--no-switches")
+    assert command(capsys, *arguments, "--html", str(path))[0] == 1
+    assert path.stat().st_size < 300_000
+    browser.get(path.as_uri())
+    from selenium.webdriver.common.keys import Keys
+
+    def sources():
+        return [browser.find_element("id", name).get_attribute("src") for name in ("ours", "theirs")]
+
+    slider, label = browser.find_element("id", "step"), browser.find_element("id", "label")
+    assert slider.get_attribute("value") == "2" and label.text.startswith("Step 2 of 4")  # where they part
+    widths = browser.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth)")
+    assert len(widths) == 5 and all(width == 128 for width in widths)
+    at_two = sources()
+    slider.send_keys(Keys.ARROW_RIGHT)
+    assert slider.get_attribute("value") == "3" and label.text.startswith("Step 3 of 4")
+    at_three = sources()
+    assert all(one != other for one, other in zip(at_two, at_three)) and at_three[0] != at_three[1]
+    slider.send_keys(Keys.HOME)
+    assert label.text.startswith("Step 1 of 4")
+    browser.find_elements("css selector", "tr[data-step]")[3].click()
+    assert label.text.startswith("Step 4 of 4")
+    assert len(browser.find_elements("css selector", "svg polyline")) == 2
+    assert "parts here: timestep" in browser.find_element("css selector", "svg").text
+    assert "part at step 2 of 4" in browser.find_element("css selector", ".verdict").text.lower()
+    assert browser.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert [url for url in sent if not url.startswith(("data:", "chrome:"))] == [path.as_uri()]
+
+
+def test_names_are_escaped_in_the_report(sdxl_pair, tmp_path):
+    from gallery.report import report
+
+    with torch.no_grad():
+        sides = [find_side("euler", sdxl_comfy_pipeline, "x")] * 2
+        session = sdxl_pair.session
+        result, a, b = compare_sides(session, *sides, TOLERANCE)
+        result.theirs = "<script>alert(1)</script>"
+        page = report(session, result, a, b)
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page

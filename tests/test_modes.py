@@ -1,0 +1,191 @@
+"""Modes that save memory or time: each draws what the pipeline draws without it, or what the parent draws with it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import PROMPT, load, relative, seeded
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+
+from flux_comfy_pipeline import FluxComfyPipeline
+from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
+
+CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
+CPU = torch.device("cpu")
+CALL = {"prompt": PROMPT, "height": 64, "width": 64, "output_type": "pt", "num_inference_steps": 2}
+CALLS = {"sdxl": CALL, "flux": {**CALL, "max_sequence_length": 64}}
+CHILDREN = {"sdxl": StableDiffusionXLComfyPipeline, "flux": FluxComfyPipeline}
+PARENTS = {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
+FAMILIES = pytest.mark.parametrize("name", ["sdxl", "flux"])
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+def draw(pipe, name, **call):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(**{"generator": seeded(), **CALLS[name], **call}).images
+
+
+def parent_of(pipe, name):
+    """The parent on the same networks, so in the same mode."""
+    return PARENTS[name](**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+
+
+def network(pipe):
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def fail(*args, **kwargs):
+    raise ZeroDivisionError
+
+
+OFFLOAD = {
+    "model, to the CPU": lambda pipe, folder: pipe.enable_model_cpu_offload(device="cpu"),
+    "group of leaves": lambda pipe, folder: pipe.enable_group_offload(CPU, offload_type="leaf_level"),
+    "group of blocks": lambda pipe, folder: pipe.enable_group_offload(
+        CPU, offload_type="block_level", num_blocks_per_group=1
+    ),
+    # one network: diffusers gives the files of two components the same names
+    "group, to the disk": lambda pipe, folder: network(pipe).enable_group_offload(
+        CPU, offload_type="leaf_level", offload_to_disk_path=str(folder)
+    ),
+}
+
+
+@FAMILIES
+@pytest.mark.parametrize("mode", OFFLOAD)
+def test_offload(name, mode, tmp_path):
+    """With the hooks in place, twice, and again after an exception in the middle of a run."""
+    pipe = load(CHILDREN[name], name)
+    expected = draw(pipe, name)
+    OFFLOAD[mode](pipe, tmp_path)
+    assert relative(draw(pipe, name), expected) < CLOSE
+    with pytest.raises(ZeroDivisionError):
+        draw(pipe, name, callback_on_step_end=fail)
+    assert relative(draw(pipe, name), expected) < CLOSE
+
+
+@NEEDS_CUDA
+@FAMILIES
+@pytest.mark.parametrize("mode", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"])
+def test_offload_from_cuda(name, mode):
+    pipe = load(CHILDREN[name], name)
+    expected = draw(copy.deepcopy(pipe).to("cuda"), name).cpu()
+    options = {"onload_device": torch.device("cuda")} if mode == "enable_group_offload" else {}
+    getattr(pipe, mode)(**options)
+    for _ in range(2):
+        assert relative(draw(pipe, name).cpu(), expected) < 1e-3
+        if mode != "enable_sequential_cpu_offload":
+            assert network(pipe).device.type == "cpu"  # it went back
+    with pytest.raises(ZeroDivisionError):
+        draw(pipe, name, callback_on_step_end=fail)
+    assert relative(draw(pipe, name).cpu(), expected) < 1e-3
+
+
+@FAMILIES
+def test_vae_slicing_and_tiling(name):
+    pipe = load(CHILDREN[name], name)
+    batch = {"num_images_per_prompt": 2, "num_inference_steps": 1}
+    expected = draw(pipe, name, **batch)
+    pipe.vae.enable_slicing()
+    assert relative(draw(pipe, name, **batch), expected) < CLOSE
+    pipe.vae.disable_slicing()
+    pipe.vae.enable_tiling()
+    large = {"height": 192, "width": 256, "num_inference_steps": 1}  # more than a tile, 128x128
+    tiled = draw(pipe, name, **large)
+    assert relative(tiled, draw(parent_of(pipe, name), name, **large)) < CLOSE
+    pipe.vae.disable_tiling()
+    assert relative(draw(pipe, name, **large), tiled) > CLOSE
+
+
+SPEED = {
+    "attention slicing": lambda pipe: pipe.enable_attention_slicing(),
+    "fused projections": lambda pipe: network(pipe).fuse_qkv_projections(),
+    "native attention": lambda pipe: network(pipe).set_attention_backend("native"),
+    "channels last": lambda pipe: network(pipe).to(memory_format=torch.channels_last),
+}
+
+
+@FAMILIES
+@pytest.mark.parametrize("mode", SPEED)
+def test_speed_modes_change_nothing(name, mode):
+    pipe = load(CHILDREN[name], name)
+    expected = draw(pipe, name)
+    SPEED[mode](pipe)
+    assert relative(draw(pipe, name), expected) < CLOSE
+
+
+def test_freeu():
+    """FreeU (Si et al. 2023) changes the picture, and as it does in the parent."""
+    pipe = load(StableDiffusionXLComfyPipeline, "sdxl")
+    plain = draw(pipe, "sdxl")
+    pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.1, b2=1.2)
+    free = draw(pipe, "sdxl")
+    assert relative(free, plain) > 100 * CLOSE
+    assert relative(free, draw(parent_of(pipe, "sdxl"), "sdxl")) < CLOSE
+    pipe.disable_freeu()
+    assert draw(pipe, "sdxl").equal(plain)
+
+
+@FAMILIES
+def test_layerwise_casting(name):
+    """Weights kept in 8 bits and cast for each layer: the network's dtype is the one it computes in."""
+    pipe = load(CHILDREN[name], name)
+    network(pipe).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert relative(draw(pipe, name), draw(parent_of(pipe, name), name)) < CLOSE
+
+
+def broadcast(pipe):
+    return PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(100, 990),
+        current_timestep_callback=lambda: pipe.current_timestep,
+    )
+
+
+@pytest.mark.parametrize("config", [lambda pipe: FirstBlockCacheConfig(threshold=0.5), broadcast], ids=["block", "pab"])
+def test_caching(config):
+    """Hooks that skip blocks: those that a step skips are those that it skips in the parent, in true CFG too.
+
+    They keep state from step to step, which is gone after a run, and after one that failed.
+    """
+    call = {"num_inference_steps": 6, "negative_prompt": "snow", "true_cfg_scale": 2.0}
+    pipe, parent = load(FluxComfyPipeline, "flux"), load(FluxPipeline, "flux")
+    plain = draw(load(FluxComfyPipeline, "flux"), "flux", **call)
+    for one in (pipe, parent):  # before their first call: diffusers 0.40 knows no other order
+        one.transformer.enable_cache(config(one))
+    cached = draw(pipe, "flux", **call)
+    assert relative(cached, plain) > 10 * CLOSE  # it did skip
+    assert relative(cached, draw(parent, "flux", **call)) < CLOSE
+    with pytest.raises(ZeroDivisionError):
+        draw(pipe, "flux", callback_on_step_end=fail, **call)
+    assert draw(pipe, "flux", **call).equal(cached)
+    pipe.transformer.disable_cache()
+    assert draw(pipe, "flux", **call).equal(plain)
+
+
+@FAMILIES
+def test_compiled_network_is_compiled_once(name):
+    """`fullgraph`, and no recompilation from step to step, from sampler to sampler, or from call to call.
+
+    The backend is "eager": what is compiled is decided before it.
+    """
+    pipe = load(CHILDREN[name], name)
+    samplers = ["euler", "heun", "dpmpp_2m_sde"]
+    expected = {sampler: draw(pipe, name, sampler=sampler) for sampler in samplers}
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    network(pipe).compile(backend=backend, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for sampler in samplers:
+            call = {"sampler": sampler, "callback_on_step_end": lambda *_: {}}
+            assert relative(draw(pipe, name, **call), expected[sampler]) < CLOSE
+    assert len(graphs) == 1
+    torch._dynamo.reset()

@@ -1,0 +1,45 @@
+"""The scripts of docs/parity.md run and show what they say, and the README has `compare.py --all`'s table."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from gallery.parity import overview
+
+PAGE = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
+FINDINGS = re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)
+SCRIPTS = [(title, code) for title, text in FINDINGS for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+
+
+@pytest.mark.parametrize("title, code", SCRIPTS, ids=[title[:40] for title, _ in SCRIPTS])
+def test_scripts_show_what_they_say(title, code, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT))
+    exec(compile(code, f"docs/parity.md: {title}", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out
+
+
+def test_there_is_a_script_for_every_defect():
+    with_script = {title for title, _ in SCRIPTS}
+    assert {title for title, _ in FINDINGS if "(defect)" in title} <= with_script
+
+
+def test_a_script_runs_by_itself(tmp_path):
+    path = tmp_path / "sign.py"
+    path.write_text(next(code for title, code in SCRIPTS if "a sign" in title))
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_has_the_table_that_was_made():
+    rows = json.loads((ROOT / "output" / "parity.json").read_text(encoding="utf-8"))
+    table = "\n".join(overview(rows))
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in (ROOT / "output" / "parity.md").read_text(encoding="utf-8")
+    pairs = {tuple(row["pair"]) for row in rows}
+    assert len(pairs) >= 18 and {row["levels"] for row in rows} == {"own", "Karras", "exponential", "beta"}
