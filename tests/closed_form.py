@@ -155,6 +155,13 @@ class Transformer(ModelMixin, ConfigMixin, CacheMixin):
         return (self.velocity(x, t).to(hidden_states.dtype),)
 
 
+class PassesVelocity(Transformer):
+    """Made so that the pipeline's `denoised` is the velocity."""
+
+    def velocity(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (x - super().velocity(x, t)) / t
+
+
 def patched(x: torch.Tensor, mixture: Mixture) -> torch.Tensor:
     """(b, c, h, w) -> (b, patches, d). A mixture of as many dimensions as the picture has one patch."""
     b, c, h, w = x.shape

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from closed_form import (
+    PassesVelocity,
     Transformer,
     UNet,
     call,
@@ -222,13 +223,6 @@ class PassesEpsilon(UNet):
 
     def prediction(self, y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return (y - super().prediction(y, sigma)) / sigma
-
-
-class PassesVelocity(Transformer):
-    """Made so that the pipeline's `denoised` is the velocity."""
-
-    def velocity(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return (x - super().velocity(x, t)) / t
 
 
 def endless(function: Callable, most: int = 2000) -> Callable:
