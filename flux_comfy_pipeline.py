@@ -230,8 +230,15 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     return noise_sampler
 
 
+def _adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
+    """False if `s_churn` or `eta` is zero. k-diffusion's samplers draw noise then too, times zero."""
+    parameters = inspect.signature(sampler).parameters.items()
+    amounts = [sampler_kwargs.get(name, p.default) for name, p in parameters if name in ("s_churn", "eta")]
+    return any(amounts) or not _is_k_diffusion(sampler)
+
+
 def _noise_sampler(
-    sampler: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+    sampler: Callable, x: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
 ) -> Callable:
     """Step noise of unit variance and x's shape: Brownian for `*_sde`, with a seed for each image; white for others."""
     if not (_is_k_diffusion(sampler) and sampler.__name__.endswith("_sde")):
@@ -325,7 +332,12 @@ def run_sampler(
     evaluations, steps = 0, dict[int, tuple[torch.Tensor, torch.Tensor]]()
     arguments = {"disable": True, **sampler_kwargs}
     starts = _step_starts(sampler, x.ndim, sigmas, arguments) if after_step else {}
-    mode = _SamplerMode(lambda like: randn_tensor(like.shape, generator, like.device, like.dtype))
+    noisy = _adds_noise(sampler, sampler_kwargs)
+
+    def draw(like: torch.Tensor) -> torch.Tensor:
+        return randn_tensor(like.shape, generator, like.device, like.dtype) if noisy else like.new_zeros(())
+
+    mode = _SamplerMode(draw)
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal evaluations
@@ -358,7 +370,8 @@ def run_sampler(
 
     arguments["callback"] = callback
     if "noise_sampler" not in arguments:
-        noise, arguments["noise_sampler"] = _noise_sampler(sampler, x, sigmas, generator), noise_sampler
+        noise = _noise_sampler(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
+        arguments["noise_sampler"] = noise_sampler
     try:
         with mode:
             x = _call(sampler, model, x, sigmas, arguments)

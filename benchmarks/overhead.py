@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--size", choices=("demo", "full"), default="demo", help="demo models, or the real architectures on CUDA")
     add("--models", nargs="+", choices=("sdxl", "flux"), default=["sdxl", "flux"])
     add("--samplers", nargs="+", default=sampler_names(), help="(default: all)")
-    add("--steps", type=int, help="(default: 6, full: 10)")
+    add("--steps", type=int, help="(default: 25, full: 10)")
     add("--rounds", type=int, help="after the warm-up (default: 5)", default=5)
     add("--device", help="(default: cuda for --size full, else cpu)")
     add("--only-samplers", action="store_true", help="leave out the tables of noise, start and grids")
@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--size {options.size}: there is no CUDA device here")
     for sampler in options.samplers:
         find_sampler(sampler)
-    steps = options.steps or (6 if options.size == "demo" else 10)
+    steps = options.steps or (25 if options.size == "demo" else 10)
 
     warnings.simplefilter("ignore")  # diffusers' of NumPy 2 and old algorithms, torchsde's of a rounded end
     print(f"{options.size} models on {where(device)}; {steps} steps, {options.rounds} rounds")

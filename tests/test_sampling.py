@@ -119,6 +119,18 @@ def test_every_draw_comes_from_the_generators(name):
     assert first.equal(other) != draws
 
 
+@pytest.mark.parametrize("name", THIRTEEN)
+def test_a_sampler_that_adds_no_noise_draws_none(name):
+    """As in the stock loop. (k-diffusion draws in every step, and multiplies by zero.)"""
+    function = find_sampler(name)
+    options = {"eta": 0.0} if "eta" in inspect.signature(function).parameters else {}
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    drawn = run_sampler(function, options, gaussian, noise(), SIGMAS, generator)[0]
+    assert generator.get_state().equal(before)
+    assert drawn.shape == noise().shape
+
+
 @pytest.mark.parametrize("name", [name for name in THIRTEEN if name != "dpm_adaptive"])
 def test_a_picture_does_not_depend_on_its_batch(name):
     """With a generator for each image (dpm_adaptive is left out: its step size depends on the whole batch)."""
