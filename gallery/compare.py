@@ -197,8 +197,8 @@ class Pair:
             differences = [relative(one.denoised, other.denoised) for one, other in zip(ours, theirs)]
             differences = differences if alike else differences[:1]
             latents = relative(a.state(i + 1), b.state(i + 1))
-            timesteps = [[evaluation.timestep for evaluation in side] for side in (ours, theirs)]
-            result.rows.append(Row(i + 1, b.levels[i], tuple(timesteps), latents, max(differences)))
+            timesteps = ([e.timestep for e in ours], [e.timestep for e in theirs])
+            result.rows.append(Row(i + 1, b.levels[i], timesteps, latents, max(differences)))
             if result.cause is not None:
                 continue
             for j, (one, other) in enumerate(zip(ours, theirs)):
@@ -332,7 +332,10 @@ class Pair:
         def begins_at(value: float) -> torch.Tensor:
             """Our step from the same latents, had they been taken for those of another level."""
             levels = torch.cat([setup.levels[i : i + 1] * 0 + value, setup.levels[i + 1 : i + 2]])
-            return self._restarted(i, 0, b, replace(setup, levels=torch.cat([setup.levels[:i], levels])))
+            state = self._restarted(i, 0, b, replace(setup, levels=torch.cat([setup.levels[:i], levels])))
+            if state is None:
+                raise ValueError("the sampler can't begin here")  # suppressed below: no such level
+            return state
 
         above = setup.levels[i - 1].item() if i else 4 * setup.levels[0].item()
         here, following = setup.levels[i].item(), setup.levels[i + 1].item()
@@ -476,7 +479,7 @@ class Pair:
         return steps, timesteps
 
     def _try(self, switches: list[tuple], b: Trajectory) -> Switch:
-        ours, changes, settings = self.ours, {}, {}
+        ours, changes, settings = self.ours, dict[str, Any](), dict[str, Any]()
         for side, name, value in switches:
             if side == "theirs":
                 changes[name] = value

@@ -330,7 +330,7 @@ class Session:
         scale = math.sqrt(step_levels[-1] ** 2 + 1) if keeps_alpha_x else 1.0
         shorter = (torch.bfloat16, torch.float16, torch.float32)
         shorter = [dtype for dtype in shorter if dtype.itemsize < self.network.dtype.itemsize]
-        rounded = {}
+        rounded = dict[int, str]()
         for i, latents in enumerate(after):
             fits = [str(dtype)[6:] for dtype in shorter if latents.equal(latents.to(dtype).to(latents.dtype))]
             rounded |= {i: fits[0]} if fits else {}
@@ -404,7 +404,7 @@ class Session:
 
         def recorded(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             denoised = model(x, sigma)
-            kept = (x.clone(), denoised.clone()) if ours.keep else (None, None)
+            kept = (x.clone(), denoised.clone()) if ours.keep else (x.new_empty(0), x.new_empty(0))
             record.calls.append((kept[0], sigma.flatten()[0].item(), kept[1]))
             record.draws = 0
             return denoised
@@ -456,21 +456,19 @@ class Session:
 class Record:
     """What a sampler of ours did, in its own coordinates."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.calls: list[tuple[torch.Tensor, float, torch.Tensor]] = []
         self.starts: list[int] = []
         self.noise: dict[int, list[torch.Tensor]] = {}
         self.unmatched: list[int] = []
         self.draws = 0
-        self.final: torch.Tensor | None = None
+        self.final = torch.empty(0)
 
     def trajectory(self, levels: torch.Tensor, timesteps: list[float], ve: bool) -> Trajectory:
         """The same in the common coordinates."""
         evaluations = []
         for (x, sigma, denoised), timestep in zip(self.calls, timesteps):
-            if ve and x is not None:
-                x = x / (1 + sigma)
-            level = sigma / (1 + sigma) if ve else sigma
+            x, level = (x / (1 + sigma), sigma / (1 + sigma)) if ve else (x, sigma)
             evaluations.append(Evaluation(level, timestep, x, denoised))
         starts = self.starts if len(self.starts) == len(levels) - 1 else []
         starts = starts or list(range(len(evaluations)))

@@ -58,7 +58,8 @@ _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 def write_parameters(settings: dict[str, str]) -> str:
     """The text of a picture's settings. FLUX's guidance is its `Distilled CFG Scale`, and true CFG its `CFG scale`."""
     values = dict(settings)
-    values["sampler"] = SAMPLERS.get(values.get("sampler"), values.get("sampler"))
+    sampler = values.get("sampler", "")
+    values["sampler"] = SAMPLERS.get(sampler, sampler)
     values["schedule"] = SCHEDULES.get(values["schedule"], values["schedule"])
     if "true_cfg" in values:
         values["distilled"], values["guidance"] = values["guidance"], values["true_cfg"]

@@ -72,7 +72,7 @@ def _session(family: Any, options: argparse.Namespace) -> tuple[Any, Session]:
 
 def _sdxl(options: argparse.Namespace) -> list[dict[str, Any]]:
     module, session = _session(SDXL, options)
-    rows, truths = [], {}
+    rows, truths = list[dict[str, Any]](), dict[Any, Any]()
     for ours, theirs in SDXL_PAIRS:
         for levels, name in LEVELS.items():
             side = find_side(theirs, module, "--against")
@@ -89,7 +89,7 @@ def _sdxl(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _flux(options: argparse.Namespace) -> list[dict[str, Any]]:
     module, session = _session(FLUX, options)
-    rows, truths = [], {}
+    rows, truths = list[dict[str, Any]](), dict[Any, Any]()
     for ours, theirs, parameterization in FLUX_PAIRS:
         session.options.parameterization = parameterization
         for levels, name in LEVELS.items():

@@ -9,6 +9,7 @@ import math
 from html import escape
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageChops
 
 from gallery.compare import Result
@@ -81,7 +82,7 @@ def _uri(image: Image.Image, longest: int, quality: int) -> str:
 def _difference(one: Image.Image, other: Image.Image) -> tuple[Image.Image, float]:
     """|one - other|, made so bright that its largest value is white, and by how much it was."""
     difference = ImageChops.difference(one.convert("RGB"), other.convert("RGB"))
-    largest = max(high for _, high in difference.getextrema())
+    largest = int(np.asarray(difference).max())
     gain = 255 / largest if largest else 1.0
     return difference.point(lambda value: min(255, round(value * gain))), gain
 
@@ -119,7 +120,7 @@ def _curve(result: Result) -> str:
         words = f"parts here: {escape(result.cause.kind)}"
         parts.append(f'<text class="mark" x="{at + shift:.1f}" y="{TOP - 5}" text-anchor="{anchor}">{words}</text>')
     parts.append(f'<line id="cursor" x1="{x(1):.1f}" x2="{x(1):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    last = []
+    last = list[float]()
     for kind in ("latents", "denoised"):
         points = [(x(row.step), y(getattr(row, kind))) for row in result.rows]
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)

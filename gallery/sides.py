@@ -25,7 +25,7 @@ class Side:
     """A sampler with k-diffusion's signature or a scheduler of diffusers, with its options."""
 
     text: str
-    target: Callable
+    target: Any
     options: dict[str, Any]
 
     @property
@@ -81,7 +81,7 @@ def _parse(text: str, flag: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({arguments}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError
-        return name.strip(), {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return name.strip(), {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError):
         raise Refused(f"{flag}: expected NAME or NAME(option=value, ...), but got {text!r}") from None
 
@@ -112,7 +112,7 @@ def _load_file(path: Path) -> ModuleType:
     imports = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     absolute = {alias.name.split(".")[0] for node in imports if isinstance(node, ast.Import) for alias in node.names}
     froms = [node for node in imports if isinstance(node, ast.ImportFrom)]
-    absolute |= {node.module.split(".")[0] for node in froms if not node.level}
+    absolute |= {node.module.split(".")[0] for node in froms if node.module and not node.level}
     above = next((parent for parent in path.parents if parent.name in absolute), None)
     if above is None and any(node.level for node in froms):
         above = path.parent
@@ -120,6 +120,7 @@ def _load_file(path: Path) -> ModuleType:
         sys.path.append(str(above.parent))
         return importlib.import_module(".".join(path.relative_to(above.parent).with_suffix("").parts))
     spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
+    assert spec is not None and spec.loader is not None  # it ends in .py and is there
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
@@ -171,8 +172,8 @@ class ModelSampling:
         if percent >= 1:
             return 0.0
         position = (1 - percent) * (len(self.sigmas) - 1)
-        low = math.floor(position)
-        low, high = self.sigmas[low].item(), self.sigmas[min(low + 1, len(self.sigmas) - 1)].item()
+        below = math.floor(position)
+        low, high = self.sigmas[below].item(), self.sigmas[min(below + 1, len(self.sigmas) - 1)].item()
         share = position % 1
         return (
             low + share * (high - low) if self.flow else math.exp((1 - share) * math.log(low) + share * math.log(high))

@@ -159,11 +159,11 @@ def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory
     positive = setup.levels[setup.levels > 0]
     path = None
     if setup.noise_sampler is None:
-        draws = [a.noise.get(last, [None])[-1] for last in _last_evaluations(a)][: len(positive) - 1]
-        if any(draw is None for draw in draws):
+        ends = _last_evaluations(a)[: len(positive) - 1]
+        if not all(a.noise.get(end) for end in ends):
             return Truth("not defined, not every step has its noise")
-        path = Path(positive, draws, seed=session.options.seed + 1)
-    previous, error, run = None, math.inf, None
+        path = Path(positive, [a.noise[end][-1] for end in ends], seed=session.options.seed + 1)
+    final, error, evaluations = torch.empty(0), math.inf, 0
     pieces = 1
     for wanted in SDE_SPLITS:
         if path is not None:
@@ -174,12 +174,12 @@ def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory
         noise = path.noise() if path is not None else None
         fine_setup = replace(setup, levels=levels, noise=noise, quantize=False, timesteps=None, keep=False)
         run = session.follow_sampler(fine, fine_setup)
-        if previous is not None:
-            error = ((run.final - previous).norm() / run.final.norm()).item()
-        previous = run.final
+        if evaluations:
+            error = ((run.final - final).norm() / run.final.norm()).item()
+        final, evaluations = run.final, len(run.evaluations)
         if error < gap / 10:
             break
-    return _distances("SDE", a, b, run.final, error, len(run.evaluations))
+    return _distances("SDE", a, b, final, error, evaluations)
 
 
 def _last_evaluations(a: Trajectory) -> list[int]:
