@@ -240,7 +240,10 @@ def test_torchao_network(name):
     plain = load(CHILDREN[name], name)
     part = "unet" if name == "sdxl" else "transformer"
     quantised = type(network(plain)).from_pretrained(
-        ROOT / "demo" / name, subfolder=part, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+        ROOT / "demo" / name,
+        subfolder=part,
+        quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
+        torch_dtype=torch.float32,  # of what is not quantised; diffusers' own choice is bfloat16
     )
     child = CHILDREN[name](**{**plain.components, part: quantised})
     drawn = draw(child, name)
