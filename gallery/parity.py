@@ -93,10 +93,10 @@ def _flux(options: argparse.Namespace) -> list[dict[str, Any]]:
     for ours, theirs, parameterization in FLUX_PAIRS:
         session.options.parameterization = parameterization
         for levels, name in LEVELS.items():
+            if name is not None and not theirs.startswith("FlowMatchEuler"):
+                break  # flow sigmas are these schedulers' own
             side = find_side(theirs, module, "--against")
             if name is not None:
-                if not theirs.startswith("FlowMatchEuler"):
-                    break  # flow sigmas are these schedulers' own
                 side = replace(side, text=f"{theirs}(use_{name}_sigmas=True)", options={f"use_{name}_sigmas": True})
             try:
                 session.prepared(session.scheduler(side), session.options.steps)
