@@ -64,8 +64,11 @@ def latents(bench: Bench, loop: str, sampler: str, steps: int, seed: int, noise:
     noise = noise.to(bench.network.dtype)
     if loop == "ours":
         options = our_noise(bench, sampler, seed, noise.shape)
-        bench.ours.scheduler = bench.scheduler_of(sampler)  # its noise levels are the stock loop's then
-        return bench.call(bench.ours, steps, sampler=sampler, sampler_kwargs=options, latents=noise).double()
+        scheduler, bench.ours.scheduler = bench.ours.scheduler, bench.scheduler_of(sampler)  # the stock loop's levels
+        try:
+            return bench.call(bench.ours, steps, sampler=sampler, sampler_kwargs=options, latents=noise).double()
+        finally:
+            bench.ours.scheduler = scheduler
     call = bench.stock_with(sampler)
     with stock_noise(bench.scheduler_of(sampler), seed):
         return call(steps, latents=noise).double()

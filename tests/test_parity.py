@@ -10,7 +10,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from gallery.parity import overview
+from gallery.options import parse_compare
+from gallery.parity import FLUX_PAIRS, _flux, overview
 
 PAGE = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
 FINDINGS = re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -43,3 +44,12 @@ def test_readme_has_the_table_that_was_made():
     assert table in (ROOT / "output" / "parity.md").read_text(encoding="utf-8")
     pairs = {tuple(row["pair"]) for row in rows}
     assert len(pairs) >= 18 and {row["levels"] for row in rows} == {"own", "Karras", "exponential", "beta"}
+
+
+def test_every_pair_of_flux_gets_its_row():
+    """Over two steps. One that diffusers can't run has a row that says so, and a second one that runs."""
+    options, _ = parse_compare(["--all", "--steps", "2", "--no-switches", "--no-truth"])
+    rows = _flux(options)
+    runs = {(row["pair"][0], row["pair"][1].split(",")[0]) for row in rows if row["cell"] != "does not run"}
+    assert len(runs) == len({(ours, theirs) for ours, theirs, _ in FLUX_PAIRS})
+    assert sum(row["cell"] == "does not run" for row in rows) == 1
