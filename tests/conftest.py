@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from flux_comfy_pipeline import FluxComfyPipeline  # noqa: E402
 from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline  # noqa: E402
 
 PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
+CHILDREN = {"sdxl": StableDiffusionXLComfyPipeline, "flux": FluxComfyPipeline}
+PARENTS = {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
+FAMILIES = pytest.mark.parametrize("name", ["sdxl", "flux"])
 
 
 def load(pipeline: type, folder: str, dtype: torch.dtype = torch.float32):
@@ -59,3 +63,12 @@ def seeded(seed: int = 0) -> torch.Generator:
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """||a - b|| / ||b||."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def parent_of(pipe, name: str):
+    """The parent on the same networks, so in the same mode."""
+    return PARENTS[name](**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+
+
+def network(pipe) -> torch.nn.Module:
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer

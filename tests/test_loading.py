@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import addons
 import pytest
 import torch
-from conftest import PROMPT, ROOT, load, relative, seeded
+from conftest import CHILDREN, FAMILIES, PARENTS, PROMPT, ROOT, load, network, parent_of, relative, seeded
 from diffusers import (
     AutoPipelineForText2Image,
     DiffusionPipeline,
-    FluxPipeline,
     StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLPipeline,
 )
 from safetensors.torch import save_file
 
@@ -24,23 +21,12 @@ from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
 CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
 CALL = {"prompt": PROMPT, "height": 64, "width": 64, "output_type": "latent", "num_inference_steps": 2}
 CALLS = {"sdxl": CALL, "flux": {**CALL, "max_sequence_length": 64}}
-CHILDREN = {"sdxl": StableDiffusionXLComfyPipeline, "flux": FluxComfyPipeline}
-PARENTS = {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
 NOISE = {"sdxl": (1, 4, 8, 8), "flux": (1, 16, 64)}
-FAMILIES = pytest.mark.parametrize("name", ["sdxl", "flux"])
 
 
 def draw(pipe, name, **call):
     pipe.set_progress_bar_config(disable=True)
     return pipe(**{"generator": seeded(), **CALLS[name], **call}).images
-
-
-def parent_of(pipe, name):
-    return PARENTS[name](**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
-
-
-def network(pipe):
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import PROMPT, load, relative, seeded
-from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from conftest import CHILDREN, FAMILIES, PROMPT, load, network, parent_of, relative, seeded
+from diffusers import FluxPipeline
 from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 
 from flux_comfy_pipeline import FluxComfyPipeline
@@ -17,24 +17,12 @@ CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
 CPU = torch.device("cpu")
 CALL = {"prompt": PROMPT, "height": 64, "width": 64, "output_type": "pt", "num_inference_steps": 2}
 CALLS = {"sdxl": CALL, "flux": {**CALL, "max_sequence_length": 64}}
-CHILDREN = {"sdxl": StableDiffusionXLComfyPipeline, "flux": FluxComfyPipeline}
-PARENTS = {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
-FAMILIES = pytest.mark.parametrize("name", ["sdxl", "flux"])
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 def draw(pipe, name, **call):
     pipe.set_progress_bar_config(disable=True)
     return pipe(**{"generator": seeded(), **CALLS[name], **call}).images
-
-
-def parent_of(pipe, name):
-    """The parent on the same networks, so in the same mode."""
-    return PARENTS[name](**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
-
-
-def network(pipe):
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 def fail(*args, **kwargs):
