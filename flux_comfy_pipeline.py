@@ -32,6 +32,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.overrides import TorchFunctionMode
 
 # --- shared block: the same text stands in sdxl_comfy_pipeline.py and flux_comfy_pipeline.py ---
+# To read the pipeline, begin at the class, at its end. Here is what it calls, in this order: k-diffusion without its
+# package, samplers by name, step noise, run_sampler (the one call of a sampler), noise levels by name, checks of the
+# arguments, ComfyUI's noise.
 
 
 def _k_diffusion(*submodules: str) -> list[ModuleType]:

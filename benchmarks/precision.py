@@ -3,7 +3,8 @@
     uv run benchmarks/precision.py
 
 Each loop is compared with itself, run in float64 throughout on the same (rounded) weights, embeddings, noise levels,
-initial noise and step noise. So the distance is what the arithmetic of the network and of the loop rounds away.
+initial noise and step noise. So the distance is what the arithmetic of the network and of the loop rounds away. It
+differs much between images, so that the table has geometric means over them, and of ours / stock the standard error.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import argparse
 import contextlib
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator
+from statistics import fmean, stdev
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from models import Bench, demo, find_sampler, where
+from models import Bench, demo, find_sampler, sampler_names, where
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # draws its noise from a tree of its own, in the dtype of the latents
@@ -54,7 +57,7 @@ def our_noise(bench: Bench, sampler: str, seed: int, shape: torch.Size) -> dict[
     state = torch.promote_types(bench.network.dtype, torch.float32)
     if sampler.endswith("_sde"):
         module = sys.modules[type(bench.ours).__module__]
-        path = module.brownian_noise(torch.empty(shape), [seed], "cpu")
+        path = module.brownian_noise(torch.empty(shape), range(seed, seed + shape[0]), "cpu")
         return {"noise_sampler": lambda sigma, sigma_next: path(sigma, sigma_next).to(state)}
     draw = float32_noise(seed)
     return {"noise_sampler": lambda sigma, sigma_next: draw(shape, dtype=state)}
@@ -74,54 +77,72 @@ def latents(bench: Bench, loop: str, sampler: str, steps: int, seed: int, noise:
         return call(steps, latents=noise).double()
 
 
-def distances(name: str, dtype: torch.dtype, steps: int, seeds: int, size: int) -> Iterator[tuple[str, float, float]]:
-    """(sampler, stock, ours): relative distance of the latents from their float64 run, root mean square of seeds."""
+def distances(
+    name: str, dtype: torch.dtype, samplers: list[str], steps: int, images: int, batch: int, size: int
+) -> Iterator[tuple[str, list[float], list[float]]]:
+    """(sampler, stock, ours): relative distance of each image's latents from their float64 run."""
     half, truth = demo(name, dtype), demo(name, dtype)
     truth.ours.to(dtype=torch.float64)
     for bench in (half, truth):
         to = bench.network.dtype
-        sizes = {"height": size, "width": size}
         bench.arguments = {
             key: value.to(dtype).to(to) if isinstance(value, torch.Tensor) else value
             for key, value in bench.arguments.items()
-        } | sizes
+        } | {"height": size, "width": size, "num_images_per_prompt": batch}
     pixels = size // half.ours.vae_scale_factor
-    shape = (1, 4, pixels, pixels) if name == "sdxl" else (1, pixels**2 // 4, half.network.config.in_channels)
-    for sampler in half.schedulers:
-        squares = {"stock": 0.0, "ours": 0.0}
-        for seed in range(seeds):
+    shape = (batch, 4, pixels, pixels) if name == "sdxl" else (batch, pixels**2 // 4, half.network.config.in_channels)
+    for sampler in samplers:
+        if sampler not in half.schedulers:
+            continue
+        found: dict[str, list[float]] = {"stock": [], "ours": []}
+        for seed in range(0, images, batch):
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-            for loop in squares:
+            for loop in found:
                 exact, rounded = (latents(bench, loop, sampler, steps, seed, noise) for bench in (truth, half))
-                squares[loop] += ((rounded - exact).norm() / exact.norm()).item() ** 2 / seeds
-        stock = float("nan") if sampler in OWN_TREE else squares["stock"] ** 0.5
-        yield sampler, stock, squares["ours"] ** 0.5
+                errors = (rounded - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+                found[loop].extend(errors.tolist())
+        yield sampler, found["stock"], found["ours"]
+
+
+def compared(stock: list[float], ours: list[float]) -> tuple[float, float, float, float]:
+    """Geometric means of both, the geometric mean of ours / stock, and the standard error of that one."""
+    logs = [math.log(mine / other) for mine, other in zip(ours, stock)]
+    ratio = math.exp(fmean(logs))
+    means = (math.exp(fmean(map(math.log, values))) for values in (stock, ours))
+    return *means, ratio, ratio * stdev(logs) / math.sqrt(len(logs))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=("sdxl", "flux"), default=["sdxl", "flux"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--size", type=int, default=64, help="pixels (default: %(default)s)")
+    add = parser.add_argument
+    add("--models", nargs="+", choices=("sdxl", "flux"), default=["sdxl", "flux"])
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    add("--samplers", nargs="+", default=sampler_names(), help="(default: all that have a counterpart)")
+    add("--steps", type=int, default=20)
+    add("--images", type=int, default=64, help="for each sampler (default: %(default)s)")
+    add("--batch", type=int, default=16, help="drawn together (default: %(default)s)")
+    add("--size", type=int, default=64, help="pixels (default: %(default)s)")
     options = parser.parse_args(arguments)
-    print(
-        f"demo models, {options.size}x{options.size}, on {where('cpu')}; {options.steps} steps, {options.seeds} seeds"
-    )
-    worst = ("", 0.0)
+    if options.images % options.batch or options.images < 2:
+        parser.error(f"--images: has to be a multiple of --batch, at least 2, but is {options.images}")
+    for sampler in options.samplers:
+        find_sampler(sampler)
+    size = f"{options.size}x{options.size}"
+    print(f"demo models, {size}, on {where('cpu')}; {options.steps} steps, {options.images} images")
+    worst = ("", 0.0, 0.0)
     for name in options.models:
         for dtype in options.dtypes:
-            print(f"\n### {name}, {dtype} network: relative distance from float64\n")
-            print("| sampler | stock loop | this one | ratio |\n|---|---|---|---|")
-            for sampler, stock, ours in distances(name, DTYPES[dtype], options.steps, options.seeds, options.size):
-                ratio = ours / stock
-                missing = sampler in OWN_TREE
-                cells = ("not measured", "not measured") if missing else (f"{stock:.2e}", f"{ratio:.2f}")
-                print(f"| {sampler} | {cells[0]} | {ours:.2e} | {cells[1]} |", flush=True)
-                if not missing and ratio > worst[1]:
-                    worst = (f"{sampler}, {name}, {dtype}", ratio)
-    print(f"\nworst ratio: {worst[1]:.2f} of the stock loop's distance ({worst[0]})")
+            print(f"\n### {name}, {dtype} network: relative distance from float64, geometric means\n")
+            print("| sampler | stock loop | this one | ratio (standard error) |\n|---|---|---|---|")
+            of_model = (options.samplers, options.steps, options.images, options.batch, options.size)
+            for sampler, stock, ours in distances(name, DTYPES[dtype], *of_model):
+                theirs, mine, ratio, error = compared(stock, ours)
+                if sampler in OWN_TREE:
+                    print(f"| {sampler} | not measured | {mine:.2e} | not measured |", flush=True)
+                    continue
+                print(f"| {sampler} | {theirs:.2e} | {mine:.2e} | {ratio:.2f} ({error:.2f}) |", flush=True)
+                worst = max(worst, (f"{sampler}, {name}, {dtype}", ratio, error), key=lambda row: row[1])
+    print(f"\nworst ratio: {worst[1]:.2f} ({worst[2]:.2f}) of the stock loop's distance: {worst[0]}")
     return 0
 
 

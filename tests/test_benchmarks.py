@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -118,3 +119,10 @@ def test_importing_a_pipeline_file_adds_nothing_heavy():
     assert set(eval(new)) - set(sys.stdlib_module_names) <= known and heavy == "[]"
     names = "import sys\nfrom gallery.options import SDXL, parse\nparse(SDXL, [])\nprint('torch' in sys.modules)"
     assert overhead.script("-c", names)[1].strip() == "False"
+
+
+def test_precision_compares_image_by_image():
+    """A ratio of geometric means, with the error of a mean of logarithms: ln 2 and ln 0.5 are 1.0 +- ln 2."""
+    stock, ours, ratio, error = precision.compared([1.0, 4.0], [2.0, 2.0])
+    assert (stock, ours, ratio) == pytest.approx((2.0, 2.0, 1.0))
+    assert error == pytest.approx(math.log(2))
