@@ -211,3 +211,60 @@ def single_file(pipe: Any, path: Path) -> Path:
         weights[f"conditioner.embedders.1.model.{name}"] = value
     save_file({name: value.contiguous() for name, value in weights.items()}, path)
     return path
+
+
+def _flux_name(name: str) -> str:
+    """The name of a FLUX transformer's weight in the original checkpoints, but for those that are joined there."""
+    for ours, original in {
+        "single_transformer_blocks": "single_blocks",
+        "transformer_blocks": "double_blocks",
+        "norm1_context.linear": "txt_mod.lin",
+        "norm1.linear": "img_mod.lin",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "norm.linear": "modulation.lin",
+        "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+        "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+        "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+        "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+        "attn.to_out.0": "img_attn.proj",
+        "attn.to_add_out": "txt_attn.proj",
+        "ff_context.net.0.proj": "txt_mlp.0",
+        "ff_context.net.2": "txt_mlp.2",
+        "ff.net.0.proj": "img_mlp.0",
+        "ff.net.2": "img_mlp.2",
+        "time_text_embed.timestep_embedder.linear_": "time_in.",
+        "time_text_embed.guidance_embedder.linear_": "guidance_in.",
+        "time_text_embed.text_embedder.linear_": "vector_in.",
+        "context_embedder": "txt_in",
+        "x_embedder": "img_in",
+    }.items():
+        name = name.replace(ours, original)
+    name = name.replace("_in.1.", "_in.in_layer.").replace("_in.2.", "_in.out_layer.")
+    if name.startswith("single_blocks"):
+        return name.replace("img_attn.norm", "norm").replace("proj_out", "linear2")
+    return name.replace("proj_out", "final_layer.linear")
+
+
+def flux_single_file(transformer: torch.nn.Module, path: Path) -> Path:
+    """A FLUX transformer in the one-file layout of the original repository."""
+    joined = {  # one matrix there for these, in this order
+        "attn.to_q": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "attn.add_q_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    }
+    places = {"attn.to_q": "img_attn.qkv", "attn.add_q_proj": "txt_attn.qkv"}
+    ours, original = transformer.state_dict(), dict[str, torch.Tensor]()
+    for name, value in ours.items():
+        stem, _, kind = name.rpartition(".")
+        block, part = ".".join(stem.split(".")[:2]), ".".join(stem.split(".")[2:])
+        if any(part in others[1:] for others in joined.values()) or part == "proj_mlp":
+            continue
+        if part in joined:
+            single = block.startswith("single")
+            parts = joined[part] + (("proj_mlp",) if single else ())
+            value = torch.cat([ours[f"{block}.{one}.{kind}"] for one in parts])
+            name = f"{block}.{'linear1' if single else places[part]}.{kind}"
+        elif stem == "norm_out.linear":
+            value = torch.cat(value.chunk(2)[::-1])  # shift before scale
+        original[_flux_name(name)] = value.contiguous()
+    save_file(original, path)
+    return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import addons
 import pytest
@@ -11,6 +12,7 @@ from conftest import CHILDREN, FAMILIES, PARENTS, PROMPT, ROOT, load, network, p
 from diffusers import (
     AutoPipelineForText2Image,
     DiffusionPipeline,
+    FluxTransformer2DModel,
     StableDiffusionXLImg2ImgPipeline,
 )
 from safetensors.torch import save_file
@@ -102,16 +104,37 @@ def test_sdxl_from_single_file(sdxl, tmp_path):
 
 
 def test_flux_from_single_file(flux, tmp_path):
-    """The transformer in one file, the rest from elsewhere, as FLUX's fine-tunes come.
-
-    The file has diffusers' names: the original ones it reads at FLUX's own width, 3072, only.
-    """
+    """The transformer in one file, the rest from elsewhere, as fine-tunes come. The file has diffusers' names."""
     file = tmp_path / "transformer.safetensors"
     save_file(flux.transformer.state_dict(), file)
     rest = {name: getattr(flux, name) for name in ("vae", "text_encoder", "text_encoder_2")}
     loaded = FluxComfyPipeline.from_single_file(file, config=str(ROOT / "demo/flux"), **rest)
     assert type(loaded) is FluxComfyPipeline and loaded.transformer is not flux.transformer
     assert draw(loaded, "flux", output_type="pt").equal(draw(flux, "flux", output_type="pt"))
+
+
+def test_flux_from_single_file_of_the_original_repository(flux, tmp_path):
+    """The same under the original names. diffusers reads them at FLUX's own width, 3072, only.
+
+    So the transformer is one of that width, with a block of each kind and random weights, 0.5 B.
+    """
+    folder = tmp_path / "demo"
+    shutil.copytree(ROOT / "demo/flux", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "transformer/config.json").read_text())
+    config |= {"attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": [16, 56, 56]}
+    config |= {"num_layers": 1, "num_single_layers": 1}
+    (folder / "transformer/config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        wide = FluxTransformer2DModel.from_config(config)
+    wide = wide.to(torch.bfloat16).to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in wide.parameters():
+        parameter.data.normal_(std=0.02, generator=generator)
+    expected = draw(FluxComfyPipeline(**{**flux.components, "transformer": wide}), "flux")
+    file = addons.flux_single_file(wide, tmp_path / "flux.safetensors")
+    rest = {name: getattr(flux, name) for name in ("vae", "text_encoder", "text_encoder_2")}
+    loaded = FluxComfyPipeline.from_single_file(file, config=str(folder), torch_dtype=torch.bfloat16, **rest)
+    assert loaded.transformer is not wide and draw(loaded, "flux").equal(expected)
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
