@@ -8,7 +8,13 @@ import pytest
 import torch
 from conftest import CHILDREN, FAMILIES, PROMPT, load, network, parent_of, relative, seeded
 from diffusers import FluxPipeline
-from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 
 from flux_comfy_pipeline import FluxComfyPipeline
 from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
@@ -133,7 +139,28 @@ def broadcast(pipe):
     )
 
 
-@pytest.mark.parametrize("config", [lambda pipe: FirstBlockCacheConfig(threshold=0.5), broadcast], ids=["block", "pab"])
+def faster(pipe):
+    return FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 901),
+        attention_weight_callback=lambda _: 0.5,
+        is_guidance_distilled=True,
+        current_timestep_callback=lambda: pipe.current_timestep,
+    )
+
+
+CACHES = {
+    "block": lambda pipe: FirstBlockCacheConfig(threshold=0.5),
+    "broadcast": broadcast,
+    "faster": faster,
+    "mag": lambda pipe: MagCacheConfig(threshold=0.5, num_inference_steps=6, mag_ratios=torch.ones(6)),
+    "taylor": lambda pipe: TaylorSeerCacheConfig(
+        cache_interval=2, disable_cache_before_step=2, taylor_factors_dtype=torch.float32
+    ),
+}
+
+
+@pytest.mark.parametrize("config", CACHES.values(), ids=CACHES)
 def test_caching(config):
     """Hooks that skip blocks: those that a step skips are those that it skips in the parent, in true CFG too.
 
