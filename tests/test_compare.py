@@ -328,6 +328,13 @@ def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
     assert status == 2 and message in err and err.count("\n") == 1 and not out
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "small"])
+def test_a_tolerance_is_a_number_above_zero(capsys, value):
+    with pytest.raises(SystemExit) as stopped:
+        parse_compare(["--against", "heun", f"--tolerance={value}"])
+    assert stopped.value.code == 2 and "--tolerance" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_script_runs(tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     arguments = ["--sampler", "euler", "--against", "EulerDiscreteScheduler", "--steps", "2"]
