@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -185,7 +186,7 @@ def test_caching(config):
 def test_compiled_network_is_compiled_once(name):
     """`fullgraph`, and no recompilation from step to step, from sampler to sampler, or from call to call.
 
-    The backend is "eager": what is compiled is decided before it.
+    The backend is "eager": what is compiled is decided before it. test_inductor has the real one.
     """
     pipe = load(CHILDREN[name], name)
     samplers = ["euler", "heun", "dpmpp_2m_sde"]
@@ -203,4 +204,19 @@ def test_compiled_network_is_compiled_once(name):
             call = {"sampler": sampler, "callback_on_step_end": lambda *_: {}}
             assert relative(draw(pipe, name, **call), expected[sampler]) < CLOSE
     assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif("SLOW_TESTS" not in os.environ, reason="compiles for minutes: set SLOW_TESTS=1")
+@FAMILIES
+def test_inductor(name):
+    """torch.compile as people call it, with code for this machine: no recompilation, and the same pictures."""
+    pipe = load(CHILDREN[name], name)
+    samplers = ["euler", "heun", "dpmpp_2m_sde"]
+    expected = {sampler: draw(pipe, name, sampler=sampler) for sampler in samplers}
+    torch._dynamo.reset()
+    network(pipe).compile(fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for sampler in samplers:
+            assert relative(draw(pipe, name, sampler=sampler), expected[sampler]) < CLOSE
     torch._dynamo.reset()
