@@ -848,17 +848,10 @@ class FluxComfyPipeline(FluxPipeline):
                 return y + (changed - to_flow(y, sigma)[0]) * (1 + sigma) if ve else changed  # y itself if unchanged
 
             # noise, sigmas -> latents
-            with self.progress_bar(total=steps_of(sampler, sigmas)) as progress_bar:
+            after = None if callback_on_step_end is None else after_step
+            with self.progress_bar(total=steps_of(sampler, sigmas)) as bar:
                 y, sigma = run_sampler(
-                    sampler,
-                    sampler_kwargs,
-                    denoiser,
-                    y,
-                    sigmas,
-                    generator,
-                    after_step if callback_on_step_end is not None else None,
-                    progress_bar.update,
-                    lambda: self.interrupt,
+                    sampler, sampler_kwargs, denoiser, y, sigmas, generator, after, bar.update, lambda: self.interrupt
                 )
             latents = to_flow(y, sigma)[0]
             self._current_timestep = None

@@ -850,17 +850,10 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 return returned.get("latents", x)
 
             # noise, sigmas -> latents
-            with self.progress_bar(total=steps_of(sampler, sigmas)) as progress_bar:
+            after = None if callback_on_step_end is None else after_step
+            with self.progress_bar(total=steps_of(sampler, sigmas)) as bar:
                 latents, _ = run_sampler(
-                    sampler,
-                    sampler_kwargs,
-                    denoiser,
-                    x,
-                    sigmas,
-                    generator,
-                    after_step if callback_on_step_end is not None else None,
-                    progress_bar.update,
-                    lambda: self.interrupt,
+                    sampler, sampler_kwargs, denoiser, x, sigmas, generator, after, bar.update, lambda: self.interrupt
                 )
 
             # latents -> images
