@@ -37,7 +37,8 @@ def command(folder: Path, prompts: int, *options: object, processes: int = 1) ->
     listed.write_text("\n".join(PROMPTS[:prompts]))
     launch: list[str] = []
     if processes > 1:
-        launch = f"-m accelerate.commands.launch --cpu --num_processes {processes} --num_machines 1".split()
+        # its launcher of several processes, which needs no GPU; with --cpu it would start one
+        launch = f"-m accelerate.commands.launch --multi_gpu --num_processes {processes} --num_machines 1".split()
         launch += "--mixed_precision no --dynamo_backend no --main_process_port 0".split()
     fixed = ["test.py", "--model", "demo", "--device", "cpu", "--prompts", listed, "--output", folder]
     return [sys.executable, *launch, *map(str, fixed), *map(str, options)]

@@ -113,7 +113,8 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     order = {one: i for i, one in enumerate(one for _, unit in units for one in unit)}
     drawn = sorted(gather_object(drawn), key=lambda one: order[one.picture])
     if state.is_main_process:
-        _finish(name, model, settings, drawn, options)
+        by = f" by {state.num_processes} processes" if state.num_processes > 1 else ""
+        _finish(name, model + by, settings, drawn, options)
     return int(any(one.error for one in drawn))
 
 
