@@ -471,11 +471,6 @@ def trained_sigmas(schedule: str, n: int, trained: TrainedLevels) -> torch.Tenso
     return named_sigmas(schedule, n, trained.sigmas[0].item(), trained.sigmas[-1].item())
 
 
-def steps_of(sampler: Callable, sigmas: torch.Tensor) -> float:
-    """How many steps the sampler takes over these levels; infinity where it decides itself."""
-    return math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1
-
-
 def check_call(
     num_inference_steps: int,
     num_images_per_prompt: int | None,
@@ -851,7 +846,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
 
             # noise, sigmas -> latents
             after = None if callback_on_step_end is None else after_step
-            with self.progress_bar(total=steps_of(sampler, sigmas)) as bar:
+            steps = math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1  # those decide themselves
+            with self.progress_bar(total=steps) as bar:
                 latents, _ = run_sampler(
                     sampler, sampler_kwargs, denoiser, x, sigmas, generator, after, bar.update, lambda: self.interrupt
                 )

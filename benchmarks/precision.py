@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--batch", type=int, default=16, help="drawn together (default: %(default)s)")
     add("--size", type=int, default=64, help="pixels (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.images % options.batch or options.images < 2:
+    if options.batch < 1 or options.images % options.batch or options.images < 2:
         parser.error(f"--images: has to be a multiple of --batch, at least 2, but is {options.images}")
     for sampler in options.samplers:
         find_sampler(sampler)

@@ -25,9 +25,12 @@ from PIL import Image
 
 from gallery.pictures import read_settings
 
-SUBJECTS = ("an astronaut", "a robot", "a house", "a rocket", "a cat", "a car", "a sailboat", "a hot-air balloon")
-PLACES = ("in a jungle", "in a desert", "at sea", "in space", "in snow", "in a city")
-PROMPTS = [" ".join(words) for words in itertools.product(SUBJECTS, PLACES, ["in warm colors", "in cold colors"])]
+sys.path.append(str(ROOT / "demo"))
+
+from scenes import PALETTES, PLACES, SUBJECTS  # noqa: E402
+
+WORDS = itertools.product(SUBJECTS.values(), PLACES.values(), PALETTES.values())
+PROMPTS = [f"{subject[0]} {place[0]}, {palette[0]}" for subject, place, palette in WORDS]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -100,10 +103,11 @@ def killed(kills: int, prompts: int, seeds: int, folder: Path) -> bool:
         print(f"| {run + 1} | {ended} | {pictures} | {other} | {cells} |", flush=True)
     drawn = pixels(folder / "killed")
     whole = sum(read_settings(folder / "killed" / name) is not None for name in drawn)
-    seconds(command(folder / "whole", 3, *options))  # the same batches
+    again = min(3, prompts)
+    seconds(command(folder / "whole", again, *options))  # the same batches
     same = {name: drawn.get(name) == picture for name, picture in pixels(folder / "whole").items()}
     print(f"\nwhole with their settings: {whole} of {13 * prompts * seeds}", end="; ")
-    print(f"of the first 3 prompts, drawn again without a kill: {sum(same.values())} of {len(same)} are the same")
+    print(f"of the first {again} prompts, drawn again without a kill: {sum(same.values())} of {len(same)} are the same")
     return whole == 13 * prompts * seeds and all(same.values())
 
 
@@ -115,6 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--prompts", type=int, default=50, help=f"at most {len(PROMPTS)} (default: %(default)s)")
     add("--seeds", type=int, default=4, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
+    if not 1 <= options.prompts <= len(PROMPTS) or options.seeds < 1:
+        parser.error(f"--prompts has to be in 1..{len(PROMPTS)}, --seeds at least 1")
     both = options.processes is None and options.kills is None
     print(f"demo SDXL, {len(os.sched_getaffinity(0))} cores; {where('cpu')}")
     fine = True

@@ -182,41 +182,34 @@ def test_caching(config):
     assert draw(pipe, "flux", **call).equal(plain)
 
 
-@FAMILIES
-def test_compiled_network_is_compiled_once(name):
-    """`fullgraph`, and no recompilation from step to step, from sampler to sampler, or from call to call.
-
-    The backend is "eager": what is compiled is decided before it. test_inductor has the real one.
-    """
-    pipe = load(CHILDREN[name], name)
+def draw_compiled(pipe, name, **how):
+    """With `fullgraph`, and no recompilation from step to step, from sampler to sampler, or from call to call."""
     samplers = ["euler", "heun", "dpmpp_2m_sde"]
     expected = {sampler: draw(pipe, name, sampler=sampler) for sampler in samplers}
+    torch._dynamo.reset()
+    network(pipe).compile(fullgraph=True, **how)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for sampler in samplers:
+            call = {"sampler": sampler, "callback_on_step_end": lambda *_: {}}
+            assert relative(draw(pipe, name, **call), expected[sampler]) < CLOSE
+    torch._dynamo.reset()
+
+
+@FAMILIES
+def test_compiled_network_is_compiled_once(name):
+    """The backend keeps the graph as it is: what is compiled is decided before it."""
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    torch._dynamo.reset()
-    network(pipe).compile(backend=backend, fullgraph=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for sampler in samplers:
-            call = {"sampler": sampler, "callback_on_step_end": lambda *_: {}}
-            assert relative(draw(pipe, name, **call), expected[sampler]) < CLOSE
+    draw_compiled(load(CHILDREN[name], name), name, backend=backend)
     assert len(graphs) == 1
-    torch._dynamo.reset()
 
 
 @pytest.mark.skipif("SLOW_TESTS" not in os.environ, reason="compiles for minutes: set SLOW_TESTS=1")
 @FAMILIES
 def test_inductor(name):
-    """torch.compile as people call it, with code for this machine: no recompilation, and the same pictures."""
-    pipe = load(CHILDREN[name], name)
-    samplers = ["euler", "heun", "dpmpp_2m_sde"]
-    expected = {sampler: draw(pipe, name, sampler=sampler) for sampler in samplers}
-    torch._dynamo.reset()
-    network(pipe).compile(fullgraph=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for sampler in samplers:
-            assert relative(draw(pipe, name, sampler=sampler), expected[sampler]) < CLOSE
-    torch._dynamo.reset()
+    """torch.compile as people call it, with code for this machine."""
+    draw_compiled(load(CHILDREN[name], name), name)
