@@ -202,33 +202,49 @@ def brownian_weights(sigma: float) -> dict[int, float]:
     return {**weights, node: math.sqrt((sigma - low) * (high - sigma) / (high - low))}
 
 
+def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Noise on another device. The CPU does not wait for a GPU to take it, as it would with memory not pinned."""
+    if noise.device.type == "cpu" and device.type == "cuda":
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)
+
+
+def white_noise(x: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+    """Standard normals of x's shape, dtype and device, drawn where the caller's generators are."""
+    first = generator[0] if isinstance(generator, list) else generator
+    return _sent(randn_tensor(x.shape, generator, first.device if first else x.device, x.dtype), x.device)
+
+
 def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device | str) -> Callable:
     """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
 
     In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels. The
-    normals are drawn on `device`; those of the last call are kept, so that the next one makes about 15 draws.
+    normals are drawn on `device`; those of the last level are kept, so that the next one makes about 13 draws.
     """
     generator = torch.Generator(device)
     normals, motion = dict[int, torch.Tensor](), dict[float, torch.Tensor]()
 
     def draw(node: int) -> torch.Tensor:
-        # the CPU's generator reads 32 bits of its seed: with an odd factor they differ between the nodes of a path
-        states = (generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63) for seed in seeds)
-        return torch.stack([torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=device) for g in states])
+        normal = torch.empty(x.shape, dtype=x.dtype, device=device)
+        for image, seed in zip(normal, seeds):
+            # the CPU's generator reads 32 bits of its seed: with an odd factor they differ between the nodes of a path
+            image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
+        return normal
 
-    def total(weights: dict[int, float]) -> torch.Tensor:
-        w = torch.zeros(x.shape, dtype=x.dtype, device=device)
+    def w(sigma: float) -> torch.Tensor:
+        nonlocal normals
+        weights, total = brownian_weights(sigma), torch.zeros(x.shape, dtype=x.dtype, device=device)
+        normals = {node: normals[node] for node in weights if node in normals}
+        normals.update({node: draw(node) for node in weights if node not in normals})
         for node, weight in weights.items():
-            w.add_(normals[node], alpha=weight)
-        return w
+            total.add_(normals[node], alpha=weight)
+        return total
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        nonlocal normals, motion
-        weights = {level: brownian_weights(level) for level in (float(sigma), float(sigma_next))}
-        normals = {n: normals[n] if n in normals else draw(n) for nodes in weights.values() for n in nodes}
-        motion = {level: motion[level] if level in motion else total(nodes) for level, nodes in weights.items()}
-        (begin, w_begin), (end, w_end) = motion.items()
-        return ((w_end - w_begin) / math.sqrt(abs(end - begin))).to(x.device)
+        nonlocal motion
+        begin, end = float(sigma), float(sigma_next)
+        motion = {level: motion[level] if level in motion else w(level) for level in (begin, end)}
+        return _sent((motion[end] - motion[begin]) / math.sqrt(abs(end - begin)), x.device)
 
     return noise_sampler
 
@@ -245,7 +261,7 @@ def _noise_sampler(
 ) -> Callable:
     """Step noise of unit variance and x's shape: Brownian for `*_sde`, with a seed for each image; white for others."""
     if not (_is_k_diffusion(sampler) and sampler.__name__.endswith("_sde")):
-        return lambda sigma, sigma_next: randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return lambda sigma, sigma_next: white_noise(x, generator)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
     seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
     return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
@@ -338,14 +354,17 @@ def run_sampler(
     noisy = _adds_noise(sampler, sampler_kwargs)
 
     def draw(like: torch.Tensor) -> torch.Tensor:
-        return randn_tensor(like.shape, generator, like.device, like.dtype) if noisy else like.new_zeros(())
+        return white_noise(like, generator) if noisy else like.new_zeros(())
 
+    churns = "s_churn" in inspect.signature(sampler).parameters
+    plain = _is_k_diffusion(sampler) and not churns and x.device.type == "cpu"  # makes neither of the mode's calls
     mode = _SamplerMode(draw)
+    paused = contextlib.nullcontext if plain else mode.paused
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal evaluations
         step, evaluations = starts.get(evaluations, 0), evaluations + 1
-        with mode.paused():
+        with paused():
             if after_step and step - 1 in steps:
                 # x is the sampler's own tensor; the caller gets another, to keep or to write on
                 x.copy_(after_step(step - 1, x.clone(), sigma[0], *steps.pop(step - 1)))
@@ -359,7 +378,7 @@ def run_sampler(
         if starts:
             steps[i] = sigma, denoised
         elif after_step:
-            with mode.paused():
+            with paused():
                 changed = after_step(i, x.clone(), sigma, sigma, denoised)
             if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
                 name = getattr(sampler, "__name__", sampler)
@@ -368,7 +387,7 @@ def run_sampler(
             raise _Interrupted(x, info.get("sigma_hat", sigma).cpu())
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        with mode.paused():
+        with paused():
             return noise(sigma, sigma_next)
 
     arguments["callback"] = callback
@@ -376,7 +395,7 @@ def run_sampler(
         noise = _noise_sampler(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
         arguments["noise_sampler"] = noise_sampler
     try:
-        with mode:
+        with contextlib.nullcontext() if plain else mode:
             x = _call(sampler, model, x, sigmas, arguments)
     except _Interrupted as stopped:
         return stopped.args
@@ -570,7 +589,12 @@ def comfy_noise_sampler(
         tree = sampling.BrownianTreeNoiseSampler((x if on_device else x.cpu()).float(), *ends, seed)
         # torchsde rounds the ends to 1e-6 and warns of a time beyond them, which it takes for the end
         inside = [round(end.item(), 6) for end in ends]
-        return lambda *sigmas: tree(*(torch.as_tensor(sigma).double().clamp(*inside) for sigma in sigmas)).to(x)
+
+        def from_tree(*sigmas: torch.Tensor) -> torch.Tensor:
+            drawn = tree(*(torch.as_tensor(sigma).double().clamp(*inside) for sigma in sigmas))
+            return _sent(drawn, x.device).to(x.dtype)
+
+        return from_tree
     generator = _seeded(seed, x.device)
     return lambda sigma, sigma_next: randn_tensor(x.shape, generator, x.device, torch.float32).to(x)
 
@@ -753,7 +777,7 @@ class FluxComfyPipeline(FluxPipeline):
                 )
                 # encode_prompt repeats neither given embeddings for several images nor one text for several prompts
                 prompt_embeds, pooled_prompt_embeds = (
-                    embeds.repeat_interleave(batch_size // len(embeds), 0)
+                    embeds if len(embeds) == batch_size else embeds.repeat_interleave(batch_size // len(embeds), 0)
                     for embeds in (prompt_embeds, pooled_prompt_embeds)
                 )
                 names = ("encoder_hidden_states", "pooled_projections", "txt_ids")

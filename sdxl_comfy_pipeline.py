@@ -202,33 +202,49 @@ def brownian_weights(sigma: float) -> dict[int, float]:
     return {**weights, node: math.sqrt((sigma - low) * (high - sigma) / (high - low))}
 
 
+def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Noise on another device. The CPU does not wait for a GPU to take it, as it would with memory not pinned."""
+    if noise.device.type == "cpu" and device.type == "cuda":
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)
+
+
+def white_noise(x: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+    """Standard normals of x's shape, dtype and device, drawn where the caller's generators are."""
+    first = generator[0] if isinstance(generator, list) else generator
+    return _sent(randn_tensor(x.shape, generator, first.device if first else x.device, x.dtype), x.device)
+
+
 def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device | str) -> Callable:
     """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
 
     In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels. The
-    normals are drawn on `device`; those of the last call are kept, so that the next one makes about 15 draws.
+    normals are drawn on `device`; those of the last level are kept, so that the next one makes about 13 draws.
     """
     generator = torch.Generator(device)
     normals, motion = dict[int, torch.Tensor](), dict[float, torch.Tensor]()
 
     def draw(node: int) -> torch.Tensor:
-        # the CPU's generator reads 32 bits of its seed: with an odd factor they differ between the nodes of a path
-        states = (generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63) for seed in seeds)
-        return torch.stack([torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=device) for g in states])
+        normal = torch.empty(x.shape, dtype=x.dtype, device=device)
+        for image, seed in zip(normal, seeds):
+            # the CPU's generator reads 32 bits of its seed: with an odd factor they differ between the nodes of a path
+            image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
+        return normal
 
-    def total(weights: dict[int, float]) -> torch.Tensor:
-        w = torch.zeros(x.shape, dtype=x.dtype, device=device)
+    def w(sigma: float) -> torch.Tensor:
+        nonlocal normals
+        weights, total = brownian_weights(sigma), torch.zeros(x.shape, dtype=x.dtype, device=device)
+        normals = {node: normals[node] for node in weights if node in normals}
+        normals.update({node: draw(node) for node in weights if node not in normals})
         for node, weight in weights.items():
-            w.add_(normals[node], alpha=weight)
-        return w
+            total.add_(normals[node], alpha=weight)
+        return total
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        nonlocal normals, motion
-        weights = {level: brownian_weights(level) for level in (float(sigma), float(sigma_next))}
-        normals = {n: normals[n] if n in normals else draw(n) for nodes in weights.values() for n in nodes}
-        motion = {level: motion[level] if level in motion else total(nodes) for level, nodes in weights.items()}
-        (begin, w_begin), (end, w_end) = motion.items()
-        return ((w_end - w_begin) / math.sqrt(abs(end - begin))).to(x.device)
+        nonlocal motion
+        begin, end = float(sigma), float(sigma_next)
+        motion = {level: motion[level] if level in motion else w(level) for level in (begin, end)}
+        return _sent((motion[end] - motion[begin]) / math.sqrt(abs(end - begin)), x.device)
 
     return noise_sampler
 
@@ -245,7 +261,7 @@ def _noise_sampler(
 ) -> Callable:
     """Step noise of unit variance and x's shape: Brownian for `*_sde`, with a seed for each image; white for others."""
     if not (_is_k_diffusion(sampler) and sampler.__name__.endswith("_sde")):
-        return lambda sigma, sigma_next: randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return lambda sigma, sigma_next: white_noise(x, generator)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
     seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
     return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
@@ -338,14 +354,17 @@ def run_sampler(
     noisy = _adds_noise(sampler, sampler_kwargs)
 
     def draw(like: torch.Tensor) -> torch.Tensor:
-        return randn_tensor(like.shape, generator, like.device, like.dtype) if noisy else like.new_zeros(())
+        return white_noise(like, generator) if noisy else like.new_zeros(())
 
+    churns = "s_churn" in inspect.signature(sampler).parameters
+    plain = _is_k_diffusion(sampler) and not churns and x.device.type == "cpu"  # makes neither of the mode's calls
     mode = _SamplerMode(draw)
+    paused = contextlib.nullcontext if plain else mode.paused
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal evaluations
         step, evaluations = starts.get(evaluations, 0), evaluations + 1
-        with mode.paused():
+        with paused():
             if after_step and step - 1 in steps:
                 # x is the sampler's own tensor; the caller gets another, to keep or to write on
                 x.copy_(after_step(step - 1, x.clone(), sigma[0], *steps.pop(step - 1)))
@@ -359,7 +378,7 @@ def run_sampler(
         if starts:
             steps[i] = sigma, denoised
         elif after_step:
-            with mode.paused():
+            with paused():
                 changed = after_step(i, x.clone(), sigma, sigma, denoised)
             if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
                 name = getattr(sampler, "__name__", sampler)
@@ -368,7 +387,7 @@ def run_sampler(
             raise _Interrupted(x, info.get("sigma_hat", sigma).cpu())
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        with mode.paused():
+        with paused():
             return noise(sigma, sigma_next)
 
     arguments["callback"] = callback
@@ -376,7 +395,7 @@ def run_sampler(
         noise = _noise_sampler(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
         arguments["noise_sampler"] = noise_sampler
     try:
-        with mode:
+        with contextlib.nullcontext() if plain else mode:
             x = _call(sampler, model, x, sigmas, arguments)
     except _Interrupted as stopped:
         return stopped.args
@@ -570,7 +589,12 @@ def comfy_noise_sampler(
         tree = sampling.BrownianTreeNoiseSampler((x if on_device else x.cpu()).float(), *ends, seed)
         # torchsde rounds the ends to 1e-6 and warns of a time beyond them, which it takes for the end
         inside = [round(end.item(), 6) for end in ends]
-        return lambda *sigmas: tree(*(torch.as_tensor(sigma).double().clamp(*inside) for sigma in sigmas)).to(x)
+
+        def from_tree(*sigmas: torch.Tensor) -> torch.Tensor:
+            drawn = tree(*(torch.as_tensor(sigma).double().clamp(*inside) for sigma in sigmas))
+            return _sent(drawn, x.device).to(x.dtype)
+
+        return from_tree
     generator = _seeded(seed, x.device)
     return lambda sigma, sigma_next: randn_tensor(x.shape, generator, x.device, torch.float32).to(x)
 
@@ -766,8 +790,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 lora_scale=dict(cross_attention_kwargs or {}).get("scale"),
                 clip_skip=clip_skip,
             )
-            prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = embeds
-            state_dtype = torch.promote_types(dtype, torch.float32)
+            noise_dtype, state_dtype = embeds[0].dtype, torch.promote_types(dtype, torch.float32)
 
             def both(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
                 """The two sides of classifier-free guidance in one batch, the negative one first."""
@@ -775,10 +798,11 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 return joined.to(device, dtype)
 
             conditioning = {
-                "prompt_embeds": both(prompt_embeds, negative_prompt_embeds),
-                "add_text_embeds": both(pooled_prompt_embeds, negative_pooled_prompt_embeds),
+                "prompt_embeds": both(*embeds[:2]),
+                "add_text_embeds": both(*embeds[2:]),
                 "add_time_ids": both(time_ids, negative_time_ids),
             }
+            del embeds  # not to be kept beside their copies
             image_embeds = {}
             if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
                 image_embeds["image_embeds"] = self.prepare_ip_adapter_image_embeds(
@@ -799,11 +823,11 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 at_highest = sigmas[0] ** 2 >= (1 / alphas_cumprod[-1] - 1) * (1 - 2e-5)
                 start = (sigmas[0] ** 2 + 1).sqrt() if at_highest else sigmas[0]
             elif latents is None:
-                latents = randn_tensor(shape, generator, device, prompt_embeds.dtype)
-            x = latents.to(device, state_dtype) * start.item()
+                latents = randn_tensor(shape, generator, device, noise_dtype)
+            latents = latents.to(device, state_dtype) * start.item()
             sigmas = sigmas.to(state_dtype)
             if comfy_seed is not None:
-                step_noise = comfy_noise_sampler(sampler, x, sigmas, comfy_seed, noise_on_device)
+                step_noise = comfy_noise_sampler(sampler, latents, sigmas, comfy_seed, noise_on_device)
                 sampler_kwargs.setdefault("noise_sampler", step_noise)
 
             # conditioning -> denoiser, the only place that knows the network
@@ -836,7 +860,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             denoiser = denoiser_class(predict, alphas_cumprod.to(device, state_dtype), quantize_timesteps)
 
             def after_step(i, x, sigma, began, denoised) -> torch.Tensor:
-                timestep = denoiser.sigma_to_t(began.to(device).reshape(1))[0]
+                timestep = denoiser.sigma_to_t(began.to(device, non_blocking=True).reshape(1))[0]
                 tensors = {"latents": x, "sigma": began, "denoised": denoised, **conditioning}
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 returned = callback_on_step_end(self, i, timestep, chosen) or {}  # type: ignore
@@ -848,9 +872,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             after = None if callback_on_step_end is None else after_step
             steps = math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1  # those decide themselves
             with self.progress_bar(total=steps) as bar:
-                latents, _ = run_sampler(
-                    sampler, sampler_kwargs, denoiser, x, sigmas, generator, after, bar.update, lambda: self.interrupt
-                )
+                run = (sampler, sampler_kwargs, denoiser, latents, sigmas, generator, after, bar.update)
+                latents, _ = run_sampler(*run, interrupted=lambda: self.interrupt)
 
             # latents -> images
             image = latents if output_type == "latent" else self._decode(latents, output_type)

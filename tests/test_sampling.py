@@ -155,16 +155,23 @@ def test_any_number_of_steps(name, steps):
         torch.testing.assert_close(y, gaussian(x, sigmas[:1].expand(2)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in THIRTEEN if name not in ("dpm_fast", "dpm_adaptive")])
+@pytest.mark.parametrize("name", [name for name in THIRTEEN if name != "dpm_adaptive"])
 def test_sampler_runs_on_gpu_tensors_without_waiting(name, monkeypatch):
     """A stand-in for CUDA tensors: it raises where a device meets another, and where the CPU waits for a value.
 
-    (dpm_fast makes a tensor on the device itself, which needs a real one; dpm_adaptive has to look at its error.)
+    (dpm_adaptive has to look at its error.)
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         x, step_noise = torch.empty(2, 4, 8, 8, device="cuda"), torch.empty(2, 4, 8, 8, device="cuda")
     monkeypatch.setattr(pipeline_file, "randn_tensor", lambda *args, **kwargs: step_noise)
+
+    def on_device(start, end, steps, device):
+        with mode:
+            return torch.empty(steps, device=device)
+
+    if name == "dpm_fast":  # makes its times on the device
+        monkeypatch.setattr(torch, "linspace", on_device)
     function = find_sampler(name)
     options = {"noise_sampler": lambda sigma, sigma_next: step_noise}
     options = options if "noise_sampler" in inspect.signature(function).parameters else {}
@@ -175,6 +182,49 @@ def test_sampler_runs_on_gpu_tensors_without_waiting(name, monkeypatch):
 
     y, _ = run_sampler(function, options, denoiser, x, SIGMAS)
     assert y.device.type == "cuda"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", [name for name in THIRTEEN if name != "dpm_adaptive"])
+def test_sampler_runs_on_a_gpu_without_waiting(name, device):
+    """Not for its own noise either, wherever the caller's generator is."""
+    x, generator = noise().to("cuda"), torch.Generator(device).manual_seed(0)
+    try:
+        forbid = functools.partial(torch.cuda.set_sync_debug_mode, "error")  # from the first step on
+        y, _ = run_sampler(find_sampler(name), {}, gaussian, x, SIGMAS, generator, on_step=forbid)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert y.is_cuda and y.isfinite().all()
+
+
+class Pageable:
+    """Noise on the CPU as a GPU's driver sees it: only a copy from pinned memory goes on by itself."""
+
+    def __init__(self, pinned: bool = False):
+        self.pinned, self.device, self.waited = pinned, torch.device("cpu"), None
+
+    def pin_memory(self):
+        return Pageable(pinned=True)
+
+    def to(self, device, non_blocking=False):
+        copy = Pageable()
+        copy.device, copy.waited = device, not (self.pinned and non_blocking)
+        return copy
+
+
+def test_noise_is_sent_to_a_gpu_without_waiting(monkeypatch):
+    """The stock loop's noise from a CPU's generator waits, once a step, until the GPU has done all before it."""
+    on_gpu = pipeline_file._sent(Pageable(), torch.device("cuda"))
+    assert on_gpu.device.type == "cuda" and not on_gpu.waited
+    same = torch.randn(3)
+    assert pipeline_file._sent(same, torch.device("cpu")) is same
+    with FakeTensorMode():
+        x = torch.empty(2, 3, device="cuda")
+    monkeypatch.setattr(pipeline_file, "_sent", lambda noise, device: (noise.device.type, device.type))
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    for generator in (generators[0], generators):
+        assert pipeline_file.white_noise(x, generator) == ("cpu", "cuda")
 
 
 @pytest.mark.parametrize("name", [name for name in THIRTEEN if name != "dpm_adaptive"])
