@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from statistics import median, quantiles
 
 import torch
 from models import ROOT, Bench, demo, find_sampler, full, sampler_names, where
+from torch.profiler import ProfilerActivity, profile
 
 STOCHASTIC = ("_ancestral", "_sde")
 
@@ -104,16 +106,32 @@ def measured(bench: Bench, samplers: list[str], steps: int, rounds: int, device:
                 if number:  # the first round warms up
                     row["times"][name].append(timed)
     for row in rows:
-        row["cuda"] = {name: memory_and_waits(run, steps) for name, run in row["runs"].items()} if clock.cuda else {}
+        row["peak"] = {name: (peak_on_gpu if clock.cuda else peak_on_cpu)(run) for name, run in row["runs"].items()}
+        row["waits"] = {name: waits(run) / steps for name, run in row["runs"].items()} if clock.cuda else {}
     return rows
 
 
-def memory_and_waits(run: Callable[[], object], steps: int) -> tuple[float, float]:
-    """Peak memory of a call in GiB, and how often a step makes the CPU wait for the GPU.
+def peak_on_cpu(run: Callable[[], object]) -> float:
+    """MiB of tensors at the highest, above what was there before the call: the weights are not counted."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes)) / 2**20
 
-    The calls before and after the loop wait too (to send the embeddings, to seed); they are counted along.
-    """
+
+def peak_on_gpu(run: Callable[[], object]) -> float:
+    """As `peak_on_cpu`."""
+    run()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def waits(run: Callable[[], object]) -> int:
+    """How often a call makes the CPU wait for the GPU; those before and after the loop, to seed, are counted along."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -121,8 +139,7 @@ def memory_and_waits(run: Callable[[], object], steps: int) -> tuple[float, floa
             run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = sum("synchronizing" in str(one.message) for one in caught)
-    return torch.cuda.max_memory_allocated() / 2**30, waits / steps
+    return sum("synchronizing" in str(one.message) for one in caught)
 
 
 def per_evaluation(times: list[tuple[float, float, int]]) -> list[float]:
@@ -138,10 +155,10 @@ def spread(values: list[float]) -> float:
 def table(name: str, rows: list[dict]) -> tuple[list[float], list[float], list[float]]:
     """Prints the rows and gives the ratios to the bare network (of all, of the deterministic ones) and to stock."""
     print(f"\n### {name}: milliseconds per network evaluation, medians (half the quartiles' distance)\n")
-    cuda = any(row["cuda"] for row in rows)
-    more = " | GiB: ours, stock, bare | waits a step: ours, stock" if cuda else ""
-    print(f"| sampler | evaluations | ours | stock | bare | ours / bare | ours / stock | outside: ours, stock{more} |")
-    print("|---|---|---|---|---|---|---|---|" + ("---|---|" if cuda else ""))
+    cuda = any(row["waits"] for row in rows)
+    heads = ["sampler", "evaluations", "ours", "stock", "bare", "ours / bare", "ours / stock", "outside: ours, stock"]
+    heads += ["MiB: ours, stock, bare"] + ["waits a step: ours, stock"] * cuda
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     to_bare, deterministic, to_stock = [], [], []
     for row in rows:
         each = {key: per_evaluation(times) for key, times in row["times"].items()}
@@ -161,9 +178,9 @@ def table(name: str, rows: list[dict]) -> tuple[list[float], list[float], list[f
             stock = f"{to_stock[-1]:.3f}"
         line = [row["sampler"], str(row["times"]["ours"][0][2]), cells["ours"], cells.get("stock", "none")]
         line += [cells["bare"], f"{bare:.3f}", stock, ", ".join(outside)]
+        line.append(", ".join(f"{peak:.2f}" for peak in row["peak"].values()))
         if cuda:
-            line.append(", ".join(f"{row['cuda'][key][0]:.2f}" for key in row["runs"]))
-            line.append(", ".join(f"{row['cuda'][key][1]:.1f}" for key in row["runs"] if key != "bare"))
+            line.append(", ".join(f"{count:.1f}" for key, count in row["waits"].items() if key != "bare"))
         print("| " + " | ".join(line) + " |", flush=True)
     return to_bare, deterministic, to_stock
 

@@ -64,6 +64,36 @@ def test_full_size_runs_beside_the_stock_pipeline(name):
     assert ours.isfinite().all() and (ours - stock).norm() < 0.05 * stock.norm()
 
 
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+@pytest.mark.parametrize("name, sampler", [(name, one) for name in ("sdxl", "flux") for one in models.sampler_names()])
+def test_memory_is_the_stock_loops_and_the_samplers_history(name, sampler):
+    """Peak of tensors beside the weights, over the stock pipeline's with Euler, in latents of the float32 state.
+
+    A sampler of k-diffusion keeps up to nine at a time (heun: x, d, x_2, denoised twice, d_2, the sums of an update),
+    dpm_adaptive two solutions more, and a Brownian path the 22 normals of a level and a few sums. Conditioning that is
+    kept twice would be 12 (SDXL) or 16 (FLUX) more.
+    """
+    bench = models.demo(name)
+    latent = {"sdxl": 4 * 16 * 16, "flux": 64 * 64}[name] * 4 / 2**20
+    stock = overhead.peak_on_cpu(lambda: bench.stock_with("euler")(3))
+    ours = overhead.peak_on_cpu(lambda: bench.call(bench.ours, 3, sampler=sampler))
+    history = 12 if sampler == "dpm_adaptive" else 9 + 26 * sampler.endswith("_sde")
+    assert ours - stock < history * latent
+
+
+def test_peak_counts_what_lives_together():
+    """64 KiB that stays, then two of 16 KiB one after the other; nothing of what was there before."""
+    before = [torch.zeros(2**16)]
+
+    def run():
+        before.append(torch.zeros(2**14))
+        for _ in range(2):
+            torch.zeros(2**12)
+        del before[1:]
+
+    assert overhead.peak_on_cpu(run) == pytest.approx((64 + 16) / 1024)
+
+
 @pytest.mark.filterwarnings("ignore")  # diffusers' own, of NumPy 2 and of its old algorithm
 def test_every_counterpart_runs():
     """All of them draw, with finite latents."""
@@ -78,7 +108,7 @@ def test_every_counterpart_runs():
 def test_the_last_line_names_the_worst(capsys):
     def row(sampler, ours, stock, bare):
         times = {"ours": [(ours, 0.1, 2)] * 3, "stock": [(stock, 0.1, 2)] * 3, "bare": [(bare, 0.0, 2)] * 3}
-        return {"sampler": sampler, "times": times, "runs": times, "cuda": {}}
+        return {"sampler": sampler, "times": times, "runs": times, "peak": {"ours": 2.0, "bare": 1.0}, "waits": {}}
 
     rows = [row("euler", 2.2, 2.0, 2.0), row("dpmpp_sde", 3.0, 4.0, 2.0)]
     to_bare, deterministic, to_stock = overhead.table("sdxl", rows)
