@@ -31,10 +31,384 @@ from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch.overrides import TorchFunctionMode
 
+
+class FluxComfyPipeline(FluxPipeline):
+    """`FluxPipeline` with the scheduler's loop replaced by one call of a k-diffusion sampler.
+
+    Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler gives the shift and, when the
+    caller names no schedule, the noise levels; its `step` is never called.
+
+    FLUX predicts the velocity v = noise - x0 at x = (1 - t) x0 + t noise, so x0 = x - t v. k-diffusion's samplers know
+    y = x0 + sigma noise. With y = x / (1 - t) and sigma = t / (1 - t) the one is the other, exactly ("ve"). Samplers
+    that add no noise may as well take t for sigma and x for y, since the ODE's derivative (x - x0) / t is v ("flow").
+    """
+
+    _callback_tensor_inputs = [*FluxPipeline._callback_tensor_inputs, "denoised", "sigma"]
+
+    def to_json_string(self) -> str:
+        """The configuration. It names the parent, so that every loader of diffusers reads a saved folder."""
+        return super().to_json_string().replace(f'"{type(self).__name__}"', '"FluxPipeline"')
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        true_cfg_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 3.5,
+        num_images_per_prompt: int | None = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        negative_ip_adapter_image: PipelineImageInput | None = None,
+        negative_ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the parent's default
+        max_sequence_length: int = 512,
+        *,
+        sampler: str | Callable = "euler",
+        sampler_kwargs: dict[str, Any] | None = None,
+        schedule: str | None = None,
+        parameterization: str = "auto",
+        comfy_seed: int | list[int] | None = None,
+    ) -> FluxPipelineOutput | tuple:
+        """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
+
+        Args:
+            sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
+                callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
+            sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
+            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", and
+                ComfyUI's "simple", "normal", "sgm_uniform", "ddim_uniform", "beta", "linear_quadratic", "kl_optimal".
+                None: the scheduler's own.
+            parameterization: what the sampler sees as sigma. "flow": t. "ve": t / (1 - t). "auto": "ve" for samplers
+                that add noise or place their own noise levels, "flow" for the others.
+            comfy_seed: ComfyUI's seed, or one for each image, in place of `generator` and `latents`: the noise that
+                ComfyUI draws, before packing, and its step noise. With one of its schedules the latents of "euler",
+                "heun", "dpm_2" and "dpmpp_2m" are ComfyUI's.
+
+        `sigmas` and the callback's `sigma` are FLUX's t, 1 for noise and 0 for the picture, whatever the sampler sees;
+        `sigmas` are shifted by the scheduler as in the parent. `latents` are packed, x = (1 - t) x0 + t noise at the
+        first t. The state is float32 (float64 for a float64 network) whatever the network's dtype.
+
+        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that it ended with
+        and the timestep, 1000 t, that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the
+        x0 that was predicted there, and `sigma`, the t. The next step starts from what it returns. Before the run the
+        sampler is called once on a single number, to learn which evaluations begin a step.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
+                the latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables.
+        """
+        size = self.vae.config.sample_size if self.vae is not None else 1024  # FLUX.1's is 1024, the parent's default
+        height, width = height or size, width or size
+        rows, columns = (size // (2 * self.vae_scale_factor) for size in (height, width))
+        if min(rows, columns) < 1:
+            raise ValueError(
+                f"`height`, `width` have to be at least {2 * self.vae_scale_factor}, but are {height}, {width}"
+            )
+        images = (
+            ip_adapter_image,
+            ip_adapter_image_embeds,
+            negative_ip_adapter_image,
+            negative_ip_adapter_image_embeds,
+        )
+        check_ip_adapter(self.transformer, *images)
+        if max_sequence_length is not None and max_sequence_length < 1:
+            raise ValueError(f"`max_sequence_length` has to be at least 1, but is {max_sequence_length}")
+        given = prompt_embeds if prompt is None else prompt
+        prompts = 1 if isinstance(given, str) else 0 if given is None else len(given)
+        batch_size = prompts * (num_images_per_prompt or 0)
+        config = self.transformer.config
+        channels = config.in_channels
+        check_call(
+            num_inference_steps,
+            num_images_per_prompt,
+            batch_size,
+            generator,
+            latents=(latents, (batch_size, rows * columns, channels)),
+            prompt_embeds=(prompt_embeds, (prompts, None, config.joint_attention_dim)),
+            negative_prompt_embeds=(negative_prompt_embeds, (prompts, None, config.joint_attention_dim)),
+            pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, config.pooled_projection_dim)),
+            negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, config.pooled_projection_dim)),
+        )
+        self.check_inputs(
+            prompt,
+            prompt_2,
+            height,
+            width,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+        )
+        texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
+        prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
+        check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
+        noise_on_device = str(sampler).endswith("_gpu")
+        sampler = find_sampler(sampler)
+        sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
+        ts = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)
+        ve = uses_ve(parameterization, sampler, sampler_kwargs, ts)
+        true_cfg = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
+
+        self._guidance_scale = guidance_scale
+        self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
+        self._current_timestep = None
+        self._interrupt = False
+        self._num_timesteps = len(ts) - 1
+        device = self._execution_device
+
+        try:
+            dtype = self.transformer.dtype  # the text encoders' may be another
+            state_dtype = torch.promote_types(dtype, torch.float32)
+
+            # prompt -> conditioning
+            def encode(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds) -> tuple[torch.dtype, dict[str, Any]]:
+                """The text encoders' dtype, and the transformer's arguments for one side of true CFG."""
+                prompt_embeds, pooled_prompt_embeds, text_ids = self.encode_prompt(
+                    prompt,
+                    prompt_2,
+                    device=device,
+                    num_images_per_prompt=num_images_per_prompt,
+                    prompt_embeds=prompt_embeds,
+                    pooled_prompt_embeds=pooled_prompt_embeds,
+                    max_sequence_length=max_sequence_length,
+                    lora_scale=self._joint_attention_kwargs.get("scale"),
+                )
+                # encode_prompt repeats neither given embeddings for several images nor one text for several prompts
+                prompt_embeds, pooled_prompt_embeds = (
+                    embeds if len(embeds) == batch_size else embeds.repeat_interleave(batch_size // len(embeds), 0)
+                    for embeds in (prompt_embeds, pooled_prompt_embeds)
+                )
+                names = ("encoder_hidden_states", "pooled_projections", "txt_ids")
+                values = (prompt_embeds, pooled_prompt_embeds, text_ids)
+                return prompt_embeds.dtype, {name: value.to(device, dtype) for name, value in zip(names, values)}
+
+            noise_dtype, conditional = encode(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
+            unconditional = None
+            if true_cfg:
+                negative = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
+                unconditional = encode(*negative)[1]
+            image_embeds = self._image_embeds(
+                (ip_adapter_image, ip_adapter_image_embeds),
+                (negative_ip_adapter_image, negative_ip_adapter_image_embeds),
+                (width, height),
+                batch_size,
+            )
+            guidance = None
+            if self.transformer.config.guidance_embeds:
+                guidance = torch.full([batch_size], guidance_scale, device=device, dtype=torch.float32)
+
+            # generator -> noise, the stock pipeline's own
+            if comfy_seed is not None:
+                shape = (batch_size, channels // 4, 2 * rows, 2 * columns)
+                unpacked, generator = comfy_noise(comfy_seed, shape, device)
+                latents = self._pack_latents(unpacked, *shape)
+            noise, image_ids = self.prepare_latents(
+                batch_size, channels // 4, height, width, noise_dtype, device, generator, latents
+            )
+
+            # conditioning -> denoiser, the only place that knows the network
+            def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+                """v = noise - x0, predicted at the packed flow latents x and t of shape (b,), with true CFG."""
+                self._current_timestep = t[0] * 1000
+
+                def predict(side: str, text: dict[str, torch.Tensor]) -> torch.Tensor:
+                    with self.transformer.cache_context(side):
+                        return self.transformer(
+                            hidden_states=x.to(dtype),
+                            timestep=t,
+                            guidance=guidance,
+                            img_ids=image_ids,
+                            joint_attention_kwargs={**self.joint_attention_kwargs, **image_embeds.get(side, {})},
+                            return_dict=False,
+                            **text,
+                        )[0].to(state_dtype)
+
+                v = predict("cond", conditional)
+                if unconditional is None:
+                    return v
+                negative = predict("uncond", unconditional)
+                return negative + true_cfg_scale * (v - negative)
+
+            def to_flow(y: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                """The flow latents x and their t of the sampler's state y and its sigma."""
+                return (y / (1 + sigma), sigma / (1 + sigma)) if ve else (y, sigma)
+
+            def denoiser(y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+                x, t = to_flow(y, sigma.view(-1, 1, 1))
+                return x - t * velocity(x, t.flatten())
+
+            # t -> sigmas, and the noise -> y at the first of them
+            ts = ts.to(state_dtype)
+            sigmas = ve_sigmas(ts) if ve else ts
+            x = (noise if latents is None else latents).to(device, state_dtype)
+            if comfy_seed is not None:
+                x = x * ts[0].item()  # ComfyUI begins with an empty latent and noise, x = 0 + t noise
+                unpacked = unpacked.to(device, state_dtype)
+                draw = comfy_noise_sampler(sampler, unpacked, ts, comfy_seed, noise_on_device)
+
+                def step_noise(*sigmas: torch.Tensor) -> torch.Tensor:
+                    """ComfyUI's, drawn before packing and at times that are t."""
+                    return self._pack_latents(draw(*(s / (1 + s) if ve else s for s in sigmas)), *shape)
+
+                sampler_kwargs.setdefault("noise_sampler", step_noise)
+            y = x * (sigmas[0].item() if ts[0] == 1 else 1 + sigmas[0].item()) if ve else x
+
+            def after_step(i, y, sigma, began, denoised) -> torch.Tensor:
+                x, t = to_flow(y, sigma)[0], to_flow(y, began)[1]
+                tensors = {"latents": x, "sigma": t, "denoised": denoised}
+                tensors["prompt_embeds"] = conditional["encoder_hidden_states"]
+                chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                returned = callback_on_step_end(self, i, t * 1000, chosen) or {}  # type: ignore
+                embeds = returned.get("prompt_embeds", tensors["prompt_embeds"])
+                conditional["encoder_hidden_states"] = embeds.to(device, dtype)
+                changed = returned.get("latents", x)
+                return y + (changed - to_flow(y, sigma)[0]) * (1 + sigma) if ve else changed  # y itself if unchanged
+
+            # noise, sigmas -> latents
+            after = None if callback_on_step_end is None else after_step
+            steps = math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1  # those decide themselves
+            with self.progress_bar(total=steps) as bar:
+                y, sigma = run_sampler(
+                    sampler, sampler_kwargs, denoiser, y, sigmas, generator, after, bar.update, lambda: self.interrupt
+                )
+            latents = to_flow(y, sigma)[0]
+            self._current_timestep = None
+
+            # latents -> images
+            image = latents
+            if output_type != "latent":
+                latents = self._unpack_latents(latents, height, width, self.vae_scale_factor)
+                latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+                image = self.vae.decode(latents, return_dict=False)[0]
+                image = self.image_processor.postprocess(image, output_type=output_type)
+        finally:
+            self.maybe_free_model_hooks()
+        return FluxPipelineOutput(images=image) if return_dict else (image,)
+
+    def noise_levels(
+        self,
+        tokens: int,
+        num_inference_steps: int,
+        sigmas: list[float] | None = None,
+        schedule: str | None = None,
+    ) -> torch.Tensor:
+        """The noise levels of a call with these arguments, in FLUX's t: falling to zero, float64, on the CPU.
+
+        Args:
+            tokens: 2x2 patches of the latents, height / 16 * width / 16, on which the scheduler's shift depends.
+        """
+        check_schedule(schedule, sigmas=sigmas)
+        if sigmas is not None:
+            check_sigmas(sigmas)
+            if max(sigmas) > 1:
+                raise ValueError(f"`sigmas` are FLUX's t, which lies in 0..1, but are {list(sigmas)}")
+            sigmas = [sigma for sigma in sigmas if sigma > 0]  # the scheduler appends the zero
+        if schedule == "vp":
+            levels = sampling.get_sigmas_vp(num_inference_steps).double()
+            return levels / (1 + levels)
+        config = self.scheduler.config
+        mu = calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        if schedule is not None:
+            shift = config.get("flow_shift", config.get("shift", 1.0))
+            if hasattr(type(self.scheduler), "shift"):  # its `set_shift` leaves the config alone
+                shift = self.scheduler.shift
+            if config.get("use_dynamic_shifting"):
+                shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+            return trained_sigmas(schedule, num_inference_steps, flow_levels(shift)).double()
+        scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
+        if sigmas is None:
+            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        if config.get("use_flow_sigmas"):
+            sigmas = None
+        retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, mu=mu)
+        levels = scheduler.sigmas.double().cpu().unique_consecutive()  # Heun's scheduler lists a level twice
+        check_sigmas(levels, name=f"{type(scheduler).__name__}.sigmas")
+        return levels
+
+    def _image_embeds(
+        self, positive: tuple[Any, Any], negative: tuple[Any, Any], size: tuple[int, int], batch_size: int
+    ) -> dict[str, dict[str, Any]]:
+        """IP-adapter arguments for both sides of true CFG from their (image, embeds); black where one is missing."""
+        sides = {"cond": positive, "uncond": negative}
+        if all(image is None and embeds is None for image, embeds in sides.values()):
+            return {}
+        black = [np.zeros((*size, 3), dtype=np.uint8)] * self.transformer.encoder_hid_proj.num_ip_adapters
+        prepared = {}
+        for side, (image, embeds) in sides.items():
+            image = black if image is None and embeds is None else image
+            embeds = self.prepare_ip_adapter_image_embeds(image, embeds, self._execution_device, batch_size)
+            prepared[side] = {"ip_adapter_image_embeds": embeds}
+        return prepared
+
+
+def flow_levels(shift: float) -> TrainedLevels:
+    """The 10,000 levels, in t, that ComfyUI keeps for FLUX. `shift` is diffusers' fixed shift, or exp(mu).
+
+    `normal` and `sgm_uniform` go evenly down to the lowest level and shift again, as ComfyUI does.
+    """
+
+    def shifted(t: torch.Tensor) -> torch.Tensor:
+        return shift / (shift + (1 / t - 1))
+
+    levels = shifted(torch.arange(1, 10001) / 10000)
+    return TrainedLevels(levels, shifted, levels[0].item(), levels[-1].item())
+
+
+def uses_ve(parameterization: str, sampler: Callable, sampler_kwargs: dict[str, Any], ts: torch.Tensor) -> bool:
+    """Whether the sampler sees "ve", not "flow". See `FluxComfyPipeline`."""
+    if parameterization not in ("auto", "flow", "ve"):
+        raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
+    if parameterization != "auto":
+        return parameterization == "ve"
+    if sampler_kwargs.get("s_churn"):
+        return True
+    if len(ts) == 2 and ts[1] == 0 and _is_k_diffusion(sampler):
+        return False  # one step to zero is x0 either way, and this way it begins at t = 1
+    return "noise_sampler" in inspect.signature(sampler).parameters or _first_parameters(sampler) == BY_RANGE
+
+
+def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
+    """sigma = t / (1 - t). At t = 1, where it is infinite, the first one continues the ratio of the next two.
+
+    It is at least 15, SDXL's highest: below, the picture that noise of finite sigma still shows would be missed.
+    """
+    sigmas = ts / (1 - ts)
+    if ts[0] > 0.9999:
+        second, third = sigmas[1], sigmas[2] if len(sigmas) > 2 else torch.tensor(0.0)
+        sigmas[0] = max(second * (second / third if third > 0 else 4.0), torch.tensor(15.0))
+    return sigmas
+
+
 # --- shared block: the same text stands in sdxl_comfy_pipeline.py and flux_comfy_pipeline.py ---
-# To read the pipeline, begin at the class, at its end. Here is what it calls, in this order: k-diffusion without its
-# package, samplers by name, step noise, run_sampler (the one call of a sampler), noise levels by name, checks of the
-# arguments, ComfyUI's noise.
+# What the pipeline above calls, in this order: k-diffusion without its package, samplers by name, step noise,
+# run_sampler (the one call of a sampler), noise levels by name, checks of the arguments, ComfyUI's noise.
 
 
 def _k_diffusion(*submodules: str) -> list[ModuleType]:
@@ -611,377 +985,3 @@ def check_schedule(schedule: str | None, **instead: Any) -> None:
 
 
 # --- end of the shared block ---
-
-
-class FluxComfyPipeline(FluxPipeline):
-    """`FluxPipeline` with the scheduler's loop replaced by one call of a k-diffusion sampler.
-
-    Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler gives the shift and, when the
-    caller names no schedule, the noise levels; its `step` is never called.
-
-    FLUX predicts the velocity v = noise - x0 at x = (1 - t) x0 + t noise, so x0 = x - t v. k-diffusion's samplers know
-    y = x0 + sigma noise. With y = x / (1 - t) and sigma = t / (1 - t) the one is the other, exactly ("ve"). Samplers
-    that add no noise may as well take t for sigma and x for y, since the ODE's derivative (x - x0) / t is v ("flow").
-    """
-
-    _callback_tensor_inputs = [*FluxPipeline._callback_tensor_inputs, "denoised", "sigma"]
-
-    def to_json_string(self) -> str:
-        """The configuration. It names the parent, so that every loader of diffusers reads a saved folder."""
-        return super().to_json_string().replace(f'"{type(self).__name__}"', '"FluxPipeline"')
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        prompt_2: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        negative_prompt_2: str | list[str] | None = None,
-        true_cfg_scale: float = 1.0,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 28,
-        sigmas: list[float] | None = None,
-        guidance_scale: float = 3.5,
-        num_images_per_prompt: int | None = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        pooled_prompt_embeds: torch.Tensor | None = None,
-        ip_adapter_image: PipelineImageInput | None = None,
-        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
-        negative_ip_adapter_image: PipelineImageInput | None = None,
-        negative_ip_adapter_image_embeds: list[torch.Tensor] | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        negative_pooled_prompt_embeds: torch.Tensor | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the parent's default
-        max_sequence_length: int = 512,
-        *,
-        sampler: str | Callable = "euler",
-        sampler_kwargs: dict[str, Any] | None = None,
-        schedule: str | None = None,
-        parameterization: str = "auto",
-        comfy_seed: int | list[int] | None = None,
-    ) -> FluxPipelineOutput | tuple:
-        """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
-
-        Args:
-            sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
-                callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
-            sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
-            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", and
-                ComfyUI's "simple", "normal", "sgm_uniform", "ddim_uniform", "beta", "linear_quadratic", "kl_optimal".
-                None: the scheduler's own.
-            parameterization: what the sampler sees as sigma. "flow": t. "ve": t / (1 - t). "auto": "ve" for samplers
-                that add noise or place their own noise levels, "flow" for the others.
-            comfy_seed: ComfyUI's seed, or one for each image, in place of `generator` and `latents`: the noise that
-                ComfyUI draws, before packing, and its step noise. With one of its schedules the latents of "euler",
-                "heun", "dpm_2" and "dpmpp_2m" are ComfyUI's.
-
-        `sigmas` and the callback's `sigma` are FLUX's t, 1 for noise and 0 for the picture, whatever the sampler sees;
-        `sigmas` are shifted by the scheduler as in the parent. `latents` are packed, x = (1 - t) x0 + t noise at the
-        first t. The state is float32 (float64 for a float64 network) whatever the network's dtype.
-
-        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that it ended with
-        and the timestep, 1000 t, that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the
-        x0 that was predicted there, and `sigma`, the t. The next step starts from what it returns. Before the run the
-        sampler is called once on a single number, to learn which evaluations begin a step.
-
-        Raises:
-            ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
-                the latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables.
-        """
-        size = self.vae.config.sample_size if self.vae is not None else 1024  # FLUX.1's is 1024, the parent's default
-        height, width = height or size, width or size
-        rows, columns = (size // (2 * self.vae_scale_factor) for size in (height, width))
-        if min(rows, columns) < 1:
-            raise ValueError(
-                f"`height`, `width` have to be at least {2 * self.vae_scale_factor}, but are {height}, {width}"
-            )
-        images = (
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            negative_ip_adapter_image,
-            negative_ip_adapter_image_embeds,
-        )
-        check_ip_adapter(self.transformer, *images)
-        if max_sequence_length is not None and max_sequence_length < 1:
-            raise ValueError(f"`max_sequence_length` has to be at least 1, but is {max_sequence_length}")
-        given = prompt_embeds if prompt is None else prompt
-        prompts = 1 if isinstance(given, str) else 0 if given is None else len(given)
-        batch_size = prompts * (num_images_per_prompt or 0)
-        config = self.transformer.config
-        channels = config.in_channels
-        check_call(
-            num_inference_steps,
-            num_images_per_prompt,
-            batch_size,
-            generator,
-            latents=(latents, (batch_size, rows * columns, channels)),
-            prompt_embeds=(prompt_embeds, (prompts, None, config.joint_attention_dim)),
-            negative_prompt_embeds=(negative_prompt_embeds, (prompts, None, config.joint_attention_dim)),
-            pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, config.pooled_projection_dim)),
-            negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, config.pooled_projection_dim)),
-        )
-        self.check_inputs(
-            prompt,
-            prompt_2,
-            height,
-            width,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-        )
-        texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
-        prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
-        check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
-        noise_on_device = str(sampler).endswith("_gpu")
-        sampler = find_sampler(sampler)
-        sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
-        ts = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)
-        ve = uses_ve(parameterization, sampler, sampler_kwargs, ts)
-        true_cfg = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
-
-        self._guidance_scale = guidance_scale
-        self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
-        self._current_timestep = None
-        self._interrupt = False
-        self._num_timesteps = len(ts) - 1
-        device = self._execution_device
-
-        try:
-            dtype = self.transformer.dtype  # the text encoders' may be another
-            state_dtype = torch.promote_types(dtype, torch.float32)
-
-            # prompt -> conditioning
-            def encode(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds) -> tuple[torch.dtype, dict[str, Any]]:
-                """The text encoders' dtype, and the transformer's arguments for one side of true CFG."""
-                prompt_embeds, pooled_prompt_embeds, text_ids = self.encode_prompt(
-                    prompt,
-                    prompt_2,
-                    device=device,
-                    num_images_per_prompt=num_images_per_prompt,
-                    prompt_embeds=prompt_embeds,
-                    pooled_prompt_embeds=pooled_prompt_embeds,
-                    max_sequence_length=max_sequence_length,
-                    lora_scale=self._joint_attention_kwargs.get("scale"),
-                )
-                # encode_prompt repeats neither given embeddings for several images nor one text for several prompts
-                prompt_embeds, pooled_prompt_embeds = (
-                    embeds if len(embeds) == batch_size else embeds.repeat_interleave(batch_size // len(embeds), 0)
-                    for embeds in (prompt_embeds, pooled_prompt_embeds)
-                )
-                names = ("encoder_hidden_states", "pooled_projections", "txt_ids")
-                values = (prompt_embeds, pooled_prompt_embeds, text_ids)
-                return prompt_embeds.dtype, {name: value.to(device, dtype) for name, value in zip(names, values)}
-
-            noise_dtype, conditional = encode(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
-            unconditional = None
-            if true_cfg:
-                negative = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
-                unconditional = encode(*negative)[1]
-            image_embeds = self._image_embeds(
-                (ip_adapter_image, ip_adapter_image_embeds),
-                (negative_ip_adapter_image, negative_ip_adapter_image_embeds),
-                (width, height),
-                batch_size,
-            )
-            guidance = None
-            if self.transformer.config.guidance_embeds:
-                guidance = torch.full([batch_size], guidance_scale, device=device, dtype=torch.float32)
-
-            # generator -> noise, the stock pipeline's own
-            if comfy_seed is not None:
-                shape = (batch_size, channels // 4, 2 * rows, 2 * columns)
-                unpacked, generator = comfy_noise(comfy_seed, shape, device)
-                latents = self._pack_latents(unpacked, *shape)
-            noise, image_ids = self.prepare_latents(
-                batch_size, channels // 4, height, width, noise_dtype, device, generator, latents
-            )
-
-            # conditioning -> denoiser, the only place that knows the network
-            def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-                """v = noise - x0, predicted at the packed flow latents x and t of shape (b,), with true CFG."""
-                self._current_timestep = t[0] * 1000
-
-                def predict(side: str, text: dict[str, torch.Tensor]) -> torch.Tensor:
-                    with self.transformer.cache_context(side):
-                        return self.transformer(
-                            hidden_states=x.to(dtype),
-                            timestep=t,
-                            guidance=guidance,
-                            img_ids=image_ids,
-                            joint_attention_kwargs={**self.joint_attention_kwargs, **image_embeds.get(side, {})},
-                            return_dict=False,
-                            **text,
-                        )[0].to(state_dtype)
-
-                v = predict("cond", conditional)
-                if unconditional is None:
-                    return v
-                negative = predict("uncond", unconditional)
-                return negative + true_cfg_scale * (v - negative)
-
-            def to_flow(y: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                """The flow latents x and their t of the sampler's state y and its sigma."""
-                return (y / (1 + sigma), sigma / (1 + sigma)) if ve else (y, sigma)
-
-            def denoiser(y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-                x, t = to_flow(y, sigma.view(-1, 1, 1))
-                return x - t * velocity(x, t.flatten())
-
-            # t -> sigmas, and the noise -> y at the first of them
-            ts = ts.to(state_dtype)
-            sigmas = ve_sigmas(ts) if ve else ts
-            x = (noise if latents is None else latents).to(device, state_dtype)
-            if comfy_seed is not None:
-                x = x * ts[0].item()  # ComfyUI begins with an empty latent and noise, x = 0 + t noise
-                unpacked = unpacked.to(device, state_dtype)
-                draw = comfy_noise_sampler(sampler, unpacked, ts, comfy_seed, noise_on_device)
-
-                def step_noise(*sigmas: torch.Tensor) -> torch.Tensor:
-                    """ComfyUI's, drawn before packing and at times that are t."""
-                    return self._pack_latents(draw(*(s / (1 + s) if ve else s for s in sigmas)), *shape)
-
-                sampler_kwargs.setdefault("noise_sampler", step_noise)
-            y = x * (sigmas[0].item() if ts[0] == 1 else 1 + sigmas[0].item()) if ve else x
-
-            def after_step(i, y, sigma, began, denoised) -> torch.Tensor:
-                x, t = to_flow(y, sigma)[0], to_flow(y, began)[1]
-                tensors = {"latents": x, "sigma": t, "denoised": denoised}
-                tensors["prompt_embeds"] = conditional["encoder_hidden_states"]
-                chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, i, t * 1000, chosen) or {}  # type: ignore
-                embeds = returned.get("prompt_embeds", tensors["prompt_embeds"])
-                conditional["encoder_hidden_states"] = embeds.to(device, dtype)
-                changed = returned.get("latents", x)
-                return y + (changed - to_flow(y, sigma)[0]) * (1 + sigma) if ve else changed  # y itself if unchanged
-
-            # noise, sigmas -> latents
-            after = None if callback_on_step_end is None else after_step
-            steps = math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1  # those decide themselves
-            with self.progress_bar(total=steps) as bar:
-                y, sigma = run_sampler(
-                    sampler, sampler_kwargs, denoiser, y, sigmas, generator, after, bar.update, lambda: self.interrupt
-                )
-            latents = to_flow(y, sigma)[0]
-            self._current_timestep = None
-
-            # latents -> images
-            image = latents
-            if output_type != "latent":
-                latents = self._unpack_latents(latents, height, width, self.vae_scale_factor)
-                latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-                image = self.vae.decode(latents, return_dict=False)[0]
-                image = self.image_processor.postprocess(image, output_type=output_type)
-        finally:
-            self.maybe_free_model_hooks()
-        return FluxPipelineOutput(images=image) if return_dict else (image,)
-
-    def noise_levels(
-        self,
-        tokens: int,
-        num_inference_steps: int,
-        sigmas: list[float] | None = None,
-        schedule: str | None = None,
-    ) -> torch.Tensor:
-        """The noise levels of a call with these arguments, in FLUX's t: falling to zero, float64, on the CPU.
-
-        Args:
-            tokens: 2x2 patches of the latents, height / 16 * width / 16, on which the scheduler's shift depends.
-        """
-        check_schedule(schedule, sigmas=sigmas)
-        if sigmas is not None:
-            check_sigmas(sigmas)
-            if max(sigmas) > 1:
-                raise ValueError(f"`sigmas` are FLUX's t, which lies in 0..1, but are {list(sigmas)}")
-            sigmas = [sigma for sigma in sigmas if sigma > 0]  # the scheduler appends the zero
-        if schedule == "vp":
-            levels = sampling.get_sigmas_vp(num_inference_steps).double()
-            return levels / (1 + levels)
-        config = self.scheduler.config
-        mu = calculate_shift(
-            tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        if schedule is not None:
-            shift = config.get("flow_shift", config.get("shift", 1.0))
-            if hasattr(type(self.scheduler), "shift"):  # its `set_shift` leaves the config alone
-                shift = self.scheduler.shift
-            if config.get("use_dynamic_shifting"):
-                shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-            return trained_sigmas(schedule, num_inference_steps, flow_levels(shift)).double()
-        scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
-        if sigmas is None:
-            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        if config.get("use_flow_sigmas"):
-            sigmas = None
-        retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, mu=mu)
-        levels = scheduler.sigmas.double().cpu().unique_consecutive()  # Heun's scheduler lists a level twice
-        check_sigmas(levels, name=f"{type(scheduler).__name__}.sigmas")
-        return levels
-
-    def _image_embeds(
-        self, positive: tuple[Any, Any], negative: tuple[Any, Any], size: tuple[int, int], batch_size: int
-    ) -> dict[str, dict[str, Any]]:
-        """IP-adapter arguments for both sides of true CFG from their (image, embeds); black where one is missing."""
-        sides = {"cond": positive, "uncond": negative}
-        if all(image is None and embeds is None for image, embeds in sides.values()):
-            return {}
-        black = [np.zeros((*size, 3), dtype=np.uint8)] * self.transformer.encoder_hid_proj.num_ip_adapters
-        prepared = {}
-        for side, (image, embeds) in sides.items():
-            image = black if image is None and embeds is None else image
-            embeds = self.prepare_ip_adapter_image_embeds(image, embeds, self._execution_device, batch_size)
-            prepared[side] = {"ip_adapter_image_embeds": embeds}
-        return prepared
-
-
-def flow_levels(shift: float) -> TrainedLevels:
-    """The 10,000 levels, in t, that ComfyUI keeps for FLUX. `shift` is diffusers' fixed shift, or exp(mu).
-
-    `normal` and `sgm_uniform` go evenly down to the lowest level and shift again, as ComfyUI does.
-    """
-
-    def shifted(t: torch.Tensor) -> torch.Tensor:
-        return shift / (shift + (1 / t - 1))
-
-    levels = shifted(torch.arange(1, 10001) / 10000)
-    return TrainedLevels(levels, shifted, levels[0].item(), levels[-1].item())
-
-
-def uses_ve(parameterization: str, sampler: Callable, sampler_kwargs: dict[str, Any], ts: torch.Tensor) -> bool:
-    """Whether the sampler sees "ve", not "flow". See `FluxComfyPipeline`."""
-    if parameterization not in ("auto", "flow", "ve"):
-        raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
-    if parameterization != "auto":
-        return parameterization == "ve"
-    if sampler_kwargs.get("s_churn"):
-        return True
-    if len(ts) == 2 and ts[1] == 0 and _is_k_diffusion(sampler):
-        return False  # one step to zero is x0 either way, and this way it begins at t = 1
-    return "noise_sampler" in inspect.signature(sampler).parameters or _first_parameters(sampler) == BY_RANGE
-
-
-def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
-    """sigma = t / (1 - t). At t = 1, where it is infinite, the first one continues the ratio of the next two.
-
-    It is at least 15, SDXL's highest: below, the picture that noise of finite sigma still shows would be missed.
-    """
-    sigmas = ts / (1 - ts)
-    if ts[0] > 0.9999:
-        second, third = sigmas[1], sigmas[2] if len(sigmas) > 2 else torch.tensor(0.0)
-        sigmas[0] = max(second * (second / third if third > 0 else 4.0), torch.tensor(15.0))
-    return sigmas

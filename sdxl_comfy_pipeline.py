@@ -31,10 +31,372 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from diffusers.utils.torch_utils import randn_tensor
 from torch.overrides import TorchFunctionMode
 
+
+class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
+    """`StableDiffusionXLPipeline` with the scheduler's loop replaced by one call of a k-diffusion sampler.
+
+    Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler says which betas the network
+    was trained with and, when the caller names no schedule, which noise levels to use; its `step` is never called.
+    """
+
+    _callback_tensor_inputs = [*StableDiffusionXLPipeline._callback_tensor_inputs, "denoised", "sigma"]
+
+    def to_json_string(self) -> str:
+        """The configuration. It names the parent, so that every loader of diffusers reads a saved folder."""
+        return super().to_json_string().replace(f'"{type(self).__name__}"', '"StableDiffusionXLPipeline"')
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 5.0,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the parent's default
+        *,
+        sampler: str | Callable = "euler",
+        sampler_kwargs: dict[str, Any] | None = None,
+        schedule: str | None = None,
+        quantize_timesteps: bool = False,
+        comfy_seed: int | list[int] | None = None,
+    ) -> StableDiffusionXLPipelineOutput | tuple:
+        """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
+
+        Args:
+            sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
+                callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
+            sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
+            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", between
+                the lowest and the highest level that the network was trained with, and ComfyUI's "simple", "normal",
+                "sgm_uniform", "ddim_uniform", "beta", "linear_quadratic" and "kl_optimal". None: the scheduler's own.
+            quantize_timesteps: give the network the nearest trained timestep, as DPMSolverMultistepScheduler does, and
+                not an interpolated one, as EulerDiscreteScheduler does. ComfyUI does too.
+            comfy_seed: ComfyUI's seed, or one for each image, in place of `generator` and `latents`: the noise that
+                ComfyUI draws, its start and its step noise. With one of its schedules and `quantize_timesteps=True`
+                the latents are ComfyUI's.
+
+        `sigmas` and the callback's `sigma` are noise levels of the variance-exploding process x = x0 + sigma noise, in
+        which `latents` live too; `timesteps` are the trained ones. The state is float32 (float64 for a float64 network)
+        whatever the network's dtype; `latents` that are given are scaled to the first level, as in the parent.
+
+        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that it ended with
+        and the timestep that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the x0
+        that was predicted there, and `sigma`, the level. The next step starts from what it returns. Before the run the
+        sampler is called once on a single number, to learn which evaluations begin a step.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
+                the latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        height = height or self.default_sample_size * self.vae_scale_factor
+        width = width or self.default_sample_size * self.vae_scale_factor
+        original_size = original_size or (height, width)
+        target_size = target_size or (height, width)
+
+        check_ip_adapter(self.unet, ip_adapter_image, ip_adapter_image_embeds)
+        if eta:
+            raise ValueError("`eta` is an option of the sampler here: pass sampler_kwargs={'eta': ...}")
+        if min(height, width) < 1:
+            raise ValueError(f"`height` and `width` have to be positive, but are {height} and {width}")
+        given = prompt_embeds if prompt is None else prompt
+        prompts = 1 if isinstance(given, str) else 0 if given is None else len(given)
+        batch_size = prompts * (num_images_per_prompt or 0)
+        channels = self.unet.config.in_channels
+        projection_dim = self.unet.add_embedding.linear_1.in_features - 6 * self.unet.config.addition_time_embed_dim
+        tokens = self.tokenizer_2.model_max_length if prompt_embeds is None else None
+        check_call(
+            num_inference_steps,
+            num_images_per_prompt,
+            batch_size,
+            generator,
+            latents=(latents, (batch_size, channels, None, None)),
+            prompt_embeds=(prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
+            negative_prompt_embeds=(negative_prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
+            pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, projection_dim)),
+            negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, projection_dim)),
+        )
+        self.check_inputs(
+            prompt,
+            prompt_2,
+            height,
+            width,
+            None,
+            negative_prompt,
+            negative_prompt_2,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            ip_adapter_image,
+            ip_adapter_image_embeds,
+            callback_on_step_end_tensor_inputs,
+        )
+        texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
+        prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
+        if clip_skip is not None and prompt is not None:
+            layers = min(e.config.num_hidden_layers for e in (self.text_encoder, self.text_encoder_2) if e is not None)
+            if not -1 <= clip_skip < layers:
+                raise ValueError(f"`clip_skip` has to be below the text encoders' {layers} layers, but is {clip_skip}")
+        sizes = (original_size, crops_coords_top_left, target_size)
+        negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
+        if negative_original_size is None or negative_target_size is None:
+            negative_sizes = sizes
+        dtype = self.unet.dtype  # the text encoders' may be another
+        time_ids, negative_time_ids = (
+            self._get_add_time_ids(*s, dtype, projection_dim).repeat(batch_size, 1) for s in (sizes, negative_sizes)
+        )
+        check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
+        noise_on_device = str(sampler).endswith("_gpu")
+        sampler = find_sampler(sampler)
+        sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
+        denoiser_class, alphas_cumprod = self._trained_with(schedule)
+        sigmas, start = self.noise_levels(num_inference_steps, timesteps, sigmas, schedule, denoising_end)
+
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._clip_skip = clip_skip
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._denoising_end = denoising_end
+        self._interrupt = False
+        self._num_timesteps = len(sigmas) - 1
+        device = self._execution_device
+
+        try:
+            # prompt -> conditioning
+            embeds = self.encode_prompt(
+                prompt=prompt,
+                prompt_2=prompt_2,
+                device=device,
+                num_images_per_prompt=num_images_per_prompt,
+                do_classifier_free_guidance=self.do_classifier_free_guidance,
+                negative_prompt=negative_prompt,
+                negative_prompt_2=negative_prompt_2,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+                lora_scale=dict(cross_attention_kwargs or {}).get("scale"),
+                clip_skip=clip_skip,
+            )
+            noise_dtype, state_dtype = embeds[0].dtype, torch.promote_types(dtype, torch.float32)
+
+            def both(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+                """The two sides of classifier-free guidance in one batch, the negative one first."""
+                joined = torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive
+                return joined.to(device, dtype)
+
+            conditioning = {
+                "prompt_embeds": both(*embeds[:2]),
+                "add_text_embeds": both(*embeds[2:]),
+                "add_time_ids": both(time_ids, negative_time_ids),
+            }
+            del embeds  # not to be kept beside their copies
+            image_embeds = {}
+            if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
+                image_embeds["image_embeds"] = self.prepare_ip_adapter_image_embeds(
+                    ip_adapter_image, ip_adapter_image_embeds, device, batch_size, self.do_classifier_free_guidance
+                )
+            timestep_cond = None
+            if self.unet.config.time_cond_proj_dim is not None:
+                timestep_cond = self.get_guidance_scale_embedding(
+                    torch.tensor(guidance_scale - 1.0).repeat(batch_size), self.unet.config.time_cond_proj_dim
+                ).to(device, dtype)
+
+            # generator -> noise, the stock pipeline's own
+            shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            if comfy_seed is not None:
+                latents, generator = comfy_noise(comfy_seed, shape, device)
+                # ComfyUI begins with nothing but noise, x / sqrt(sigma^2 + 1), at the highest level, and below it with
+                # an empty latent and noise, x = 0 + sigma noise
+                at_highest = sigmas[0] ** 2 >= (1 / alphas_cumprod[-1] - 1) * (1 - 2e-5)
+                start = (sigmas[0] ** 2 + 1).sqrt() if at_highest else sigmas[0]
+            elif latents is None:
+                latents = randn_tensor(shape, generator, device, noise_dtype)
+            latents = latents.to(device, state_dtype) * start.item()
+            sigmas = sigmas.to(state_dtype)
+            if comfy_seed is not None:
+                step_noise = comfy_noise_sampler(sampler, latents, sigmas, comfy_seed, noise_on_device)
+                sampler_kwargs.setdefault("noise_sampler", step_noise)
+
+            # conditioning -> denoiser, the only place that knows the network
+            def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+                """Epsilon or v of the input x / sqrt(sigma^2 + 1) at a timestep of shape (b,), with guidance."""
+                guided = self.do_classifier_free_guidance
+                if guided:
+                    x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
+                prediction = self.unet(
+                    x.to(dtype),
+                    timestep,
+                    encoder_hidden_states=conditioning["prompt_embeds"],
+                    timestep_cond=timestep_cond,
+                    cross_attention_kwargs=self.cross_attention_kwargs,
+                    added_cond_kwargs={
+                        "text_embeds": conditioning["add_text_embeds"],
+                        "time_ids": conditioning["add_time_ids"],
+                        **image_embeds,
+                    },
+                    return_dict=False,
+                )[0].to(state_dtype)
+                if not guided:
+                    return prediction
+                unconditional, conditional = prediction.chunk(2)
+                prediction = unconditional + self.guidance_scale * (conditional - unconditional)
+                if self.guidance_rescale > 0:
+                    prediction = rescale_noise_cfg(prediction, conditional, guidance_rescale=self.guidance_rescale)
+                return prediction
+
+            denoiser = denoiser_class(predict, alphas_cumprod.to(device, state_dtype), quantize_timesteps)
+
+            def after_step(i, x, sigma, began, denoised) -> torch.Tensor:
+                timestep = denoiser.sigma_to_t(began.to(device, non_blocking=True).reshape(1))[0]
+                tensors = {"latents": x, "sigma": began, "denoised": denoised, **conditioning}
+                chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                returned = callback_on_step_end(self, i, timestep, chosen) or {}  # type: ignore
+                for name in conditioning.keys() & returned.keys():
+                    conditioning[name] = returned[name].to(device, dtype)
+                return returned.get("latents", x)
+
+            # noise, sigmas -> latents
+            after = None if callback_on_step_end is None else after_step
+            steps = math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1  # those decide themselves
+            with self.progress_bar(total=steps) as bar:
+                run = (sampler, sampler_kwargs, denoiser, latents, sigmas, generator, after, bar.update)
+                latents, _ = run_sampler(*run, interrupted=lambda: self.interrupt)
+
+            # latents -> images
+            image = latents if output_type == "latent" else self._decode(latents, output_type)
+        finally:
+            self.maybe_free_model_hooks()
+        return StableDiffusionXLPipelineOutput(images=image) if return_dict else (image,)
+
+    def _trained_with(self, schedule: str | None = None) -> tuple[type, torch.Tensor]:
+        """k-diffusion's wrapper for the network's prediction, and the alphas_cumprod it was trained with, float64.
+
+        Named noise levels get them from the betas in float64, as ComfyUI computes them; the scheduler's own levels get
+        the scheduler's, which are float32 (its lowest sigma is off by 1e-5).
+        """
+        wrappers = {
+            "epsilon": external.DiscreteEpsDDPMDenoiser,
+            "v_prediction": external.DiscreteVDDPMDenoiser,
+        }
+        prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
+        if prediction_type not in wrappers or not hasattr(self.scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"`scheduler`: needs betas and prediction_type 'epsilon' or 'v_prediction', but is"
+                f" {type(self.scheduler).__name__} with {prediction_type!r}"
+            )
+        if schedule is None:
+            # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
+            return wrappers[prediction_type], self.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
+        scheduler, rescaled = self.scheduler, self.scheduler.config.get("rescale_betas_zero_snr", False)
+        if rescaled:
+            scheduler = type(scheduler).from_config(scheduler.config, rescale_betas_zero_snr=False)
+        alphas_cumprod = (1 - scheduler.betas.double().cpu()).cumprod(0)
+        if rescaled:  # Lin et al. 2024, algorithm 1, on the betas before scheduler and float32 had them
+            alphas = alphas_cumprod.sqrt()
+            alphas_cumprod = ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
+        # ComfyUI takes this for the zero, which makes the highest sigma 4518.76
+        return wrappers[prediction_type], alphas_cumprod.where(alphas_cumprod > 0, 4.8973451890853435e-08)
+
+    def noise_levels(
+        self,
+        num_inference_steps: int,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        schedule: str | None = None,
+        denoising_end: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noise levels of a call with these arguments, and the factor that takes unit noise to the first of them.
+
+        Returns:
+            sigmas of shape (steps + 1,), falling, and a number; float64, on the CPU.
+        """
+        alphas_cumprod = self._trained_with(schedule)[1]
+        check_schedule(schedule, sigmas=sigmas, timesteps=timesteps)
+        if sigmas is not None:
+            check_sigmas(sigmas)
+        trained = external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
+        if schedule is not None:
+            table = external.DiscreteSchedule(trained.sigmas.float(), quantize=False)
+            table = TrainedLevels(table.sigmas, table.t_to_sigma, 0, len(alphas_cumprod) - 1)
+            levels = trained_sigmas(schedule, num_inference_steps, table).double()
+            start = levels[0]
+        else:
+            scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
+            retrieve_timesteps(scheduler, num_inference_steps, "cpu", timesteps, sigmas)
+            if hasattr(scheduler, "sigmas"):
+                levels = scheduler.sigmas.double().cpu()
+            else:
+                levels = trained.t_to_sigma(scheduler.timesteps.cpu()).double()
+                levels = torch.cat([levels, levels.new_zeros(1)])
+            levels = levels.unique_consecutive()  # Heun's and KDPM2's schedulers list a level twice
+            check_sigmas(levels, name=f"{type(scheduler).__name__}.sigmas")
+            # schedulers that keep alpha x start from unit noise, which is sqrt(sigma^2 + 1) noise here
+            start = torch.as_tensor(scheduler.init_noise_sigma, dtype=torch.float64)
+            start = start if start > 1 else (levels[0] ** 2 + 1).sqrt()
+        if denoising_end is not None and 0 < denoising_end < 1:
+            count = self.scheduler.config.num_train_timesteps
+            # sigma_to_t misses a timestep by a rounding of the scheduler's float32 sigmas
+            reached = trained.sigma_to_t(levels[:-1]) > round(count - denoising_end * count) - 1e-3
+            levels = levels[: int(reached.sum()) + 1]
+        return levels, start
+
+    def _decode(self, latents: torch.Tensor, output_type: str | None) -> Any:
+        """Images of the final latents, with the VAE in float32 where it would overflow in float16."""
+        vae_dtype = self.vae.dtype
+        config = self.vae.config
+        upcast = vae_dtype == torch.float16 and config.force_upcast
+        if upcast:
+            self.vae.to(dtype=torch.float32)
+        try:
+            latents = latents.to(self.vae.dtype) / config.scaling_factor
+            mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+            if mean is not None and std is not None:
+                mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
+                latents = latents * std + mean
+            image = self.vae.decode(latents, return_dict=False)[0]
+        finally:
+            if upcast:
+                self.vae.to(dtype=vae_dtype)
+        if self.watermark is not None:
+            image = self.watermark.apply_watermark(image)
+        return self.image_processor.postprocess(image, output_type=output_type)
+
+
 # --- shared block: the same text stands in sdxl_comfy_pipeline.py and flux_comfy_pipeline.py ---
-# To read the pipeline, begin at the class, at its end. Here is what it calls, in this order: k-diffusion without its
-# package, samplers by name, step noise, run_sampler (the one call of a sampler), noise levels by name, checks of the
-# arguments, ComfyUI's noise.
+# What the pipeline above calls, in this order: k-diffusion without its package, samplers by name, step noise,
+# run_sampler (the one call of a sampler), noise levels by name, checks of the arguments, ComfyUI's noise.
 
 
 def _k_diffusion(*submodules: str) -> list[ModuleType]:
@@ -611,365 +973,3 @@ def check_schedule(schedule: str | None, **instead: Any) -> None:
 
 
 # --- end of the shared block ---
-
-
-class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
-    """`StableDiffusionXLPipeline` with the scheduler's loop replaced by one call of a k-diffusion sampler.
-
-    Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler says which betas the network
-    was trained with and, when the caller names no schedule, which noise levels to use; its `step` is never called.
-    """
-
-    _callback_tensor_inputs = [*StableDiffusionXLPipeline._callback_tensor_inputs, "denoised", "sigma"]
-
-    def to_json_string(self) -> str:
-        """The configuration. It names the parent, so that every loader of diffusers reads a saved folder."""
-        return super().to_json_string().replace(f'"{type(self).__name__}"', '"StableDiffusionXLPipeline"')
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        prompt_2: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
-        denoising_end: float | None = None,
-        guidance_scale: float = 5.0,
-        negative_prompt: str | list[str] | None = None,
-        negative_prompt_2: str | list[str] | None = None,
-        num_images_per_prompt: int | None = 1,
-        eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        pooled_prompt_embeds: torch.Tensor | None = None,
-        negative_pooled_prompt_embeds: torch.Tensor | None = None,
-        ip_adapter_image: PipelineImageInput | None = None,
-        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        guidance_rescale: float = 0.0,
-        original_size: tuple[int, int] | None = None,
-        crops_coords_top_left: tuple[int, int] = (0, 0),
-        target_size: tuple[int, int] | None = None,
-        negative_original_size: tuple[int, int] | None = None,
-        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
-        negative_target_size: tuple[int, int] | None = None,
-        clip_skip: int | None = None,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the parent's default
-        *,
-        sampler: str | Callable = "euler",
-        sampler_kwargs: dict[str, Any] | None = None,
-        schedule: str | None = None,
-        quantize_timesteps: bool = False,
-        comfy_seed: int | list[int] | None = None,
-    ) -> StableDiffusionXLPipelineOutput | tuple:
-        """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
-
-        Args:
-            sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
-                callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
-            sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
-            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", between
-                the lowest and the highest level that the network was trained with, and ComfyUI's "simple", "normal",
-                "sgm_uniform", "ddim_uniform", "beta", "linear_quadratic" and "kl_optimal". None: the scheduler's own.
-            quantize_timesteps: give the network the nearest trained timestep, as DPMSolverMultistepScheduler does, and
-                not an interpolated one, as EulerDiscreteScheduler does. ComfyUI does too.
-            comfy_seed: ComfyUI's seed, or one for each image, in place of `generator` and `latents`: the noise that
-                ComfyUI draws, its start and its step noise. With one of its schedules and `quantize_timesteps=True`
-                the latents are ComfyUI's.
-
-        `sigmas` and the callback's `sigma` are noise levels of the variance-exploding process x = x0 + sigma noise, in
-        which `latents` live too; `timesteps` are the trained ones. The state is float32 (float64 for a float64 network)
-        whatever the network's dtype; `latents` that are given are scaled to the first level, as in the parent.
-
-        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that it ended with
-        and the timestep that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the x0
-        that was predicted there, and `sigma`, the level. The next step starts from what it returns. Before the run the
-        sampler is called once on a single number, to learn which evaluations begin a step.
-
-        Raises:
-            ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
-                the latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables.
-        """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        height = height or self.default_sample_size * self.vae_scale_factor
-        width = width or self.default_sample_size * self.vae_scale_factor
-        original_size = original_size or (height, width)
-        target_size = target_size or (height, width)
-
-        check_ip_adapter(self.unet, ip_adapter_image, ip_adapter_image_embeds)
-        if eta:
-            raise ValueError("`eta` is an option of the sampler here: pass sampler_kwargs={'eta': ...}")
-        if min(height, width) < 1:
-            raise ValueError(f"`height` and `width` have to be positive, but are {height} and {width}")
-        given = prompt_embeds if prompt is None else prompt
-        prompts = 1 if isinstance(given, str) else 0 if given is None else len(given)
-        batch_size = prompts * (num_images_per_prompt or 0)
-        channels = self.unet.config.in_channels
-        projection_dim = self.unet.add_embedding.linear_1.in_features - 6 * self.unet.config.addition_time_embed_dim
-        tokens = self.tokenizer_2.model_max_length if prompt_embeds is None else None
-        check_call(
-            num_inference_steps,
-            num_images_per_prompt,
-            batch_size,
-            generator,
-            latents=(latents, (batch_size, channels, None, None)),
-            prompt_embeds=(prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
-            negative_prompt_embeds=(negative_prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
-            pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, projection_dim)),
-            negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, projection_dim)),
-        )
-        self.check_inputs(
-            prompt,
-            prompt_2,
-            height,
-            width,
-            None,
-            negative_prompt,
-            negative_prompt_2,
-            prompt_embeds,
-            negative_prompt_embeds,
-            pooled_prompt_embeds,
-            negative_pooled_prompt_embeds,
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            callback_on_step_end_tensor_inputs,
-        )
-        texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
-        prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
-        if clip_skip is not None and prompt is not None:
-            layers = min(e.config.num_hidden_layers for e in (self.text_encoder, self.text_encoder_2) if e is not None)
-            if not -1 <= clip_skip < layers:
-                raise ValueError(f"`clip_skip` has to be below the text encoders' {layers} layers, but is {clip_skip}")
-        sizes = (original_size, crops_coords_top_left, target_size)
-        negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
-        if negative_original_size is None or negative_target_size is None:
-            negative_sizes = sizes
-        dtype = self.unet.dtype  # the text encoders' may be another
-        time_ids, negative_time_ids = (
-            self._get_add_time_ids(*s, dtype, projection_dim).repeat(batch_size, 1) for s in (sizes, negative_sizes)
-        )
-        check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
-        noise_on_device = str(sampler).endswith("_gpu")
-        sampler = find_sampler(sampler)
-        sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
-        denoiser_class, alphas_cumprod = self._trained_with(schedule)
-        sigmas, start = self.noise_levels(num_inference_steps, timesteps, sigmas, schedule, denoising_end)
-
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._clip_skip = clip_skip
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._denoising_end = denoising_end
-        self._interrupt = False
-        self._num_timesteps = len(sigmas) - 1
-        device = self._execution_device
-
-        try:
-            # prompt -> conditioning
-            embeds = self.encode_prompt(
-                prompt=prompt,
-                prompt_2=prompt_2,
-                device=device,
-                num_images_per_prompt=num_images_per_prompt,
-                do_classifier_free_guidance=self.do_classifier_free_guidance,
-                negative_prompt=negative_prompt,
-                negative_prompt_2=negative_prompt_2,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                pooled_prompt_embeds=pooled_prompt_embeds,
-                negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-                lora_scale=dict(cross_attention_kwargs or {}).get("scale"),
-                clip_skip=clip_skip,
-            )
-            noise_dtype, state_dtype = embeds[0].dtype, torch.promote_types(dtype, torch.float32)
-
-            def both(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-                """The two sides of classifier-free guidance in one batch, the negative one first."""
-                joined = torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive
-                return joined.to(device, dtype)
-
-            conditioning = {
-                "prompt_embeds": both(*embeds[:2]),
-                "add_text_embeds": both(*embeds[2:]),
-                "add_time_ids": both(time_ids, negative_time_ids),
-            }
-            del embeds  # not to be kept beside their copies
-            image_embeds = {}
-            if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
-                image_embeds["image_embeds"] = self.prepare_ip_adapter_image_embeds(
-                    ip_adapter_image, ip_adapter_image_embeds, device, batch_size, self.do_classifier_free_guidance
-                )
-            timestep_cond = None
-            if self.unet.config.time_cond_proj_dim is not None:
-                timestep_cond = self.get_guidance_scale_embedding(
-                    torch.tensor(guidance_scale - 1.0).repeat(batch_size), self.unet.config.time_cond_proj_dim
-                ).to(device, dtype)
-
-            # generator -> noise, the stock pipeline's own
-            shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
-            if comfy_seed is not None:
-                latents, generator = comfy_noise(comfy_seed, shape, device)
-                # ComfyUI begins with nothing but noise, x / sqrt(sigma^2 + 1), at the highest level, and below it with
-                # an empty latent and noise, x = 0 + sigma noise
-                at_highest = sigmas[0] ** 2 >= (1 / alphas_cumprod[-1] - 1) * (1 - 2e-5)
-                start = (sigmas[0] ** 2 + 1).sqrt() if at_highest else sigmas[0]
-            elif latents is None:
-                latents = randn_tensor(shape, generator, device, noise_dtype)
-            latents = latents.to(device, state_dtype) * start.item()
-            sigmas = sigmas.to(state_dtype)
-            if comfy_seed is not None:
-                step_noise = comfy_noise_sampler(sampler, latents, sigmas, comfy_seed, noise_on_device)
-                sampler_kwargs.setdefault("noise_sampler", step_noise)
-
-            # conditioning -> denoiser, the only place that knows the network
-            def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-                """Epsilon or v of the input x / sqrt(sigma^2 + 1) at a timestep of shape (b,), with guidance."""
-                guided = self.do_classifier_free_guidance
-                if guided:
-                    x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
-                prediction = self.unet(
-                    x.to(dtype),
-                    timestep,
-                    encoder_hidden_states=conditioning["prompt_embeds"],
-                    timestep_cond=timestep_cond,
-                    cross_attention_kwargs=self.cross_attention_kwargs,
-                    added_cond_kwargs={
-                        "text_embeds": conditioning["add_text_embeds"],
-                        "time_ids": conditioning["add_time_ids"],
-                        **image_embeds,
-                    },
-                    return_dict=False,
-                )[0].to(state_dtype)
-                if not guided:
-                    return prediction
-                unconditional, conditional = prediction.chunk(2)
-                prediction = unconditional + self.guidance_scale * (conditional - unconditional)
-                if self.guidance_rescale > 0:
-                    prediction = rescale_noise_cfg(prediction, conditional, guidance_rescale=self.guidance_rescale)
-                return prediction
-
-            denoiser = denoiser_class(predict, alphas_cumprod.to(device, state_dtype), quantize_timesteps)
-
-            def after_step(i, x, sigma, began, denoised) -> torch.Tensor:
-                timestep = denoiser.sigma_to_t(began.to(device, non_blocking=True).reshape(1))[0]
-                tensors = {"latents": x, "sigma": began, "denoised": denoised, **conditioning}
-                chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, i, timestep, chosen) or {}  # type: ignore
-                for name in conditioning.keys() & returned.keys():
-                    conditioning[name] = returned[name].to(device, dtype)
-                return returned.get("latents", x)
-
-            # noise, sigmas -> latents
-            after = None if callback_on_step_end is None else after_step
-            steps = math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1  # those decide themselves
-            with self.progress_bar(total=steps) as bar:
-                run = (sampler, sampler_kwargs, denoiser, latents, sigmas, generator, after, bar.update)
-                latents, _ = run_sampler(*run, interrupted=lambda: self.interrupt)
-
-            # latents -> images
-            image = latents if output_type == "latent" else self._decode(latents, output_type)
-        finally:
-            self.maybe_free_model_hooks()
-        return StableDiffusionXLPipelineOutput(images=image) if return_dict else (image,)
-
-    def _trained_with(self, schedule: str | None = None) -> tuple[type, torch.Tensor]:
-        """k-diffusion's wrapper for the network's prediction, and the alphas_cumprod it was trained with, float64.
-
-        Named noise levels get them from the betas in float64, as ComfyUI computes them; the scheduler's own levels get
-        the scheduler's, which are float32 (its lowest sigma is off by 1e-5).
-        """
-        wrappers = {
-            "epsilon": external.DiscreteEpsDDPMDenoiser,
-            "v_prediction": external.DiscreteVDDPMDenoiser,
-        }
-        prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
-        if prediction_type not in wrappers or not hasattr(self.scheduler, "alphas_cumprod"):
-            raise ValueError(
-                f"`scheduler`: needs betas and prediction_type 'epsilon' or 'v_prediction', but is"
-                f" {type(self.scheduler).__name__} with {prediction_type!r}"
-            )
-        if schedule is None:
-            # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
-            return wrappers[prediction_type], self.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
-        scheduler, rescaled = self.scheduler, self.scheduler.config.get("rescale_betas_zero_snr", False)
-        if rescaled:
-            scheduler = type(scheduler).from_config(scheduler.config, rescale_betas_zero_snr=False)
-        alphas_cumprod = (1 - scheduler.betas.double().cpu()).cumprod(0)
-        if rescaled:  # Lin et al. 2024, algorithm 1, on the betas before scheduler and float32 had them
-            alphas = alphas_cumprod.sqrt()
-            alphas_cumprod = ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
-        # ComfyUI takes this for the zero, which makes the highest sigma 4518.76
-        return wrappers[prediction_type], alphas_cumprod.where(alphas_cumprod > 0, 4.8973451890853435e-08)
-
-    def noise_levels(
-        self,
-        num_inference_steps: int,
-        timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
-        schedule: str | None = None,
-        denoising_end: float | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The noise levels of a call with these arguments, and the factor that takes unit noise to the first of them.
-
-        Returns:
-            sigmas of shape (steps + 1,), falling, and a number; float64, on the CPU.
-        """
-        alphas_cumprod = self._trained_with(schedule)[1]
-        check_schedule(schedule, sigmas=sigmas, timesteps=timesteps)
-        if sigmas is not None:
-            check_sigmas(sigmas)
-        trained = external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
-        if schedule is not None:
-            table = external.DiscreteSchedule(trained.sigmas.float(), quantize=False)
-            table = TrainedLevels(table.sigmas, table.t_to_sigma, 0, len(alphas_cumprod) - 1)
-            levels = trained_sigmas(schedule, num_inference_steps, table).double()
-            start = levels[0]
-        else:
-            scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
-            retrieve_timesteps(scheduler, num_inference_steps, "cpu", timesteps, sigmas)
-            if hasattr(scheduler, "sigmas"):
-                levels = scheduler.sigmas.double().cpu()
-            else:
-                levels = trained.t_to_sigma(scheduler.timesteps.cpu()).double()
-                levels = torch.cat([levels, levels.new_zeros(1)])
-            levels = levels.unique_consecutive()  # Heun's and KDPM2's schedulers list a level twice
-            check_sigmas(levels, name=f"{type(scheduler).__name__}.sigmas")
-            # schedulers that keep alpha x start from unit noise, which is sqrt(sigma^2 + 1) noise here
-            start = torch.as_tensor(scheduler.init_noise_sigma, dtype=torch.float64)
-            start = start if start > 1 else (levels[0] ** 2 + 1).sqrt()
-        if denoising_end is not None and 0 < denoising_end < 1:
-            count = self.scheduler.config.num_train_timesteps
-            # sigma_to_t misses a timestep by a rounding of the scheduler's float32 sigmas
-            reached = trained.sigma_to_t(levels[:-1]) > round(count - denoising_end * count) - 1e-3
-            levels = levels[: int(reached.sum()) + 1]
-        return levels, start
-
-    def _decode(self, latents: torch.Tensor, output_type: str | None) -> Any:
-        """Images of the final latents, with the VAE in float32 where it would overflow in float16."""
-        vae_dtype = self.vae.dtype
-        config = self.vae.config
-        upcast = vae_dtype == torch.float16 and config.force_upcast
-        if upcast:
-            self.vae.to(dtype=torch.float32)
-        try:
-            latents = latents.to(self.vae.dtype) / config.scaling_factor
-            mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-            if mean is not None and std is not None:
-                mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
-                latents = latents * std + mean
-            image = self.vae.decode(latents, return_dict=False)[0]
-        finally:
-            if upcast:
-                self.vae.to(dtype=vae_dtype)
-        if self.watermark is not None:
-            image = self.watermark.apply_watermark(image)
-        return self.image_processor.postprocess(image, output_type=output_type)
