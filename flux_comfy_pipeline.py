@@ -650,8 +650,6 @@ def _call(
     taken here; dpm_fast counts it among its evaluations.
     """
     positive = sigmas[sigmas > 0]
-    if len(sigmas) == 2 and len(positive) == 1 and _is_k_diffusion(sampler):
-        sampler = sampling.sample_euler  # one step to zero is `denoised` in all of them, and some fail on it
     parameters = inspect.signature(sampler).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters}
@@ -722,6 +720,8 @@ def run_sampler(
     Returns:
         The state at the end and its sigma, which is sigmas[-1] unless interrupted.
     """
+    if len(sigmas) == 2 and sigmas[1] == 0 and _is_k_diffusion(sampler):
+        sampler = sampling.sample_euler  # one step to zero is `denoised` in all of them, and some fail on it
     evaluations, steps = 0, dict[int, tuple[torch.Tensor, torch.Tensor]]()
     arguments = {"disable": True, **sampler_kwargs}
     starts = _step_starts(sampler, x.ndim, sigmas, arguments) if after_step else {}

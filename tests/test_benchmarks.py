@@ -107,15 +107,17 @@ def test_every_counterpart_runs():
 
 def test_the_last_line_names_the_worst(capsys):
     def row(sampler, ours, stock, bare):
-        times = {"ours": [(ours, 0.1, 2)] * 3, "stock": [(stock, 0.1, 2)] * 3, "bare": [(bare, 0.0, 2)] * 3}
+        times = {"ours": [(ours, 0.16, 2)] * 3, "stock": [(stock, 0.08, 2)] * 3, "bare": [(bare, 0.0, 2)] * 3}
         return {"sampler": sampler, "times": times, "runs": times, "peak": {"ours": 2.0, "bare": 1.0}, "waits": {}}
 
     rows = [row("euler", 2.2, 2.0, 2.0), row("dpmpp_sde", 3.0, 4.0, 2.0)]
-    to_bare, deterministic, to_stock = overhead.table("sdxl", rows)
-    assert to_bare == pytest.approx([1.1, 1.5]) and deterministic == pytest.approx([1.1])
-    assert to_stock == pytest.approx([1.1, 0.75])
-    assert "| dpmpp_sde | 2 | 1500.00 (0.0 %) | 2000.00 (0.0 %) | 1000.00 (0.0 %) | 1.500 | 0.750 |" in (
-        capsys.readouterr().out
+    ratios = overhead.table("sdxl", rows)
+    assert ratios["bare"] == pytest.approx([1.1, 1.5]) and ratios["deterministic"] == pytest.approx([1.1])
+    assert ratios["stock"] == pytest.approx([1.1, 0.75])
+    assert ratios["outside"] == pytest.approx([1.08 / 1.04, 1.08 / 1.04])  # 1 s of network, 80 and 40 ms outside
+    assert (
+        "| dpmpp_sde | 2 | 1500.00 (0.0 %) | 2000.00 (0.0 %) | 1000.00 (0.0 %) | 1.500 | 0.750 | 80.00, 40.00 | 1.038 |"
+        in capsys.readouterr().out
     )
 
 

@@ -121,13 +121,14 @@ def test_every_draw_comes_from_the_generators(name):
 
 @pytest.mark.parametrize("name", THIRTEEN)
 def test_a_sampler_that_adds_no_noise_draws_none(name):
-    """As in the stock loop. (k-diffusion draws in every step, and multiplies by zero.)"""
+    """As in the stock loop. (k-diffusion draws in every step, and multiplies by zero.) Nor does one step to zero."""
     function = find_sampler(name)
     options = {"eta": 0.0} if "eta" in inspect.signature(function).parameters else {}
     generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
+    before, before_global = generator.get_state(), torch.get_rng_state()
     drawn = run_sampler(function, options, gaussian, noise(), SIGMAS, generator)[0]
-    assert generator.get_state().equal(before)
+    run_sampler(function, {}, gaussian, noise(), SIGMAS[[0, -1]], generator)
+    assert generator.get_state().equal(before) and torch.get_rng_state().equal(before_global)
     assert drawn.shape == noise().shape
 
 
