@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -151,9 +152,8 @@ def _units(
 def _check_output(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own: several processes look at the same time
+            pass
     except OSError as error:
         raise Refused(f"can't write to {folder}: {error.strerror}. Name another folder with --output") from None
 

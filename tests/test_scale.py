@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
 from PIL import Image
 
 import sdxl_comfy_pipeline
-from gallery.grid import _units, run
+from gallery.grid import _check_output, _units, run
 from gallery.options import SDXL, parse
 from gallery.pictures import read_settings, write_png
 
@@ -54,6 +55,13 @@ def test_every_prompt_seed_and_sampler_has_its_picture(whole):
     assert len(set(pixels(whole).values())) == len(expected)
     assert len(list(whole.glob("*-grid.png"))) == len(PROMPTS) * 2
     assert not list(whole.glob(".*"))
+
+
+def test_several_look_at_the_folder_at_the_same_time(tmp_path):
+    """Each process asks whether it can write there, and none takes what another left for its own."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(_check_output, [tmp_path] * 400))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_picture_of_a_batch_is_the_one_drawn_alone(whole, tmp_path):
