@@ -192,7 +192,9 @@ def table(name: str, rows: list[dict]) -> dict[str, list[float]]:
                 found["outside"] = (network + outside[0]) / (network + outside[1])
             rest = [", ".join(f"{value:.2f}" for value in outside), cell(found.get("outside"))]
         line += [cell(found["bare"]), cell(found.get("stock")), *rest]
-        line.append(", ".join(f"{peak:.2f}" for peak in row["peak"].values()))
+        line.append(
+            ", ".join(f"{row['peak'][key]:.2f}" if key in each else "none" for key in ("ours", "stock", "bare"))
+        )
         print("| " + " | ".join(line) + " |", flush=True)
         if not row["sampler"].endswith(STOCHASTIC):
             found["deterministic"] = found["bare"]

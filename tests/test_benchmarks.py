@@ -108,7 +108,13 @@ def test_every_counterpart_runs():
 def test_the_last_line_names_the_worst(capsys):
     def row(sampler, ours, stock, bare):
         times = {"ours": [(ours, 0.16, 2)] * 3, "stock": [(stock, 0.08, 2)] * 3, "bare": [(bare, 0.0, 2)] * 3}
-        return {"sampler": sampler, "times": times, "runs": times, "peak": {"ours": 2.0, "bare": 1.0}, "waits": {}}
+        return {
+            "sampler": sampler,
+            "times": times,
+            "runs": times,
+            "peak": {"ours": 2.0, "stock": 3.0, "bare": 1.0},
+            "waits": {},
+        }
 
     rows = [row("euler", 2.2, 2.0, 2.0), row("dpmpp_sde", 3.0, 4.0, 2.0)]
     ratios = overhead.table("sdxl", rows)
