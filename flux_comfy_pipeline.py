@@ -641,6 +641,11 @@ def _noise_sampler(
     return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
 
 
+def for_levels(sampler: Callable, sigmas: torch.Tensor) -> Callable:
+    """The sampler, or for one step to zero Euler's: that is `denoised` in all of k-diffusion's, and some fail on it."""
+    return sampling.sample_euler if len(sigmas) == 2 and sigmas[1] == 0 and _is_k_diffusion(sampler) else sampler
+
+
 def _call(
     sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, arguments: dict[str, Any]
 ) -> torch.Tensor:
@@ -720,8 +725,7 @@ def run_sampler(
     Returns:
         The state at the end and its sigma, which is sigmas[-1] unless interrupted.
     """
-    if len(sigmas) == 2 and sigmas[1] == 0 and _is_k_diffusion(sampler):
-        sampler = sampling.sample_euler  # one step to zero is `denoised` in all of them, and some fail on it
+    sampler = for_levels(sampler, sigmas)
     evaluations, steps = 0, dict[int, tuple[torch.Tensor, torch.Tensor]]()
     arguments = {"disable": True, **sampler_kwargs}
     starts = _step_starts(sampler, x.ndim, sigmas, arguments) if after_step else {}

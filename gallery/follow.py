@@ -435,7 +435,7 @@ class Session:
 
         arguments = {"disable": True, **side.options, "callback": called_back, "noise_sampler": noise_sampler}
         denoiser = ComfyDenoiser(recorded, ModelSampling(self.trained(), self.flux and not ve))
-        record.final = self.module._call(side.target, denoiser, x, sigmas, arguments)
+        record.final = self.module._call(self.module.for_levels(side.target, sigmas), denoiser, x, sigmas, arguments)
         return record.final
 
     # --- pictures ---

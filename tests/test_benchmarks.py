@@ -127,6 +127,13 @@ def test_the_last_line_names_the_worst(capsys):
     )
 
 
+def test_a_gpus_rows_tell_memory_and_waits(capsys):
+    times = {"ours": [(2.0, math.nan, 2)] * 3, "bare": [(2.0, math.nan, 2)] * 3}
+    row = {"sampler": "heun", "times": times, "peak": {"ours": 2.0, "bare": 1.0}, "waits": {"ours": 0.5, "bare": 0.0}}
+    assert overhead.table("flux", [row])["outside"] == []
+    assert capsys.readouterr().out.endswith("| 1.000 | none | 0.5 | 2.00, none, 1.00 |\n")
+
+
 def test_no_cuda_is_said_in_one_line(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
