@@ -121,13 +121,9 @@ class FluxComfyPipeline(FluxPipeline):
             raise ValueError(
                 f"`height`, `width` have to be at least {2 * self.vae_scale_factor}, but are {height}, {width}"
             )
-        images = (
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            negative_ip_adapter_image,
-            negative_ip_adapter_image_embeds,
-        )
-        check_ip_adapter(self.transformer, *images)
+        images = (ip_adapter_image, ip_adapter_image_embeds)
+        negative_images = (negative_ip_adapter_image, negative_ip_adapter_image_embeds)
+        check_ip_adapter(self.transformer, *images, *negative_images)
         if max_sequence_length is not None and max_sequence_length < 1:
             raise ValueError(f"`max_sequence_length` has to be at least 1, but is {max_sequence_length}")
         given = prompt_embeds if prompt is None else prompt
@@ -146,20 +142,10 @@ class FluxComfyPipeline(FluxPipeline):
             pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, config.pooled_projection_dim)),
             negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, config.pooled_projection_dim)),
         )
-        self.check_inputs(
-            prompt,
-            prompt_2,
-            height,
-            width,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-        )
+        negative = (negative_prompt, negative_prompt_2)
+        embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
+        rest = (callback_on_step_end_tensor_inputs, max_sequence_length)
+        self.check_inputs(prompt, prompt_2, height, width, *negative, *embeds, *rest)
         texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
         prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
         check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
@@ -208,12 +194,7 @@ class FluxComfyPipeline(FluxPipeline):
             if true_cfg:
                 negative = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
                 unconditional = encode(*negative)[1]
-            image_embeds = self._image_embeds(
-                (ip_adapter_image, ip_adapter_image_embeds),
-                (negative_ip_adapter_image, negative_ip_adapter_image_embeds),
-                (width, height),
-                batch_size,
-            )
+            image_embeds = self._image_embeds(images, negative_images, (width, height), batch_size)
             guidance = None
             if self.transformer.config.guidance_embeds:
                 guidance = torch.full([batch_size], guidance_scale, device=device, dtype=torch.float32)

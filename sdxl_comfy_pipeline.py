@@ -146,22 +146,10 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, projection_dim)),
             negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, projection_dim)),
         )
-        self.check_inputs(
-            prompt,
-            prompt_2,
-            height,
-            width,
-            None,
-            negative_prompt,
-            negative_prompt_2,
-            prompt_embeds,
-            negative_prompt_embeds,
-            pooled_prompt_embeds,
-            negative_pooled_prompt_embeds,
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            callback_on_step_end_tensor_inputs,
-        )
+        negative = (negative_prompt, negative_prompt_2)
+        embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
+        rest = (ip_adapter_image, ip_adapter_image_embeds, callback_on_step_end_tensor_inputs)
+        self.check_inputs(prompt, prompt_2, height, width, None, *negative, *embeds, *rest)
         texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
         prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
         if clip_skip is not None and prompt is not None:
