@@ -572,22 +572,19 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     normals are drawn on `device`; those of the last level are kept, so that the next one makes about 13 draws.
     """
     generator = torch.Generator(device)
-    normals, motion = dict[int, torch.Tensor](), dict[float, torch.Tensor]()
-
-    def draw(node: int) -> torch.Tensor:
-        normal = torch.empty(x.shape, dtype=x.dtype, device=device)
-        for image, seed in zip(normal, seeds):
-            # the CPU's generator reads 32 bits of its seed: with an odd factor they differ between the nodes of a path
-            image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
-        return normal
+    nodes = [-1] * len(brownian_weights(1.0))  # whose normals are kept: one of each depth
+    normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
+    motion = dict[float, torch.Tensor]()
 
     def w(sigma: float) -> torch.Tensor:
-        nonlocal normals
-        weights, total = brownian_weights(sigma), torch.zeros(x.shape, dtype=x.dtype, device=device)
-        normals = {node: normals[node] for node in weights if node in normals}
-        normals.update({node: draw(node) for node in weights if node not in normals})
-        for node, weight in weights.items():
-            total.add_(normals[node], alpha=weight)
+        total = torch.zeros(x.shape, dtype=x.dtype, device=device)
+        for i, (node, weight) in enumerate(brownian_weights(sigma).items()):
+            if nodes[i] != node:
+                nodes[i] = node
+                for image, seed in zip(normals[i], seeds):
+                    # the CPU's generator reads 32 bits of its seed: odd factors differ between the nodes of a path
+                    image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
+            total.add_(normals[i], alpha=weight)
         return total
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:

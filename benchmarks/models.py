@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from flux_comfy_pipeline import FluxComfyPipeline  # noqa: E402
-from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline, find_sampler, sampler_names  # noqa: E402
+from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline, external, find_sampler, sampler_names  # noqa: E402
 
 PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
 
@@ -174,4 +174,4 @@ def where(device: str) -> str:
     return f"{hardware}; Python {platform.python_version()}, {packages}"
 
 
-__all__ = ["PROMPT", "ROOT", "Bench", "build", "demo", "find_sampler", "full", "sampler_names", "where"]
+__all__ = ["PROMPT", "ROOT", "Bench", "build", "demo", "external", "find_sampler", "full", "sampler_names", "where"]

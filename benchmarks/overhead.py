@@ -1,15 +1,17 @@
-"""What a picture costs beside its network: every sampler, the stock pipeline's counterpart and the bare network.
+"""What a picture costs beside its network: every sampler here, in the stock pipeline, and in k-diffusion by itself.
 
     uv run benchmarks/overhead.py                  # the demo models
     uv run benchmarks/overhead.py --size full      # SDXL's and FLUX's real architectures, random weights, needs CUDA
 
-The three of a row run in turn, round by round, after a warm-up, so that a machine that slows down slows all of them.
+Those of a row, and the bare network, run in turn, round by round, after a warm-up, so that a machine that slows down
+slows all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import itertools
 import re
 import subprocess
@@ -18,10 +20,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median, quantiles
+from typing import Any
 
 import torch
-from models import ROOT, Bench, demo, find_sampler, full, sampler_names, where
+from models import ROOT, Bench, demo, external, find_sampler, full, sampler_names, where
 from torch.profiler import ProfilerActivity, profile
 
 STOCHASTIC = ("_ancestral", "_sde")
@@ -67,37 +71,75 @@ class Clock:
                 hook.remove()
 
 
-def recorded(bench: Bench, call: Callable[[], object]) -> Callable[[int], None]:
-    """The bare network: a function that calls it n times with what the pipeline gave it, and does nothing else."""
-    inputs = []
-
-    def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs.append((args, kwargs))
-
-    hook = bench.network.register_forward_pre_hook(keep, with_kwargs=True)
-    call()
+def inputs(bench: Bench) -> tuple[tuple, dict[str, Any]]:
+    """What the pipeline gives the network: positional and named arguments of its first evaluation."""
+    found = []
+    hook = bench.network.register_forward_pre_hook(lambda _, *given: found.append(given), with_kwargs=True)
+    bench.call(bench.ours, 1)
     hook.remove()
-    args, kwargs = inputs[0]
+    return found[0]
+
+
+def bare(bench: Bench) -> Callable[[int], None]:
+    """The bare network: a function that calls it n times with what the pipeline gave it, and does nothing else."""
+    args, kwargs = inputs(bench)
 
     @torch.no_grad()
-    def bare(n: int) -> None:
+    def run(n: int) -> None:
         for _ in range(n):
             bench.network(*args, **kwargs)
 
-    return bare
+    return run
+
+
+def alone(bench: Bench) -> Callable[[int, str], torch.Tensor]:
+    """k-diffusion by itself: its sampler over the network in its own wrapper, with nothing of this project in between.
+
+    It has no wrapper for FLUX, which gets x - t v, with t for sigma. Step noise is k-diffusion's own, and so is the end
+    of the samplers that place their own levels: the lowest positive one.
+    """
+    args, kwargs = inputs(bench)
+    network = bench.network
+    texts = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "timestep")}
+
+    def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        prediction = network(torch.cat([x, x]).to(network.dtype), torch.cat([timestep, timestep]), **texts)[0].float()
+        negative, positive = prediction.chunk(2)
+        return negative + 5.0 * (positive - negative)
+
+    def flow(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x - t.view(-1, 1, 1) * network(hidden_states=x.to(network.dtype), timestep=t, **texts)[0].float()
+
+    @torch.no_grad()
+    def run(steps: int, sampler: str) -> torch.Tensor:
+        if bench.name == "sdxl":
+            (sigmas, start), noise = bench.ours.noise_levels(steps), args[0][:1].float()
+            alphas_cumprod = bench.ours.scheduler.alphas_cumprod.to(noise)
+            model = external.DiscreteEpsDDPMDenoiser(predict, alphas_cumprod, quantize=False)
+        else:
+            model, start, noise = flow, 1.0, kwargs["hidden_states"].float()
+            sigmas = bench.ours.noise_levels(noise.shape[1], steps)
+        function = find_sampler(sampler)
+        if "sigmas" in inspect.signature(function).parameters:
+            return function(model, noise * start, sigmas.to(noise), disable=True)
+        ends = {"sigma_min": sigmas[-2].item(), "sigma_max": sigmas[0].item()}
+        return function(model, noise * start, **ends, **({"n": steps} if sampler == "dpm_fast" else {}), disable=True)
+
+    return run
 
 
 def measured(bench: Bench, samplers: list[str], steps: int, rounds: int, device: str) -> list[dict[str, object]]:
-    """One row for each sampler: lists over the rounds of (seconds, seconds outside, evaluations) of the three."""
+    """One row for each sampler: lists over the rounds of (seconds, seconds outside, evaluations) of each loop."""
     clock = Clock(bench.network, device)
-    bare = recorded(bench, lambda: bench.call(bench.ours, 1))
+    network, k_diffusion = bare(bench), alone(bench)
     rows = []
     for sampler in samplers:
         stock = bench.stock_with(sampler)
         runs = {"ours": lambda sampler=sampler: bench.call(bench.ours, steps, sampler=sampler)}
         if stock is not None:
             runs["stock"] = lambda stock=stock: stock(steps)
-        runs["bare"] = lambda: bare(steps)
+        runs["k-diffusion"] = lambda sampler=sampler: k_diffusion(steps, sampler)
+        runs["bare"] = lambda: network(steps)
         rows.append({"sampler": sampler, "runs": runs, "times": {name: [] for name in runs}})
     for number in range(rounds + 1):
         for row in rows:
@@ -157,6 +199,7 @@ RATIOS = {
     "deterministic": "of it without step noise",
     "stock": "of the stock pipeline",
     "outside": "of the stock pipeline by what is outside the network",
+    "floor": "of it so for k-diffusion by itself",
 }
 
 
@@ -168,33 +211,41 @@ def table(name: str, rows: list[dict]) -> dict[str, list[float]]:
     """Prints the rows and gives their ratios, by the names of `RATIOS`.
 
     "outside" takes the bare network's median for both loops and adds what each spends outside: a machine whose network
-    times scatter by more than the loops differ shows the difference there.
+    times scatter by more than the loops differ shows the difference there. "floor" is that of k-diffusion by itself.
     """
     print(f"\n### {name}: milliseconds per network evaluation, medians (half the quartiles' distance)\n")
     cuda = any(row["waits"] for row in rows)
-    heads = ["sampler", "evaluations", "ours", "stock", "bare", "ours / bare", "ours / stock"]
-    heads += ["waits a step: ours, stock"] if cuda else ["outside: ours, stock", "so ours / stock"]
-    heads += ["MiB: ours, stock, bare"]
+    loops = ["ours", "stock", "k-diffusion", "bare"]
+    heads = ["sampler", "evaluations", *loops, "ours / bare", "ours / stock"]
+    if cuda:
+        heads += ["waits a step: ours, stock, k-diffusion"]
+    else:
+        heads += ["outside: ours, stock, k-diffusion", "so ours / stock", "so k-diffusion / stock"]
+    heads += ["MiB: ours, stock, k-diffusion, bare"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     ratios: dict[str, list[float]] = {key: [] for key in RATIOS}
     for row in rows:
+
+        def listed(values: dict[str, float], spec: str, keys: list[str], row: dict = row) -> str:
+            return ", ".join(f"{values[key]:{spec}}" if key in row["times"] else "none" for key in keys)
+
         each = {key: per_evaluation(times) for key, times in row["times"].items()}
         cells = {key: f"{median(values):.2f} ({spread(values):.1f} %)" for key, values in each.items()}
-        found = {key: median(a / b for a, b in zip(each["ours"], each[key])) for key in each if key != "ours"}
-        line = [row["sampler"], str(row["times"]["ours"][0][2])]
-        line += [cells.get(key, "none") for key in ("ours", "stock", "bare")]
+        found = {
+            key: median(a / b for a, b in zip(each["ours"], each[key])) for key in ("bare", "stock") if key in each
+        }
+        line = [row["sampler"], str(row["times"]["ours"][0][2]), *(cells.get(key, "none") for key in loops)]
+        line += [cell(found["bare"]), cell(found.get("stock"))]
         if cuda:
-            rest = [", ".join(f"{count:.1f}" for key, count in row["waits"].items() if key != "bare")]
+            line.append(listed(row["waits"], ".1f", loops[:3]))
         else:
             network = median(each["bare"])
-            outside = [median(1000 * out / n for _, out, n in row["times"][key]) for key in each if key != "bare"]
+            outside = {key: median(1000 * out / n for _, out, n in times) for key, times in row["times"].items()}
             if "stock" in each:
-                found["outside"] = (network + outside[0]) / (network + outside[1])
-            rest = [", ".join(f"{value:.2f}" for value in outside), cell(found.get("outside"))]
-        line += [cell(found["bare"]), cell(found.get("stock")), *rest]
-        line.append(
-            ", ".join(f"{row['peak'][key]:.2f}" if key in each else "none" for key in ("ours", "stock", "bare"))
-        )
+                found["outside"] = (network + outside["ours"]) / (network + outside["stock"])
+                found["floor"] = (network + outside["k-diffusion"]) / (network + outside["stock"])
+            line += [listed(outside, ".2f", loops[:3]), cell(found.get("outside")), cell(found.get("floor"))]
+        line.append(listed(row["peak"], ".2f", loops))
         print("| " + " | ".join(line) + " |", flush=True)
         if not row["sampler"].endswith(STOCHASTIC):
             found["deterministic"] = found["bare"]
@@ -263,8 +314,7 @@ def grids(benches: list[Bench]) -> None:
             wall, output = script(name, "--model", "demo", "--device", "cpu", "--steps", steps, "--output", folder)
         drawn = re.findall(r"^(\w+) +(\d+) +([\d.]+)  \S+\.png", output, re.MULTILINE)
         evaluations, drawing = sum(int(one[1]) for one in drawn), sum(float(one[2]) for one in drawn)
-        bare = recorded(bench, lambda bench=bench: bench.call(bench.ours, 1))
-        network = least(lambda bare=bare: bare(8)) / 8 * evaluations
+        network = least(partial(bare(bench), 8)) / 8 * evaluations
         latents = bench.call(bench.ours, 1)
         if bench.name == "flux":
             latents = bench.ours._unpack_latents(latents, 128, 128, bench.ours.vae_scale_factor)
