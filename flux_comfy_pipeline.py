@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
 import math
 import numbers
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -28,6 +28,7 @@ from diffusers import FluxPipeline
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from diffusers.utils import torch_utils
 from diffusers.utils.torch_utils import randn_tensor
 from torch.overrides import TorchFunctionMode
 
@@ -114,7 +115,8 @@ class FluxComfyPipeline(FluxPipeline):
             ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
                 the latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables.
         """
-        size = self.vae.config.sample_size if self.vae is not None else 1024  # FLUX.1's is 1024, the parent's default
+        # FLUX.1's is 1024, which is the parent's default; the tiny autoencoders do not say
+        size = getattr(getattr(self.vae, "config", None), "sample_size", 1024)
         height, width = height or size, width or size
         rows, columns = (size // (2 * self.vae_scale_factor) for size in (height, width))
         if min(rows, columns) < 1:
@@ -253,7 +255,7 @@ class FluxComfyPipeline(FluxPipeline):
                     return self._pack_latents(draw(*(s / (1 + s) if ve else s for s in sigmas)), *shape)
 
                 sampler_kwargs.setdefault("noise_sampler", step_noise)
-            y = x * (sigmas[0].item() if ts[0] == 1 else 1 + sigmas[0].item()) if ve else x
+            y = x * (sigmas[0] / ts[0]).item() if ve else x
 
             def after_step(i, y, sigma, began, denoised) -> torch.Tensor:
                 x, t = to_flow(y, sigma)[0], to_flow(y, began)[1]
@@ -274,16 +276,16 @@ class FluxComfyPipeline(FluxPipeline):
                     sampler, sampler_kwargs, denoiser, y, sigmas, generator, after, bar.update, lambda: self.interrupt
                 )
             latents = to_flow(y, sigma)[0]
-            self._current_timestep = None
 
             # latents -> images
             image = latents
             if output_type != "latent":
                 latents = self._unpack_latents(latents, height, width, self.vae_scale_factor)
-                latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+                latents = for_module(latents, self.vae) / self.vae.config.scaling_factor + self.vae.config.shift_factor
                 image = self.vae.decode(latents, return_dict=False)[0]
                 image = self.image_processor.postprocess(image, output_type=output_type)
         finally:
+            self._current_timestep = None
             self.maybe_free_model_hooks()
         return FluxPipelineOutput(images=image) if return_dict else (image,)
 
@@ -358,8 +360,8 @@ def flow_levels(shift: float) -> TrainedLevels:
     def shifted(t: torch.Tensor) -> torch.Tensor:
         return shift / (shift + (1 / t - 1))
 
-    levels = shifted(torch.arange(1, 10001) / 10000)
-    return TrainedLevels(levels, shifted, levels[0].item(), levels[-1].item())
+    levels = shifted(torch.arange(1, 10001, device="cpu") / 10000)
+    return TrainedLevels(levels, lambda n: shifted(torch.linspace(levels[-1].item(), levels[0].item(), n)))
 
 
 def uses_ve(parameterization: str, sampler: Callable, sampler_kwargs: dict[str, Any], ts: torch.Tensor) -> bool:
@@ -368,11 +370,12 @@ def uses_ve(parameterization: str, sampler: Callable, sampler_kwargs: dict[str, 
         raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
     if parameterization != "auto":
         return parameterization == "ve"
-    if sampler_kwargs.get("s_churn"):
+    parameters = inspect.signature(sampler).parameters
+    if sampler_kwargs.get("s_churn", "s_churn" in parameters and parameters["s_churn"].default):
         return True
     if len(ts) == 2 and ts[1] == 0 and _is_k_diffusion(sampler):
         return False  # one step to zero is x0 either way, and this way it begins at t = 1
-    return "noise_sampler" in inspect.signature(sampler).parameters or _first_parameters(sampler) == BY_RANGE
+    return "noise_sampler" in parameters or _first_parameters(sampler) == BY_RANGE
 
 
 def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
@@ -382,8 +385,8 @@ def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
     """
     sigmas = ts / (1 - ts)
     if ts[0] > 0.9999:
-        second, third = sigmas[1], sigmas[2] if len(sigmas) > 2 else torch.tensor(0.0)
-        sigmas[0] = max(second * (second / third if third > 0 else 4.0), torch.tensor(15.0))
+        second, third = sigmas[1].item(), sigmas[2].item() if len(sigmas) > 2 else 0.0
+        sigmas[0] = max(second * (second / third if third > 0 else 4.0), 15.0)
     return sigmas
 
 
@@ -419,10 +422,6 @@ sampling, external = _k_diffusion("sampling", "external")
 
 BY_LEVELS = ("model", "x", "sigmas")
 BY_RANGE = ("model", "x", "sigma_min", "sigma_max")  # dpm_fast and dpm_adaptive place their own levels in log sigma
-COMFY_ALONE = re.compile(  # what ComfyUI names and k-diffusion has not
-    "(exp_)?heun_?(pp)?2.*|.*_cfg_pp|.*_sde_heun.*|ddpm|lcm|ipndm.*|deis|res_multistep.*|gradient_estimation|er_sde"
-    "|seeds_.|sa_solver.*|uni_pc.*"
-)
 GIVEN = {*BY_LEVELS, *BY_RANGE, "n", "extra_args", "callback", "disable"}
 
 
@@ -455,16 +454,14 @@ def find_sampler(sampler: str | Callable) -> Callable:
     """
     if isinstance(sampler, str):
         name = sampler.removeprefix("sample_")
-        if COMFY_ALONE.fullmatch(name):
-            raise ValueError(
-                f"`sampler`: {name} is ComfyUI's, not k-diffusion's. Its own function can be passed in its place,"
-                f" sampler=comfy.samplers.sampler_object({name!r}).sampler_function"
-            )
-        name = "euler" if name == "ddim" else re.sub("_sde_gpu$", "_sde", name)
+        name = "euler" if name == "ddim" else name.removesuffix("_gpu") if name.endswith("_sde_gpu") else name
         function = getattr(sampling, f"sample_{name}", None)
         if callable(function) and _first_parameters(function):
             return function
-        raise _unknown("sampler", sampler, sampler_names())
+        raise ValueError(
+            f"{_unknown('sampler', sampler, sampler_names())}. One that ComfyUI alone has can be passed as a function,"
+            f" sampler=comfy.samplers.sampler_object({name!r}).sampler_function"
+        )
     try:
         if _first_parameters(sampler) is None:
             inspect.signature(sampler).bind("model", "x", "sigmas")
@@ -477,13 +474,17 @@ def find_sampler(sampler: str | Callable) -> Callable:
 
 
 def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """A copy of the sampler's options. Raises a ValueError for one that it does not take, and lists those it takes."""
-    options, parameters = dict(sampler_kwargs or {}), inspect.signature(sampler).parameters.values()
-    known = [p.name for p in parameters if p.name not in GIVEN and p.kind is not p.POSITIONAL_ONLY]
-    unknown = ", ".join(name for name in options if name not in known)
+    """A copy of the sampler's options. Raises a ValueError, with those it takes, for another and for one it lacks."""
+    options, parameters = dict(sampler_kwargs or {}), list(inspect.signature(sampler).parameters.values())
+    named = [p for p in parameters[3:] if p.kind is p.POSITIONAL_OR_KEYWORD]  # after model, x, sigmas
+    named = [p for p in named + [p for p in parameters if p.kind is p.KEYWORD_ONLY] if p.name not in GIVEN]
+    known, name = ", ".join(p.name for p in named) or "none", getattr(sampler, "__name__", repr(sampler))
+    unknown = ", ".join(option for option in options if option not in [p.name for p in named])
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        name = getattr(sampler, "__name__", repr(sampler))
-        raise ValueError(f"`sampler_kwargs`: {name} takes no {unknown}; it takes {', '.join(known) or 'none'}")
+        raise ValueError(f"`sampler_kwargs`: {name} takes no {unknown}; it takes {known}")
+    missing = ", ".join(p.name for p in named if p.default is p.empty and p.name not in options)
+    if missing:
+        raise ValueError(f"`sampler_kwargs`: {name} needs {missing}; it takes {known}")
     return options
 
 
@@ -510,7 +511,7 @@ class _SamplerMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.randn_like:
-            return self.draw(args[0])
+            return self.draw(torch.empty_like(*args, **(kwargs or {})))
         if func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
             index = args[1] if isinstance(args[1], tuple) else ()
             if index and index[0] is ... and all(i is None for i in index[1:]):  # k-diffusion's append_dims
@@ -519,7 +520,7 @@ class _SamplerMode(TorchFunctionMode):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is not the sampler's: the network and the caller's functions."""
+        """For what is not the sampler's: the network, the callbacks and the noise that is drawn here."""
         self.__exit__(None, None, None)
         try:
             yield
@@ -531,8 +532,17 @@ class _Interrupted(Exception):
     """Carries the state and its sigma out of a sampler."""
 
 
+def _function(sampler: Callable) -> Callable:
+    """What a `functools.partial` calls, or the sampler itself."""
+    return sampler.func if isinstance(sampler, functools.partial) else sampler
+
+
 def _is_k_diffusion(sampler: Callable) -> bool:
-    return getattr(sampler, "__module__", None) == sampling.__name__
+    return getattr(_function(sampler), "__module__", None) == sampling.__name__
+
+
+def _name(sampler: Callable) -> str:
+    return getattr(_function(sampler), "__name__", "")
 
 
 def brownian_weights(sigma: float) -> dict[int, float]:
@@ -564,6 +574,12 @@ def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
     return noise.to(device)
 
 
+def for_module(x: torch.Tensor, module: Any) -> torch.Tensor:
+    """x in the module's dtype and on the device of its input: components may be placed on several by hand."""
+    device_of = getattr(torch_utils, "get_module_execution_device", lambda module: x.device)  # diffusers 0.42
+    return x.to(device_of(module), module.dtype)
+
+
 def white_noise(x: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
     """Standard normals of x's shape, dtype and device, drawn where the caller's generators are."""
     first = generator[0] if isinstance(generator, list) else generator
@@ -579,8 +595,8 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     generator = torch.Generator(device)
     nodes = [-1] * len(brownian_weights(1.0))  # whose normals are kept: one of each depth
     normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
-    motion = dict[float, torch.Tensor]()
 
+    @functools.lru_cache(2)  # a step begins where another ended
     def w(sigma: float) -> torch.Tensor:
         total = torch.zeros(x.shape, dtype=x.dtype, device=device)
         for i, (node, weight) in enumerate(brownian_weights(sigma).items()):
@@ -593,16 +609,14 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
         return total
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        nonlocal motion
-        begin, end = float(sigma), float(sigma_next)
-        motion = {level: motion[level] if level in motion else w(level) for level in (begin, end)}
-        return _sent((motion[end] - motion[begin]) / math.sqrt(abs(end - begin)), x.device)
+        before, after = w(float(sigma)), w(float(sigma_next))
+        return _sent((after - before) / math.sqrt(abs(float(sigma_next) - float(sigma))), x.device)
 
     return noise_sampler
 
 
 def _adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
-    """False if `s_churn` or `eta` is zero. k-diffusion's samplers draw noise then too, times zero."""
+    """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
     parameters = inspect.signature(sampler).parameters.items()
     amounts = [sampler_kwargs.get(name, p.default) for name, p in parameters if name in ("s_churn", "eta")]
     return any(amounts) or not _is_k_diffusion(sampler)
@@ -611,8 +625,11 @@ def _adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
 def _noise_sampler(
     sampler: Callable, x: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
 ) -> Callable:
-    """Step noise of unit variance and x's shape: Brownian for `*_sde`, with a seed for each image; white for others."""
-    if not (_is_k_diffusion(sampler) and sampler.__name__.endswith("_sde")):
+    """Step noise of unit variance and x's shape: Brownian for `*_sde`, with a seed for each image; white for others.
+
+    A `*_sde` of one's own gets it too: dpmpp_sde asks for intervals that overlap, for which white noise is wrong.
+    """
+    if not _name(sampler).endswith("_sde"):
         return lambda sigma, sigma_next: white_noise(x, generator)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
     seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
@@ -651,23 +668,28 @@ def _call(
 def _step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor, arguments: dict[str, Any]) -> dict[int, int]:
     """Which evaluation of the model begins which step: {evaluation: step}, found by a run on a one-element tensor.
 
-    A sampler of k-diffusion calls back after the first evaluation of a step. Empty for one whose steps depend on its
-    error, which can't be known beforehand, and for a callable that can't run on one element.
+    A sampler of k-diffusion calls back after the first evaluation of a step, with what it gave to the model. Empty for
+    one whose steps depend on its error, which can't be known beforehand, and for a callable that does otherwise or
+    can't run on one element.
     """
-    if "rtol" in inspect.signature(sampler).parameters:
+    parameters = inspect.signature(sampler).parameters
+    if "rtol" in parameters:
         return {}
-    evaluations, starts = 0, {}
+    inputs, starts = list[torch.Tensor](), dict[int, int]()
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        nonlocal evaluations
-        evaluations += 1
+        inputs.append(x)
         return torch.zeros_like(x)
 
     def callback(info: dict[str, Any]) -> None:
-        starts[evaluations - 1] = info["i"]
+        if info["x"] is not inputs[-1]:
+            raise ValueError("the step does not begin at the evaluation that was just made")
+        starts[len(inputs) - 1] = info["i"]
 
     x = torch.ones([1] * ndim, dtype=sigmas.dtype)
-    dry = {"callback": callback, "noise_sampler": lambda sigma, sigma_next: torch.zeros_like(x)}
+    dry: dict[str, Any] = {"callback": callback}
+    if "noise_sampler" in parameters:
+        dry["noise_sampler"] = lambda sigma, sigma_next: torch.zeros_like(x)
     try:
         with _SamplerMode(torch.zeros_like):
             _call(sampler, model, x, sigmas, {**arguments, **dry})
@@ -704,7 +726,7 @@ def run_sampler(
         The state at the end and its sigma, which is sigmas[-1] unless interrupted.
     """
     sampler = for_levels(sampler, sigmas)
-    evaluations, steps = 0, dict[int, tuple[torch.Tensor, torch.Tensor]]()
+    evaluations, ended = 0, None  # the step that waits for its end: its number, sigma and prediction
     arguments = {"disable": True, **sampler_kwargs}
     starts = _step_starts(sampler, x.ndim, sigmas, arguments) if after_step else {}
     noisy = _adds_noise(sampler, sampler_kwargs)
@@ -712,30 +734,33 @@ def run_sampler(
     def draw(like: torch.Tensor) -> torch.Tensor:
         return white_noise(like, generator) if noisy else like.new_zeros(())
 
-    churns = "s_churn" in inspect.signature(sampler).parameters
-    plain = _is_k_diffusion(sampler) and not churns and x.device.type == "cpu"  # makes neither of the mode's calls
+    parameters, given = inspect.signature(sampler).parameters, arguments.get("noise_sampler") is not None
+    # makes neither of the mode's calls
+    plain = _is_k_diffusion(sampler) and x.device.type == "cpu" and "s_churn" not in parameters and not given
     mode = _SamplerMode(draw)
     paused = contextlib.nullcontext if plain else mode.paused
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        nonlocal evaluations
-        step, evaluations = starts.get(evaluations, 0), evaluations + 1
+        nonlocal evaluations, ended
+        begins, evaluations = evaluations in starts, evaluations + 1
         with paused():
-            if after_step and step - 1 in steps:
-                # x is the sampler's own tensor; the caller gets another, to keep or to write on
-                x.copy_(after_step(step - 1, x.clone(), sigma[0], *steps.pop(step - 1)))
+            if after_step and begins and ended:
+                # the tensors are the sampler's own; the caller gets others, to keep or to write on
+                (i, *of_step), ended = ended, None
+                x.copy_(after_step(i, x.clone(), sigma[0], *of_step))
                 if interrupted():
                     raise _Interrupted(x, sigma[0].cpu())
             return denoiser(x, sigma)
 
     def callback(info: dict[str, Any]) -> None:
+        nonlocal ended
         on_step()
         i, x, sigma, denoised = (info[key] for key in ("i", "x", "sigma", "denoised"))
         if starts:
-            steps[i] = sigma, denoised
+            ended = i, sigma.clone(), denoised.clone()
         elif after_step:
             with paused():
-                changed = after_step(i, x.clone(), sigma, sigma, denoised)
+                changed = after_step(i, x.clone(), sigma, sigma.clone(), denoised.clone())
             if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
                 name = getattr(sampler, "__name__", sampler)
                 raise ValueError(f"a callback can't change the latents: {name} does not say where its steps begin")
@@ -747,7 +772,7 @@ def run_sampler(
             return noise(sigma, sigma_next)
 
     arguments["callback"] = callback
-    if "noise_sampler" not in arguments:
+    if "noise_sampler" in parameters and not given:
         noise = _noise_sampler(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
         arguments["noise_sampler"] = noise_sampler
     try:
@@ -755,9 +780,9 @@ def run_sampler(
             x = _call(sampler, model, x, sigmas, arguments)
     except _Interrupted as stopped:
         return stopped.args
-    if after_step and steps:
-        last = max(steps)
-        x = after_step(last, x, sigmas[-1], *steps[last])
+    if after_step and ended:
+        i, *of_step = ended
+        x = after_step(i, x, sigmas[-1], *of_step)
     return x, sigmas[-1]
 
 
@@ -778,25 +803,8 @@ class TrainedLevels(NamedTuple):
 
     sigmas: torch.Tensor
     """Rising."""
-    t_to_sigma: Callable[[torch.Tensor], torch.Tensor]
-    """Between the levels, from a t in t_min..t_max on the network's own scale."""
-    t_min: float
-    t_max: float
-
-
-def _evenly(n: int, trained: TrainedLevels) -> torch.Tensor:
-    return trained.t_to_sigma(torch.linspace(trained.t_max, trained.t_min, n))
-
-
-def _simple(n: int, trained: TrainedLevels) -> torch.Tensor:
-    """n of the table, at an even stride from the top."""
-    stride = len(trained.sigmas) / n
-    return trained.sigmas.flip(0)[[int(i * stride) for i in range(n)]]
-
-
-def _ddim_uniform(n: int, trained: TrainedLevels) -> torch.Tensor:
-    """At an even stride from the second lowest up. More than n levels where n does not divide the table."""
-    return trained.sigmas[1 :: max(len(trained.sigmas) // n, 1)].flip(0)
+    evenly: Callable[[int], torch.Tensor]
+    """`evenly(n)`: n levels from the highest to the lowest, even in the network's own time."""
 
 
 def _beta(n: int, trained: TrainedLevels) -> torch.Tensor:
@@ -825,10 +833,12 @@ def _kl_optimal(n: int, trained: TrainedLevels) -> torch.Tensor:
 # ComfyUI's noise levels by its names, falling, without the zero at their end. It takes karras and exponential from
 # k-diffusion, as is done here.
 COMFY_SCHEDULES: dict[str, Callable[[int, TrainedLevels], torch.Tensor]] = {
-    "simple": _simple,
-    "normal": _evenly,
-    "sgm_uniform": lambda n, trained: _evenly(n + 1, trained)[:-1],
-    "ddim_uniform": _ddim_uniform,
+    # n of the table, at an even stride from the top
+    "simple": lambda n, trained: trained.sigmas.flip(0)[[int(i * (len(trained.sigmas) / n)) for i in range(n)]],
+    "normal": lambda n, trained: trained.evenly(n),
+    "sgm_uniform": lambda n, trained: trained.evenly(n + 1)[:-1],
+    # at an even stride from the second lowest up; more than n where n does not divide the table
+    "ddim_uniform": lambda n, trained: trained.sigmas[1 :: max(len(trained.sigmas) // n, 1)].flip(0),
     "beta": _beta,
     "linear_quadratic": _linear_quadratic,
     "kl_optimal": _kl_optimal,
@@ -842,7 +852,8 @@ def trained_sigmas(schedule: str, n: int, trained: TrainedLevels) -> torch.Tenso
     They equal ComfyUI's to its float32. `beta` and `ddim_uniform` may have a few less or more than n steps, as there.
     """
     if schedule in COMFY_SCHEDULES:
-        return sampling.append_zero(COMFY_SCHEDULES[schedule](n, trained).unique_consecutive())
+        with torch.device("cpu"):  # whatever the default device
+            return sampling.append_zero(COMFY_SCHEDULES[schedule](n, trained).unique_consecutive())
     return named_sigmas(schedule, n, trained.sigmas[0].item(), trained.sigmas[-1].item())
 
 
@@ -939,8 +950,7 @@ def comfy_noise_sampler(
 
     The tree draws on the CPU, or, as in ComfyUI for the names that end in `_gpu`, on x's device.
     """
-    name = getattr(sampler, "__name__", "")
-    if name.startswith("sample_dpmpp") and name.endswith("_sde"):
+    if _name(sampler).startswith("sample_dpmpp") and _name(sampler).endswith("_sde"):
         ends = sigmas[sigmas > 0].min().float(), sigmas.max().float()
         tree = sampling.BrownianTreeNoiseSampler((x if on_device else x.cpu()).float(), *ends, seed)
         # torchsde rounds the ends to 1e-6 and warns of a time beyond them, which it takes for the end

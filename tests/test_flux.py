@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from conftest import PROMPT, relative, seeded
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from flux_comfy_pipeline import FluxComfyPipeline, find_sampler, sampler_names, uses_ve, ve_sigmas
 
@@ -96,6 +97,43 @@ def test_which_parameterization():
     assert uses_ve("auto", find_sampler("euler"), {"s_churn": 1.0}, ts)
     assert not uses_ve("flow", find_sampler("dpmpp_sde"), {}, ts)
     assert uses_ve("ve", find_sampler("euler"), {}, ts)
+    churning = functools.partial(find_sampler("euler"), s_churn=1.0)
+    assert uses_ve("auto", churning, {}, ts) and not uses_ve("auto", churning, {"s_churn": 0.0}, ts)
+
+
+@pytest.mark.parametrize("first", [1.0, 0.999999, 0.99])
+def test_ve_gives_the_network_noise_of_its_level(flux, first):
+    """From t near 1, where its first sigma is another than t's, too: x = t noise while there is no picture in it."""
+    seen = []
+
+    def look(module, args, kwargs):
+        seen.append((kwargs["timestep"][0].item(), kwargs["hidden_states"].std().item()))
+
+    hook = flux.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    call = {"sigmas": [first, 0.7, 0.4], "parameterization": "ve", "output_type": "latent"}
+    noise = torch.randn(1, 64, 64, generator=seeded())
+    flux(PROMPT, latents=noise * flux.noise_levels(64, 3, call["sigmas"])[0].float(), **call, **SIZE)
+    hook.remove()
+    t, std = seen[0]
+    assert std / noise.std().item() == pytest.approx(t, rel=1e-5)
+
+
+def test_tiny_autoencoder(flux):
+    """It has no size of its own: given ones are taken, FLUX.1's 1024 stands in otherwise."""
+    tiny = AutoencoderTiny(latent_channels=16, encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    pipe = FluxComfyPipeline(**{**flux.components, "vae": tiny})
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(PROMPT, num_inference_steps=1, output_type="np", **SIZE).images
+    assert image.shape == (1, 128, 128, 3)
+
+
+def test_no_timestep_is_left_after_an_error(flux):
+    def broken(*args):
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        flux(PROMPT, num_inference_steps=2, callback_on_step_end=broken, **SIZE)
+    assert flux.current_timestep is None
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.158])

@@ -16,6 +16,7 @@ from diffusers.hooks import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
+from diffusers.utils import torch_utils
 
 from flux_comfy_pipeline import FluxComfyPipeline
 from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
@@ -77,6 +78,18 @@ def test_offload_from_cuda(name, mode):
     with pytest.raises(ZeroDivisionError):
         draw(pipe, name, callback_on_step_end=fail)
     assert relative(draw(pipe, name).cpu(), expected) < 1e-3
+
+
+@FAMILIES
+@pytest.mark.skipif(not hasattr(torch_utils, "get_module_execution_device"), reason="diffusers before 0.42")
+def test_vae_on_another_device(name, request):
+    """Placed there by hand. The meta device is another one that every machine has."""
+    pipe = request.getfixturevalue(name)
+    pipe = type(pipe)(**{**pipe.components, "vae": copy.deepcopy(pipe.vae).to("meta")})
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 1, "output_type": "pt", "height": 64, "width": 64}
+    assert pipe(PROMPT, **call).images.device.type == "meta"
+    assert parent_of(pipe, name)(PROMPT, **call).images.device.type == "meta"
 
 
 @FAMILIES

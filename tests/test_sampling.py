@@ -12,7 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flux_comfy_pipeline
 import sdxl_comfy_pipeline as pipeline_file
-from sdxl_comfy_pipeline import find_sampler, named_sigmas, run_sampler, sampler_names, sampling
+from sdxl_comfy_pipeline import (
+    check_sampler_kwargs,
+    find_sampler,
+    named_sigmas,
+    run_sampler,
+    sampler_names,
+    sampling,
+)
 
 THIRTEEN = [
     "euler",
@@ -62,6 +69,73 @@ def test_callable_is_called_as_a_sampler():
     partial = functools.partial(sampling.sample_dpmpp_2m)
     ours = run_sampler(find_sampler(partial), {}, gaussian, x, SIGMAS)[0]
     assert ours.equal(run_sampler(sampling.sample_dpmpp_2m, {}, gaussian, x, SIGMAS)[0])
+
+
+@pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "euler_ancestral"])
+def test_bound_and_wrapped_samplers_draw_as_by_name(name):
+    """A Brownian path for `*_sde`, whoever wrote it: dpmpp_sde asks for intervals that overlap.
+
+    With white noise the samples of N(0, 1) that dpmpp_sde ends with have a standard deviation of 0.95 after 60 steps.
+    """
+    function, x = find_sampler(name), noise()
+
+    def run(sampler, **options):
+        return run_sampler(find_sampler(sampler), options, gaussian, x, SIGMAS, torch.Generator().manual_seed(0))[0]
+
+    def copied(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, noise_sampler=None):
+        return function(model, x, sigmas, callback=callback, disable=disable, eta=eta, noise_sampler=noise_sampler)
+
+    copied.__name__ = function.__name__
+    assert run(functools.partial(function, eta=0.7)).equal(run(name, eta=0.7))
+    assert run(copied, eta=0.7).equal(run(name, eta=0.7))
+
+
+@pytest.mark.parametrize("name, options", [("euler", {"s_churn": 1.0}), ("euler_ancestral", {"eta": 0.5})])
+def test_a_callable_that_passes_its_options_on(name, options):
+    """It names no `noise_sampler`, so it gets none; the noise is drawn from the caller's generator all the same."""
+
+    def passing_on(model, x, sigmas, **options):
+        return find_sampler(name)(model, x, sigmas, **options)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
+        return run_sampler(passing_on, options, gaussian, noise(), SIGMAS, generator, lambda i, x, *_: x * 1.01)
+
+    assert run(0)[0].equal(run(1)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"noise_sampler": None}, {"noise_sampler": lambda sigma, sigma_next: torch.randn_like(noise())}],
+    ids=["none", "own"],
+)
+def test_a_noise_sampler_of_ones_own_draws_from_the_generator(options):
+    def run(seed):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
+        return run_sampler(sampling.sample_dpmpp_2m_sde, options, gaussian, noise(), SIGMAS, generator)[0]
+
+    assert run(0).equal(run(1))
+
+
+def test_randn_like_keeps_its_arguments():
+    def drawing(model, x, sigmas):
+        assert torch.randn_like(x, dtype=torch.float64).dtype == torch.float64
+        return torch.randn_like(input=x)
+
+    assert run_sampler(drawing, {}, gaussian, noise(), SIGMAS)[0].shape == noise().shape
+
+
+def test_an_option_that_a_callable_needs():
+    def needy(model, x, sigmas, order, *, extra_args=None, callback=None, disable=None, power):
+        return x
+
+    assert check_sampler_kwargs(find_sampler(needy), {"order": 2, "power": 1}) == {"order": 2, "power": 1}
+    with pytest.raises(ValueError, match="`sampler_kwargs`: needy needs order; it takes order, power"):
+        check_sampler_kwargs(needy, {"power": 1})
+    with pytest.raises(ValueError, match="needy takes no x; it takes order, power"):
+        check_sampler_kwargs(needy, {"order": 2, "power": 1, "x": 3})
 
 
 def test_callable_indexes_a_sigma():
@@ -267,6 +341,45 @@ def test_changed_latents_take_effect(name):
 def test_changed_latents_are_refused_where_steps_are_not_known():
     with pytest.raises(ValueError, match="sample_dpm_adaptive does not say"):
         run_sampler(sampling.sample_dpm_adaptive, {}, gaussian, noise(), SIGMAS, None, lambda i, x, *_: x * 2)
+
+
+def before_its_evaluation(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    for i in range(len(sigmas) - 1):
+        callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x})
+        denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]))
+        x = denoised + sigmas[i + 1] / sigmas[i] * (x - denoised)
+    return x
+
+
+def on_another_tensor(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    for i in range(len(sigmas) - 1):
+        denoised = model(x * 1.0, sigmas[i] * x.new_ones([x.shape[0]]))
+        callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        x = denoised + sigmas[i + 1] / sigmas[i] * (x - denoised)
+    return x
+
+
+@pytest.mark.parametrize("sampler", [before_its_evaluation, on_another_tensor])
+def test_changed_latents_are_refused_where_they_would_be_lost(sampler):
+    """Its steps don't begin at the evaluation before the callback, or not with the tensor that it hands over."""
+    with pytest.raises(ValueError, match=f"{sampler.__name__} does not say"):
+        run_sampler(sampler, {}, gaussian, noise(), SIGMAS, None, lambda i, x, *_: x * 2)
+
+
+@pytest.mark.parametrize("name", THIRTEEN)
+def test_a_callback_may_write_on_what_it_gets(name):
+    """`denoised` and `sigma` are the caller's own: multistep samplers go on from theirs."""
+
+    def run(after_step):
+        generator = torch.Generator().manual_seed(0)
+        return run_sampler(find_sampler(name), {}, gaussian, noise(), SIGMAS, generator, after_step)[0]
+
+    def write(i, x, sigma, began, denoised):
+        denoised.zero_()
+        began.mul_(1.5)
+        return x
+
+    assert run(write).equal(run(None))
 
 
 @pytest.mark.parametrize("name", THIRTEEN)

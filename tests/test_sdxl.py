@@ -109,6 +109,17 @@ def test_euler_is_the_stock_pipeline_with_other_schedulers(sdxl64, options):
     assert relative(child(PROMPT, generator=seeded(), **call).images, expected) < 5 * EXACT
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("call", [{"sigmas": [0.9, 0.5, 0.2, 0.0]}, {"timesteps": [300, 200, 100]}], ids=str)
+def test_start_below_one_is_the_stock_pipelines(sdxl64, spacing, call):
+    """These schedulers start from the level itself, which must not be taken for the 1 of those that keep alpha x."""
+    child, parent = sdxl64
+    scheduler = EulerDiscreteScheduler.from_config(parent.scheduler.config, timestep_spacing=spacing)
+    child, parent = (quiet(with_scheduler(pipe, scheduler)) for pipe in (child, parent))
+    expected = parent(PROMPT, generator=seeded(), output_type="latent", **call).images
+    assert relative(child(PROMPT, generator=seeded(), output_type="latent", **call).images, expected) < 5 * EXACT
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, LCMScheduler],
