@@ -47,7 +47,7 @@ class Cause:
 
     Args:
         kind: "initial scale", "initial noise", "noise levels", "timestep", "prediction", "step noise", "last step",
-            "update", or "rounding" of the latents.
+            "update", "rounding" of the latents, or "not finite".
         step: from 1; 0 for the initial latents.
         level: that the step begins at.
         what: in words.
@@ -115,7 +115,7 @@ class Result:
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """||ours - theirs|| / ||theirs||."""
+    """||ours - theirs|| / ||theirs||. NaN where one of them is not finite."""
     difference = (ours.double() - theirs.double()).norm()
     return (difference / theirs.double().norm().clamp(min=1e-30)).item()
 
@@ -181,15 +181,15 @@ class Pair:
         result = Result(
             self.ours.text, self.theirs.text, len(b.starts), self.tolerance, 0, [], 0, None, None, [], None, []
         )
-        result.notes = [*b.notes, *a.notes]
+        result.notes = list(dict.fromkeys([*b.notes, *a.notes]))
         result.initial = relative(a.state(0), b.state(0))
         result.final = relative(a.final, b.final)
         if len(a.levels) != len(b.levels):
-            levels = f"{len(a.starts)} steps against {len(b.starts)}"
-            result.cause = Cause("noise levels", 0, b.levels[0], f"the sides take other steps: {levels}")
+            what = f"ours takes {len(a.starts)} steps, theirs {len(b.starts)}"
+            result.cause = Cause("noise levels", 0, b.levels[0], what)
             return result
         past, first = self.tolerance, math.inf
-        if result.initial > past:
+        if not result.initial <= past:
             result.cause = self._initial(a, b)
         for i in range(len(b.starts)):
             ours, theirs = a.step_evaluations(i), b.step_evaluations(i)
@@ -198,8 +198,12 @@ class Pair:
             differences = differences if alike else differences[:1]
             latents = relative(a.state(i + 1), b.state(i + 1))
             timesteps = ([e.timestep for e in ours], [e.timestep for e in theirs])
-            result.rows.append(Row(i + 1, b.levels[i], timesteps, latents, max(differences)))
+            lost = any(map(math.isnan, differences))
+            result.rows.append(Row(i + 1, b.levels[i], timesteps, latents, math.nan if lost else max(differences)))
             if result.cause is not None:
+                continue
+            if lost or math.isnan(latents):
+                result.cause = self._not_finite(i, a, b)
                 continue
             for j, (one, other) in enumerate(zip(ours, theirs)):
                 apart = relative(one.x, other.x) if j and alike else 0.0
@@ -262,10 +266,28 @@ class Pair:
 
     # --- what differs ---
 
+    def _not_finite(self, i: int, a: Trajectory, b: Trajectory) -> Cause:
+        """Whose latents or predictions are NaN or infinite in step i; i = -1 for the initial latents."""
+
+        def finite(side: Trajectory) -> bool:
+            tensors = [e.denoised for e in side.step_evaluations(i)] if i >= 0 else []
+            return all(tensor.isfinite().all() for tensor in [*tensors, side.state(i + 1)])
+
+        who = " and ".join(name for name, side in (("ours", a), ("theirs", b)) if not finite(side))
+        return Cause("not finite", i + 1, b.levels[max(i, 0)], f"NaN or infinite numbers in {who}")
+
     def _initial(self, a: Trajectory, b: Trajectory) -> Cause:
         x, y = a.state(0), b.state(0)
+        if not (x.isfinite().all() and y.isfinite().all()):
+            return self._not_finite(-1, a, b)
         factor = ((x * y).sum() / (x * x).sum()).item()
         level = b.levels[0]
+        first = a.evaluations[0].level
+        if abs(first / b.evaluations[0].level - 1) > 1e-5:
+            name = "t" if self.session.flux else "sigma"
+            what = f"ours begins at {name} {first:.6g}, theirs at {b.evaluations[0].level:.6g}"
+            churned = self.ours.options.get("s_churn") or self.theirs.options.get("s_churn")
+            return Cause("noise levels", 0, level, what + (": s_churn adds noise first" if churned else ""))
         if relative(x * factor, y) < 1e-5:
             return Cause("initial scale", 0, level, f"theirs begins with {factor:.6g} times our initial latents")
         return Cause("initial noise", 0, level, "the initial latents are not multiples of each other")
@@ -307,6 +329,9 @@ class Pair:
         if last and b.levels[-1] == level:
             what = f"its list repeats the last {name}, so that theirs stays at {level:.4g} where ours goes to 0"
             return Cause(kind, i + 1, level, what)
+        if not inner and abs(a.levels[i + 1] - b.levels[i + 1]) > 1e-5 * level:
+            what = f"ours goes to {name} {a.levels[i + 1]:.6g}, theirs to {b.levels[i + 1]:.6g}"
+            return Cause("noise levels", i + 1, level, what)
         if dtype := b.rounded.get(after):
             if gap < 2 * {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}[dtype]:
                 return Cause("rounding", i + 1, level, f"theirs rounds its latents to {dtype}")
@@ -395,16 +420,17 @@ class Pair:
         self, i: int, a: Trajectory, b: Trajectory, setup: Ours, target: torch.Tensor, mine: torch.Tensor
     ) -> str | None:
         """What is wrong with the step noise, if the difference looks like noise."""
-        draws = [
-            draw for j in range(a.starts[i], len(a.evaluations)) if j < self._end(a, i) for draw in a.noise.get(j, [])
-        ]
+        evaluations = range(a.starts[i], a.starts[i] + len(a.step_evaluations(i)))
+        draws = [draw for j in evaluations for draw in a.noise.get(j, [])]
+        if not a.noise and i in {self._step_of(b, j) for j in b.noise}:
+            return "theirs adds step noise, ours none"
         rest = (target - mine).double().flatten()
         for draw in draws:
             draw = draw.double().flatten()
             factor = (rest @ draw) / (draw @ draw)
             if (rest - factor * draw).norm() < 1e-3 * rest.norm():
                 silent = {j: [torch.zeros_like(d) for d in many] for j, many in a.noise.items() if j >= a.starts[i]}
-                noise = {**{j: many for j, many in a.noise.items()}, **silent}
+                noise = {**a.noise, **silent}
                 quiet = self.session.replay(
                     self.ours, replace(setup, noise=noise, noise_sampler=None), [e.denoised for e in b.evaluations]
                 ).state(i + 1)
@@ -427,9 +453,6 @@ class Pair:
             if rest.numel() > 100 and abs(kurtosis - 3) < 0.5 and -0.9 < along < -0.5:
                 return "theirs adds other step noise than the generator gave"
         return None
-
-    def _end(self, a: Trajectory, i: int) -> int:
-        return a.starts[i + 1] if i + 1 < len(a.starts) else len(a.evaluations)
 
     def _step_of(self, b: Trajectory, evaluation: int) -> int:
         return sum(start <= evaluation for start in b.starts) - 1
@@ -573,7 +596,7 @@ def compare_sides(session: Session, ours: Side, theirs: Side, tolerance: float, 
     if session.options.switches:
         result.switches = pair.try_switches(result, a, b)
     if result.cause is not None and truths is not None:
-        result.truth = solve(session, ours, setup, a, b, truths)
+        result.truth = solve(session, (ours, theirs), setup, a, b, truths)
     result.verdict = verdict(result, session)
     return result, a, b
 

@@ -409,7 +409,7 @@ class Session:
             record.draws = 0
             return denoised
 
-        silent = side.options.get("eta") == 0  # some samplers draw all the same, and add it zero times
+        silent = side.eta == 0  # some samplers draw all the same, and add it zero times
 
         def noise_sampler(sigma, sigma_next) -> torch.Tensor:
             if silent:
@@ -433,9 +433,14 @@ class Session:
             if callback is not None:
                 callback(info)
 
-        arguments = {"disable": True, **side.options, "callback": called_back, "noise_sampler": noise_sampler}
+        arguments = {"disable": True, **side.options, "callback": called_back}
+        if "noise_sampler" in inspect.signature(side.target).parameters:
+            arguments["noise_sampler"] = noise_sampler
         denoiser = ComfyDenoiser(recorded, ModelSampling(self.trained(), self.flux and not ve))
-        record.final = self.module._call(self.module.for_levels(side.target, sigmas), denoiser, x, sigmas, arguments)
+        final = self.module._call(self.module.for_levels(side.target, sigmas), denoiser, x, sigmas, arguments)
+        if not isinstance(final, torch.Tensor) or final.shape != x.shape:
+            raise TypeError(f"{side.text} has to return latents of shape {tuple(x.shape)}, but returned {type(final)}")
+        record.final = final
         return record.final
 
     # --- pictures ---
@@ -470,15 +475,20 @@ class Record:
         for (x, sigma, denoised), timestep in zip(self.calls, timesteps):
             x, level = (x / (1 + sigma), sigma / (1 + sigma)) if ve else (x, sigma)
             evaluations.append(Evaluation(level, timestep, x, denoised))
-        starts = self.starts if len(self.starts) == len(levels) - 1 else []
-        starts = starts or list(range(len(evaluations)))
+        notes = []
+        told = len(self.starts) == len(levels) - 1
+        starts = self.starts if told else list(range(len(evaluations)))
         step_levels = [evaluations[i].level for i in starts] + [levels[-1].item()]
-        if len(step_levels) == len(levels):
+        # a sampler that says where its steps begin takes them over the levels; another may have placed its own
+        if told or (len(step_levels) == len(levels) and np.allclose(step_levels, levels, rtol=1e-4)):
             step_levels = levels.tolist()
+        else:
+            notes.append(
+                "the k-diffusion sampler does not step over the levels given; each evaluation counts as a step"
+            )
         final = self.final
         if ve and levels[-1] > 0:
             final = final * (1 - levels[-1].item())
-        notes = []
         if self.unmatched:
             count = len(set(self.unmatched))
             notes.append(f"the k-diffusion sampler adds noise in {count} steps where the other side drew none")

@@ -56,17 +56,21 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
         state=state,
         verdict=escape(result.verdict[0].upper() + result.verdict[1:]),
         figures=figures,
-        last=len(result.rows),
-        first=first,
-        ours=escape(result.ours),
-        theirs=escape(result.theirs),
-        curve=_curve(result),
-        rows=_rows(result),
+        steps=_STEPS.format(
+            last=len(result.rows),
+            first=first,
+            ours=escape(result.ours),
+            theirs=escape(result.theirs),
+            curve=_curve(result),
+            rows=_rows(result),
+            level="t" if session.flux else "sigma",
+            data=data,
+            script=_SCRIPT,
+        )
+        if result.rows
+        else "",
         switches=_switches(result),
         notes=f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
-        level="t" if session.flux else "sigma",
-        data=data,
-        script=_SCRIPT,
     )
 
 
@@ -98,8 +102,8 @@ def _curve(result: Result) -> str:
         return LEFT + (step - 1) / max(count - 1, 1) * (WIDTH - LEFT - RIGHT)
 
     def y(value: float) -> float:
-        log = math.log10(value) if value > 0 else low
-        log = min(max(log, low), high) if not math.isnan(log) else high
+        log = math.log10(value) if value > 0 else high if math.isnan(value) else low
+        log = min(max(log, low), high)
         return TOP + (high - log) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Relative difference over the steps">']
@@ -234,7 +238,15 @@ _PAGE = """<!DOCTYPE html>
 <p class="verdict {state}">{verdict}</p>
 <h2>The pictures</h2>
 <div class="pictures">{figures}</div>
-<h2><label for="step">What each step predicts</label></h2>
+{steps}
+{switches}
+{notes}
+</body>
+</html>
+"""
+
+# what there is to say of each step, where both sides take the same number of them
+_STEPS = """<h2><label for="step">What each step predicts</label></h2>
 <input id="step" type="range" min="1" max="{last}" value="{first}" autofocus>
 <output id="label" for="step"></output>
 <div class="pair">
@@ -249,10 +261,6 @@ _PAGE = """<!DOCTYPE html>
 <th>latents</th><th>denoised</th></tr></thead>
 <tbody>{rows}</tbody>
 </table></div>
-{switches}
-{notes}
 <script type="application/json" id="data">{data}</script>
 <script>{script}</script>
-</body>
-</html>
 """

@@ -32,6 +32,12 @@ class Side:
     def is_scheduler(self) -> bool:
         return inspect.isclass(self.target)
 
+    @property
+    def eta(self) -> float | None:
+        """How much step noise a sampler adds, 0 to 1; None for one without the option."""
+        parameter = inspect.signature(self.target).parameters.get("eta")
+        return self.options.get("eta", None if parameter is None else parameter.default)
+
 
 def find_side(text: str, module: ModuleType, flag: str) -> Side:
     """`NAME` or `NAME(option=value, ...)`.
@@ -45,7 +51,7 @@ def find_side(text: str, module: ModuleType, flag: str) -> Side:
     """
     name, options = _parse(text, flag)
     if ":" in name:
-        target = _load(name, flag)
+        target = _load(name, module, flag)
     elif name.removeprefix("sample_") in module.sampler_names():
         target = module.find_sampler(name)
     else:
@@ -53,7 +59,10 @@ def find_side(text: str, module: ModuleType, flag: str) -> Side:
 
         target = getattr(diffusers, name, None) if name.isidentifier() else None
         if not _is_scheduler(target):
-            known = [*module.sampler_names(), *(n for n in dir(diffusers) if n.endswith("Scheduler"))]
+            schedulers = (n for n in dir(diffusers) if n.endswith("Scheduler"))
+            known = [*module.sampler_names(), *(n for n in schedulers if _is_scheduler(getattr(diffusers, n, None)))]
+            if name.endswith(".py"):
+                raise Refused(f"{flag}: which function of {name}? name it as {name}:NAME")
             raise Refused(str(module._unknown(flag, name, known)).replace("`", ""))
     if inspect.isclass(target):
         if not _is_scheduler(target):
@@ -86,11 +95,15 @@ def _parse(text: str, flag: str) -> tuple[str, dict[str, Any]]:
         raise Refused(f"{flag}: expected NAME or NAME(option=value, ...), but got {text!r}") from None
 
 
-def _load(name: str, flag: str) -> Any:
+def _load(name: str, module: ModuleType, flag: str) -> Any:
     """The object of `path/to/file.py:name` or `package.module:name`."""
     source, _, attribute = name.rpartition(":")
+    sampling = module.sampling  # k-diffusion's can't be imported as its package's
     try:
-        loaded = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        if source == sampling.__name__ or Path(source).resolve() == Path(sampling.__file__).resolve():
+            loaded = sampling
+        else:
+            loaded = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except FileNotFoundError:
         raise Refused(f"{flag}: there is no file {source}") from None
     except Exception as error:
@@ -109,7 +122,7 @@ def _load_file(path: Path) -> ModuleType:
     `comfy.k_diffusion.sampling` below the folder that holds `comfy`.
     """
     path = path.resolve(strict=True)
-    imports = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    imports = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     absolute = {alias.name.split(".")[0] for node in imports if isinstance(node, ast.Import) for alias in node.names}
     froms = [node for node in imports if isinstance(node, ast.ImportFrom)]
     absolute |= {node.module.split(".")[0] for node in froms if node.module and not node.level}

@@ -116,7 +116,9 @@ class Path:
         return {i: [(self.w[i + 1] - self.w[i]) / width] for i, width in enumerate(widths)}
 
 
-def solve(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory, known: dict[Any, Any]) -> Truth:
+def solve(
+    session: Session, sides: tuple[Side, Side], setup: Ours, a: Trajectory, b: Trajectory, known: dict[Any, Any]
+) -> Truth:
     """The distances of both sides from the truth of our side's levels, initial latents and step noise.
 
     Args:
@@ -125,10 +127,10 @@ def solve(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajector
     if not torch.isfinite(b.final).all() or not torch.isfinite(a.final).all():
         return Truth("not defined, a side is not finite")
     gap = abs((a.final - b.final).norm() / b.final.norm()).item()
-    if side.options.get("s_churn") or side.options.get("s_noise", 1.0) != 1.0:
+    if any(side.options.get("s_churn") or side.options.get("s_noise", 1.0) != 1.0 for side in sides):
         return Truth("not defined for s_churn, and for s_noise other than 1")
     if a.noise or b.noise:
-        return _sde(session, side, setup, a, b, gap)
+        return _sde(session, sides[0], setup, a, b, gap)
     key = (session.family.name, tuple(setup.levels.tolist()), setup.start.flatten()[0].item())
     fine = Side("sample_rk4", sample_rk4, {})
     for pieces in ODE_SPLITS:
@@ -153,8 +155,10 @@ def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory
         return Truth("not computed for SDEs on FLUX, whose first sigma depends on the steps")
     if getattr(side.target, "__module__", "") != session.module.sampling.__name__:
         return Truth(f"not defined, {name} is not one of k-diffusion's SDE samplers")
-    eta = float(side.options.get("eta", 1.0))
-    eta = eta if name in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde") else eta**2  # ancestral steps: sigma_up ~ eta
+    if side.eta is None:
+        return Truth(f"not defined, {name} adds no step noise and theirs does")
+    # of ancestral steps, sigma_up ~ eta
+    eta = side.eta if name in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde") else side.eta**2
     fine = Side("dpmpp_2m_sde", session.module.find_sampler("dpmpp_2m_sde"), {"eta": eta, "solver_type": "heun"})
     positive = setup.levels[setup.levels > 0]
     path = None

@@ -19,6 +19,7 @@ import flux_comfy_pipeline
 import sdxl_comfy_pipeline
 from gallery.compare import compare_sides, run
 from gallery.follow import Session
+from gallery.grid import Refused
 from gallery.options import parse_compare
 from gallery.sides import find_side
 from gallery.truth import Path as BrownianPath
@@ -203,6 +204,83 @@ def test_two_samplers_of_k_diffusion(sdxl_pair):
     assert result.cause.kind == "step noise" and "adds no step noise" in result.cause.what
 
 
+BROKEN = """
+def sample_nan(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]))
+        callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
+        x = x * float("nan") if i == 1 else x
+    return x
+
+def sample_none(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    pass
+"""
+
+
+def test_a_side_that_is_not_finite_is_never_identical(sdxl_pair, tmp_path):
+    from gallery.report import TOP, report
+
+    (tmp_path / "broken.py").write_text(BROKEN)
+    result = sdxl_pair("euler", f"{tmp_path}/broken.py:sample_nan", truth=True)
+    assert (result.cause.kind, result.cause.step) == ("not finite", 2) and "in theirs" in result.verdict
+    assert result.largest == math.inf and "a side is not finite" in result.verdict
+    sides = (
+        find_side("euler", sdxl_comfy_pipeline, ""),
+        find_side(f"{tmp_path}/broken.py:sample_nan", sdxl_pair.module, ""),
+    )
+    with torch.no_grad():
+        page = report(sdxl_pair.session, *compare_sides(sdxl_pair.session, *sides, TOLERANCE))
+    curve = page[page.index('<polyline class="latents"') :].split('"')[3].split()
+    assert [float(point.split(",")[1]) == TOP for point in curve[:3]] == [False, True, True]  # at the top, not the best
+
+
+def test_k_diffusions_own_file_can_be_named(sdxl_pair):
+    """As module and as file, though neither can be imported by itself."""
+    sampling = sdxl_pair.module.sampling
+    for source in (sampling.__name__, sampling.__file__):
+        assert find_side(f"{source}:sample_heun", sdxl_pair.module, "--against").target is sampling.sample_heun
+
+
+def test_what_a_function_returns_is_checked(sdxl_pair, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    with pytest.raises(Refused, match="has to return latents of shape"):
+        sdxl_pair("euler", f"{tmp_path}/broken.py:sample_none")
+
+
+def test_samplers_that_place_their_own_levels_are_told_so(sdxl_pair):
+    """Their levels are those of their evaluations, and without eta they add no noise: the truth is the ODE's."""
+    result = sdxl_pair("dpm_fast", "DPMSolverMultistepScheduler", truth=True)
+    assert result.cause.kind == "noise levels" and result.cause.what.startswith("ours goes to sigma")
+    assert result.truth.equation == "ODE" and "does not step over the levels given" in result.notes[0]
+    result = sdxl_pair("dpm_adaptive", "EulerDiscreteScheduler")
+    assert (result.cause.kind, result.cause.step, result.rows) == ("noise levels", 0, [])
+    assert result.cause.what.startswith("ours takes ") and result.cause.what.endswith(" steps, theirs 6")
+
+
+NOISE = [
+    ("euler(s_churn=1)", "EulerDiscreteScheduler", "noise levels", "s_churn adds noise first"),
+    ("euler", "euler(s_churn=1)", "noise levels", "s_churn adds noise first"),
+    ("euler", "EulerAncestralDiscreteScheduler", "step noise", "theirs adds step noise, ours none"),
+    ("dpmpp_2m", "dpmpp_2m_sde", "step noise", "theirs adds step noise, ours none"),
+    ("dpmpp_2m_sde", "dpmpp_2m", "step noise", "theirs adds no step noise"),
+]
+
+
+@pytest.mark.parametrize("ours, theirs, kind, words", NOISE)
+def test_noise_of_one_side_is_named(sdxl_pair, ours, theirs, kind, words):
+    result = sdxl_pair(ours, theirs, truth=True)
+    assert result.cause.kind == kind and result.cause.what.endswith(words), result.verdict
+    if "s_churn" in words:
+        assert result.truth.equation.startswith("not defined for s_churn")
+
+
+def test_where_flux_begins_is_told(flux_pair):
+    """In "ve" at the t of a finite sigma, where the scheduler begins at 1."""
+    result = flux_pair("euler", "FlowMatchEulerDiscreteScheduler", parameterization="ve")
+    assert result.cause.kind == "noise levels" and result.cause.what.endswith("theirs at 1"), result.verdict
+
+
 def test_functions_of_a_file(sdxl_pair, flux_pair):
     """They find ComfyUI's look-ups, are the same as what they repeat, and part where they don't."""
     for pair in (sdxl_pair, flux_pair):
@@ -322,6 +400,8 @@ BAD = [
     (["--against", f"{COMFY}:sample_none"], "it has sample_euler"),
     (["--against", f"{COMFY}:_step_noise"], "signature"),
     (["--against", "no.such.module:f"], "can't be imported"),
+    (["--against", COMFY], f"which function of {COMFY}?"),
+    (["--against", "ScoreSdeVeScheduler"], "there is no 'ScoreSdeVeScheduler'; did you mean LMS"),
     (["--against", "euler", "--schedule", "karas"], "did you mean karras"),
     (["--against", "euler", "--model", "nowhere.safetensors"], "there is no file"),
     (["--against", "euler", "--html", "/nowhere/report.html"], "there is no folder /nowhere"),
@@ -439,6 +519,15 @@ def test_report_in_a_browser(browser, capsys, tmp_path):
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     assert [url for url in sent if not url.startswith(("data:", "chrome:"))] == [path.as_uri()]
+
+
+def test_report_without_rows_is_written(capsys, tmp_path):
+    """dpm_adaptive takes steps of its own, so there is nothing to say of each step."""
+    path = tmp_path / "report.html"
+    arguments = ("--sampler", "dpm_adaptive", "--against", "EulerDiscreteScheduler", "--steps", "3", "--no-switches")
+    assert command(capsys, *arguments, "--html", str(path))[0] == 1
+    page = path.read_text()
+    assert page.count("<img") == 3 and "<svg" not in page and "steps, theirs 3" in page
 
 
 def test_names_are_escaped_in_the_report(sdxl_pair, tmp_path):
