@@ -117,18 +117,17 @@ def full(name: str, device: str, config: dict[str, Any] | None = None, size: int
         config: overrides the architecture's, for a small stand-in.
     """
     ours_class, stock_class = _classes(name)
+    parts = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
     if name == "sdxl":
         network = build(diffusers.UNet2DConditionModel, {**SDXL_CONFIG, **(config or {})}, torch.float16, device)
         betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
         scheduler = diffusers.EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1)
-        parts = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
         pooled = network.config.projection_class_embeddings_input_dim - 6 * network.config.addition_time_embed_dim
         shapes = [(1, 77, network.config.cross_attention_dim)] * 2 + [(1, pooled)] * 2
         ours = ours_class(vae=None, **parts, unet=network, scheduler=scheduler, add_watermarker=False)
     else:
         network = build(diffusers.FluxTransformer2DModel, {**FLUX_CONFIG, **(config or {})}, torch.bfloat16, device)
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-        parts = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
         shapes = [(1, 512, network.config.joint_attention_dim), (1, network.config.pooled_projection_dim)]
         ours = ours_class(vae=None, **parts, transformer=network, scheduler=scheduler)
     generator = torch.Generator().manual_seed(0)

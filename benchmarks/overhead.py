@@ -303,29 +303,28 @@ def script(*arguments: str) -> tuple[float, str]:
     return time.perf_counter() - start, run.stdout
 
 
-def grids(benches: list[Bench]) -> None:
-    """The grid scripts' wall time over the limit: their evaluations, as many decodings, and nothing else."""
-    print("\n### The grid scripts: seconds\n")
+def grid(bench: Bench) -> None:
+    """The grid script's wall time over the limit: its evaluations, as many decodings, and nothing else."""
+    print("\n### The grid script: seconds\n")
     print("| script | evaluations | limit: network, decoder | drawing | drawing / limit | with start and load |")
     print("|---|---|---|---|---|---|")
-    for bench in benches:
-        name, steps = ("test.py", "10") if bench.name == "sdxl" else ("test_flux.py", "10")
-        with tempfile.TemporaryDirectory() as folder:
-            wall, output = script(name, "--model", "demo", "--device", "cpu", "--steps", steps, "--output", folder)
-        drawn = re.findall(r"^(\w+) +(\d+) +([\d.]+)  \S+\.png", output, re.MULTILINE)
-        evaluations, drawing = sum(int(one[1]) for one in drawn), sum(float(one[2]) for one in drawn)
-        network = least(partial(bare(bench), 8)) / 8 * evaluations
-        latents = bench.call(bench.ours, 1)
-        if bench.name == "flux":
-            latents = bench.ours._unpack_latents(latents, 128, 128, bench.ours.vae_scale_factor)
-        with torch.no_grad():
-            decoder = least(lambda b=bench, x=latents: b.ours.vae.decode(x.to(b.ours.vae.dtype))) * len(drawn)
-        limit = network + decoder
-        print(
-            f"| `{name} --steps {steps}` | {evaluations} | {network:.1f}, {decoder:.1f} | {drawing:.1f} |"
-            f" {drawing / limit:.3f} | {wall:.1f} |",
-            flush=True,
-        )
+    name, steps = ("test.py", "10") if bench.name == "sdxl" else ("test_flux.py", "10")
+    with tempfile.TemporaryDirectory() as folder:
+        wall, output = script(name, "--model", "demo", "--device", "cpu", "--steps", steps, "--output", folder)
+    drawn = re.findall(r"^(\w+) +(\d+) +([\d.]+)  \S+\.png", output, re.MULTILINE)
+    evaluations, drawing = sum(int(one[1]) for one in drawn), sum(float(one[2]) for one in drawn)
+    network = least(partial(bare(bench), 8)) / 8 * evaluations
+    latents = bench.call(bench.ours, 1)
+    if bench.name == "flux":
+        latents = bench.ours._unpack_latents(latents, 128, 128, bench.ours.vae_scale_factor)
+    with torch.no_grad():
+        decoder = least(lambda: bench.ours.vae.decode(latents.to(bench.ours.vae.dtype))) * len(drawn)
+    limit = network + decoder
+    print(
+        f"| `{name} --steps {steps}` | {evaluations} | {network:.1f}, {decoder:.1f} | {drawing:.1f} |"
+        f" {drawing / limit:.3f} | {wall:.1f} |",
+        flush=True,
+    )
 
 
 def least(run: Callable[[], object], rounds: int = 4) -> float:
@@ -361,8 +360,12 @@ def main(arguments: list[str] | None = None) -> int:
     device = options.device or ("cuda" if options.size == "full" else "cpu")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--size {options.size}: there is no CUDA device here")
-    for sampler in options.samplers:
-        find_sampler(sampler)
+    for name in options.samplers:
+        if name not in sampler_names():
+            parser.error(f"argument --samplers: there is no {name!r}; there are {', '.join(sampler_names())}")
+    for name in ("steps", "rounds"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"argument --{name}: has to be at least 1, but is {getattr(options, name)}")
     steps = options.steps or (25 if options.size == "demo" else 10)
 
     warnings.simplefilter("ignore")  # diffusers' of NumPy 2 and old algorithms, torchsde's of a rounded end
@@ -374,7 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
             for key, these in table(f"{name}, {options.size}", rows).items():
                 ratios[key].extend(these)
             if options.size == "demo" and not options.only_samplers:
-                grids([bench])
+                grid(bench)
     if not options.only_samplers:
         step_noise(device)
         starting()

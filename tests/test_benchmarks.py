@@ -147,6 +147,13 @@ def test_a_gpus_rows_tell_memory_and_waits(capsys):
     assert capsys.readouterr().out.endswith("| 1.000 | none | 0.5, none, 0.5 | 2.00, none, 2.00, 2.00 |\n")
 
 
+@pytest.mark.parametrize("arguments", [["--samplers", "nope"], ["--rounds", "0"], ["--steps", "0"]])
+def test_bad_options_are_told_in_one_line(capsys, arguments):
+    with pytest.raises(SystemExit):
+        overhead.main(arguments)
+    assert f"argument {arguments[0]}: " in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_no_cuda_is_said_in_one_line(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
