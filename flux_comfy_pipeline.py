@@ -92,6 +92,8 @@ class FluxComfyPipeline(FluxPipeline):
         Args:
             sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
                 callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
+                Its noise comes from `generator` if it draws with `noise_sampler(sigma, sigma_next)`, an argument that
+                it may have, or with `torch.randn_like`.
             sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
             schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", and
                 ComfyUI's "simple", "normal", "sgm_uniform", "ddim_uniform", "beta", "linear_quadratic", "kl_optimal".
@@ -109,7 +111,8 @@ class FluxComfyPipeline(FluxPipeline):
         `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that it ended with
         and the timestep, 1000 t, that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the
         x0 that was predicted there, and `sigma`, the t. The next step starts from what it returns. Before the run the
-        sampler is called once on a single number, to learn which evaluations begin a step.
+        sampler is called once on a single number, to learn which evaluations begin a step. Where that can't be learned
+        (see below) it is called as the sampler calls back, with the latents, timestep and t of that moment.
 
         Raises:
             ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
@@ -391,8 +394,8 @@ def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
 
 
 # --- shared block: the same text stands in sdxl_comfy_pipeline.py and flux_comfy_pipeline.py ---
-# What the pipeline above calls, in this order: k-diffusion without its package, samplers by name, step noise,
-# run_sampler (the one call of a sampler), noise levels by name, checks of the arguments, ComfyUI's noise.
+# What the pipeline above calls: k-diffusion without its package, samplers by name, step noise, run_sampler (the one call
+# of a sampler), noise levels by name, checks of the arguments, ComfyUI's noise.
 
 
 def _k_diffusion(*submodules: str) -> list[ModuleType]:
