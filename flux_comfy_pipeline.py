@@ -394,8 +394,8 @@ def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
 
 
 # --- shared block: the same text stands in sdxl_comfy_pipeline.py and flux_comfy_pipeline.py ---
-# What the pipeline above calls: k-diffusion without its package, samplers by name, step noise, run_sampler (the one call
-# of a sampler), noise levels by name, checks of the arguments, ComfyUI's noise.
+# What the pipeline above calls: k-diffusion without its package, samplers by name, step noise, run_sampler (the one
+# call of a sampler), noise levels by name, checks of the arguments, ComfyUI's noise.
 
 
 def _k_diffusion(*submodules: str) -> list[ModuleType]:
