@@ -56,7 +56,12 @@ class FlowMatchHeunForFlux(FlowMatchHeunDiscreteScheduler):
 def write_parity(options: argparse.Namespace) -> int:
     """Runs all pairs and writes parity.md and parity.json. Exit status: 0 if all are identical to rounding, else 1."""
     _check_output(options.output)
-    rows = [*_sdxl(options), *_flux(options)]
+    rows = [
+        row
+        for name, pairs in (("sdxl", _sdxl), ("flux", _flux))
+        if options.family in (None, name)
+        for row in pairs(options)
+    ]
     write_text(options.output / "parity.md", markdown(rows, options))
     write_text(options.output / "parity.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     print(f"{sum(row['identical'] for row in rows)} of {len(rows)} identical, in {options.output / 'parity.md'}")

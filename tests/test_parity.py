@@ -10,6 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from gallery import parity
 from gallery.options import parse_compare
 from gallery.parity import FLUX_PAIRS, _flux, overview
 
@@ -44,6 +45,31 @@ def test_readme_has_the_table_that_was_made():
     assert table in (ROOT / "output" / "parity.md").read_text(encoding="utf-8")
     pairs = {tuple(row["pair"]) for row in rows}
     assert len(pairs) >= 18 and {row["levels"] for row in rows} == {"own", "Karras", "exponential", "beta"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--sampler", "heun"], "goes without --sampler"),
+        (["--schedule", "karras"], "goes without --schedule"),
+        (["--html", "report.html"], "goes without --html"),
+        (["--model", "demo/sdxl"], "needs --family"),
+    ],
+)
+def test_all_refuses_what_it_would_not_heed(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        parse_compare(["--all", *arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux", None])
+def test_all_of_one_family(family, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(parity, "_sdxl", lambda options: asked.append("sdxl") or [])
+    monkeypatch.setattr(parity, "_flux", lambda options: asked.append("flux") or [])
+    chosen = [] if family is None else ["--family", family, "--model", f"{ROOT}/demo/{family}"]
+    assert parity.write_parity(parse_compare(["--all", "--output", str(tmp_path), *chosen])[0]) == 0
+    assert asked == ([family] if family else ["sdxl", "flux"]) and (tmp_path / "parity.md").exists()
 
 
 def test_every_pair_of_flux_gets_its_row():
