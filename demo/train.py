@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,15 @@ PLAN = {
     "decoder-flux": (700, 8, 1e-3),
 }
 STAGES = (*PLAN, "save")
+# whose checkpoints a stage begins with
+NEEDS = {
+    "sdxl": ["vae-sdxl"],
+    "flux": ["vae-flux"],
+    "distil": ["vae-flux", "flux"],
+    "decoder-sdxl": ["vae-sdxl"],
+    "decoder-flux": ["vae-flux"],
+    "save": ["vae-sdxl", "vae-flux", "sdxl", "distil", "decoder-sdxl", "decoder-flux"],
+}
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -587,21 +596,37 @@ def save(work: Path, out: Path) -> None:
         print(f"{out / name}: {size / 1e6:.1f} MB")
 
 
-def main() -> None:
+def check_stages(stages: Sequence[str], work: Path) -> None:
+    """Exits with a line if a stage lacks what another one makes, before hours of work are spent on those before it."""
+    for i, stage in enumerate(stages):
+        for needed in NEEDS.get(stage, []):
+            if needed not in stages[:i] and not (work / f"{needed}.pt").exists():
+                sys.exit(f"{work / needed}.pt is missing: run the stage {needed} before {stage}")
+
+
+def usable_device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE")
     parser.add_argument(
         "--work", type=Path, default=HERE / ".training", help="drawings, checkpoints (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=HERE, help="where sdxl/ and flux/ go (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    check_stages(options.stages, options.work)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     options.work.mkdir(parents=True, exist_ok=True)
-    device = torch.device(options.device)
+    device = options.device
     for stage in options.stages:
         if stage.startswith("vae"):
             train_vae(stage, options.work, device)

@@ -41,6 +41,36 @@ def test_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         torch.testing.assert_close(resumed[key], value, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "stages, there, message",
+    [
+        (["distil"], [], "vae-flux.pt is missing: run the stage vae-flux before distil"),
+        (["distil"], ["vae-flux"], "flux.pt is missing: run the stage flux before distil"),
+        (["vae-sdxl", "decoder-flux"], [], "vae-flux.pt is missing: run the stage vae-flux before decoder-flux"),
+        (["sdxl", "vae-sdxl"], [], "vae-sdxl.pt is missing: run the stage vae-sdxl before sdxl"),
+        (["save"], ["vae-sdxl", "vae-flux", "sdxl", "flux", "decoder-sdxl", "decoder-flux"], "distil.pt is missing"),
+    ],
+)
+def test_a_missing_checkpoint_is_said_at_once(tmp_path, stages, there, message):
+    """And not after 16,000 drawings and the stages before it."""
+    for stage in there:
+        (tmp_path / f"{stage}.pt").touch()
+    with pytest.raises(SystemExit, match=message):
+        train.main(["--stages", *stages, "--work", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stage}.pt" for stage in there}
+
+
+def test_stages_find_what_those_before_them_make(tmp_path):
+    train.check_stages(train.STAGES, tmp_path)
+    train.check_stages(["vae-flux", "flux", "distil"], tmp_path)
+
+
+def test_a_device_that_is_not_there_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--device", "foo"])
+    assert "argument --device: Expected one of cpu, cuda" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_drawings_depend_on_their_scene_alone():
     scenes = [random_scene(random.Random(i)) for i in range(3)]
     assert all(draw(scene).tobytes() == draw(scene).tobytes() for scene in scenes)
