@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
 OFFLOAD = ("none", "model", "sequential")
 COMFY_SCHEDULES = "ComfyUI's simple, normal, sgm_uniform, ddim_uniform, beta, linear_quadratic and kl_optimal"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+SEEDS = range(-(2**63), 2**64)  # what torch.Generator.manual_seed takes
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,10 @@ class Family:
     """What differs between SDXL and FLUX: the pipeline, the real model and its defaults."""
 
     name: str
+    script: str
     module: str
     pipeline: str
+    stock: str
     hub_model: str
     dtype: str
     size: int
@@ -37,8 +43,10 @@ class Family:
 
 SDXL = Family(
     name="sdxl",
+    script="test.py",
     module="sdxl_comfy_pipeline",
     pipeline="StableDiffusionXLComfyPipeline",
+    stock="StableDiffusionXLPipeline",
     hub_model="stabilityai/stable-diffusion-xl-base-1.0",
     dtype="float16",
     size=1024,
@@ -50,8 +58,10 @@ SDXL = Family(
 )
 FLUX = Family(
     name="flux",
+    script="test_flux.py",
     module="flux_comfy_pipeline",
     pipeline="FluxComfyPipeline",
+    stock="FluxPipeline",
     hub_model="black-forest-labs/FLUX.1-dev",
     dtype="bfloat16",
     size=1024,
@@ -72,19 +82,20 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add = parser.add_argument
     add("--model", help=f"hub id, folder, .safetensors file, or 'demo' (default: {family.hub_model}, or demo)")
     add("--samplers", nargs="+", metavar="NAME", help="these only (default: all), with or without 'sample_'")
-    add("--steps", type=_positive, help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})")
+    add("--steps", type=positive, help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})")
     add("--schedule", help=f"noise levels: {family.schedule_help}")
-    add("--width", type=_positive, help="pixels (default: the model's)")
-    add("--height", type=_positive, help="pixels (default: the model's)")
+    add("--width", type=positive, help="pixels (default: the model's)")
+    add("--height", type=positive, help="pixels (default: the model's)")
     add("--prompt", default=PROMPT, help="(default: %(default)s)")
     add("--negative-prompt", help="what not to draw")
-    add("--guidance", type=float, default=family.guidance, help="guidance scale (default: %(default)s)")
+    add("--guidance", type=_finite, default=family.guidance, help="guidance scale (default: %(default)s)")
     if family is FLUX:
-        add("--true-cfg", type=float, default=2.0, help="scale of the negative prompt (default: %(default)s)")
+        add("--true-cfg", type=_finite, default=2.0, help="scale of the negative prompt (default: %(default)s)")
     add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead of --prompt")
-    add("--seed", type=int, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
-    add("--seeds", type=_positive, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
-    add("--batch", type=_positive, default=1, metavar="N", help="draw N prompts and seeds at once (default: 1)")
+    add("--seed", type=_seed, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
+    add("--seeds", type=positive, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
+    batch = "draw N prompts and seeds at once (default: 1); changes their rounding alone, so --resume keeps any"
+    add("--batch", type=positive, default=1, metavar="N", help=batch)
     comfy = f"draw ComfyUI's picture: its levels (default: {family.comfy_schedule}), rounding, start and seed"
     add("--comfy", action="store_true", help=comfy)
     add("--dtype", choices=DTYPES, help=f"of the network (default: {family.dtype}, on a CPU float32)")
@@ -98,31 +109,41 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
         options.schedule = None
     if options.prompts is not None:
         try:
-            lines = options.prompts.read_text(encoding="utf-8").splitlines()
+            lines = options.prompts.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"argument --prompts: can't read {options.prompts}: {error}")
         if not (found := [line.strip() for line in lines if line.strip()]):
             parser.error(f"argument --prompts: {options.prompts} has no line with a prompt")
         options.prompts = found
+    last = options.seed + options.seeds - 1
     if options.comfy and options.seed < 0:
         parser.error(f"argument --seed: ComfyUI's begin at 0, but this is {options.seed}")
+    if last not in SEEDS:
+        parser.error(f"argument --seeds: the last of them would be {last}, but there are none past {SEEDS[-1]}")
     if options.samplers is not None:
-        options.samplers = [name for names in options.samplers for name in names.split(",") if name]
+        names = (name.strip() for names in options.samplers for name in names.split(","))
+        options.samplers = [name for name in names if name]
+        if not options.samplers:
+            parser.error("argument --samplers: names none; leave it out to draw all of them")
     return options
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"has to be at least 1, but is {value}")
-    return value
+def _number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A `type` for argparse that refuses in words."""
+
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"has to be {wanted}, but is {text!r}")
+
+    return read
 
 
-def _above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"has to be a number above 0, but is {value}")
-    return value
+positive = _number(int, "a whole number, at least 1", lambda value: value >= 1)
+_seed = _number(int, f"a whole number in {SEEDS[0]}..{SEEDS[-1]}", SEEDS.__contains__)
+_finite = _number(float, "a finite number", math.isfinite)
+_above_zero = _number(float, "a number above 0", lambda value: 0 < value < math.inf)
 
 
 def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
@@ -140,9 +161,9 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
         help="a scheduler class of diffusers, which runs in the stock pipeline, another sampler of k-diffusion, or a"
         " function or scheduler class of your own: path/to/file.py:name or package.module:name (its code is run)",
     )
-    add("--family", choices=("sdxl", "flux"), default="sdxl", help="(default: %(default)s)")
+    add("--family", choices=("sdxl", "flux"), help="(default: sdxl; with --all, both)")
     add("--model", default="demo", help="hub id, folder, .safetensors file, or 'demo' (default: %(default)s)")
-    add("--steps", type=_positive, default=25, help="(default: %(default)s)")
+    add("--steps", type=positive, default=25, help="(default: %(default)s)")
     add("--schedule", help="noise levels of the k-diffusion side by name (default: those of the other side)")
     add(
         "--parameterization",
@@ -150,11 +171,11 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
         default="auto",
         help="FLUX: what the sampler sees as sigma",
     )
-    add("--width", type=_positive, help="pixels (default: the model's)")
-    add("--height", type=_positive, help="pixels (default: the model's)")
+    add("--width", type=positive, help="pixels (default: the model's)")
+    add("--height", type=positive, help="pixels (default: the model's)")
     add("--prompt", default=PROMPT, help="(default: %(default)s)")
-    add("--guidance", type=float, help="guidance scale (default: FLUX 3.5, SDXL 1: no part of a sampler)")
-    add("--seed", type=int, default=2, help="of the initial and the step noise (default: %(default)s)")
+    add("--guidance", type=_finite, help="guidance scale (default: FLUX 3.5, SDXL 1: no part of a sampler)")
+    add("--seed", type=_seed, default=2, help="of the initial and the step noise (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="of the network (default: float64 for the demo models, else float32)")
     add("--device", help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
     add("--offload", choices=OFFLOAD, default="none", help="keep the model in main memory, for small GPUs")
@@ -164,10 +185,17 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     add("--no-truth", dest="truth", action="store_false", help="don't solve the ODE or SDE finely")
     add("--json", nargs="?", const="-", metavar="FILE", help="write all of it as JSON, to standard output without FILE")
     add("--html", metavar="FILE", help="write a report to look at, one file")
-    add("--all", action="store_true", help="run every known pair and write parity.md and parity.json")
+    add("--all", action="store_true", help="run every known pair, and write parity.md and parity.json")
     add("--output", type=Path, default=Path("output"), help="folder for --all (default: %(default)s)")
     options = parser.parse_args(arguments)
-    family = {"sdxl": SDXL, "flux": FLUX}[options.family]
+    for name in (
+        ("sampler", "against", "schedule", "parameterization", "guidance", "json", "html") if options.all else ()
+    ):
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"argument --all: goes without --{name}, each pair has its own settings")
+    if options.all and options.model != "demo" and options.family is None:
+        parser.error("argument --all: needs --family to say whose pairs --model can run")
+    family = {"sdxl": SDXL, "flux": FLUX}[options.family or "sdxl"]
     options.negative_prompt, options.true_cfg = None, 1.0
     if options.guidance is None:
         options.guidance = FLUX.guidance if family is FLUX else 1.0

@@ -118,6 +118,13 @@ def test_png_that_a_kill_left_half_written_goes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".b.png.99.tmp", "a[1].png"]
 
 
+def test_prompts_file_of_a_windows_editor(tmp_path):
+    """With a byte order mark and its line ends."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a cat\r\nein Männchen\r\n".encode("utf-8-sig"))
+    assert parse(SDXL, ["--prompts", str(file)]).prompts == ["a cat", "ein Männchen"]
+
+
 @pytest.mark.parametrize("text, message", [(None, "can't read"), ("\n \n", "has no line with a prompt")])
 def test_bad_prompts_file(tmp_path, capsys, text, message):
     file = tmp_path / "prompts.txt"

@@ -11,9 +11,12 @@ import time
 
 import pytest
 from conftest import PROMPT, ROOT
+from diffusers.utils import logging
 from PIL import Image
 
+from gallery import grid as gallery_grid
 from gallery.grid import _reason
+from gallery.options import SDXL, parse, parse_compare
 from gallery.pictures import contact_sheet, read_settings, write_png
 
 
@@ -21,6 +24,15 @@ def run(*arguments, script: str = "test.py", launcher: tuple[str, ...] = ()):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     command = [sys.executable, *launcher, ROOT / script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def run_here(family, *arguments) -> int:
+    """As the script does, without a second import of torch."""
+    verbosity = logging.get_verbosity()
+    try:
+        return gallery_grid.run(family, parse(family, ["--device", "cpu", *map(str, arguments)]))
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +104,40 @@ def test_a_sampler_that_fails_does_not_stop_the_others(tmp_path):
     assert "FAILED: IsADirectoryError" in result.stdout
     assert (tmp_path / "sdxl-demo-sample_heun.png").is_file() and (tmp_path / "sdxl-demo-grid.png").is_file()
     assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--steps", "abc"), "--steps: has to be a whole number, at least 1, but is 'abc'"),
+        (("--samplers", ""), "--samplers: names none"),
+        (("--samplers", ",", " "), "--samplers: names none"),
+        (("--guidance", "nan"), "--guidance: has to be a finite number, but is 'nan'"),
+        (("--guidance=-inf",), "--guidance: has to be a finite number"),
+        (("--seed", "99999999999999999999"), "--seed: has to be a whole number in -9223372036854775808.."),
+        (("--seed", "-9223372036854775809"), "--seed: has to be a whole number in"),
+        (("--seed", "18446744073709551615", "--seeds", "2"), "--seeds: the last of them would be 18446744073709551616"),
+        (("--seed", "18446744073709551616", "--comfy"), "--seed: has to be a whole number in"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_values_that_cannot_be_right_are_refused_in_words(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        parse(SDXL, list(arguments))
+    assert f"error: argument {message}" in capsys.readouterr().err.splitlines()[-1]
+    if not {"--samplers", "--seeds", "--comfy"} & set(arguments):  # compare.py has the others too
+        with pytest.raises(SystemExit, match="2"):
+            parse_compare(list(arguments))
+
+
+@pytest.mark.parametrize("seed, comfy", [(-(2**63), ()), (2**64 - 1, ()), (2**64 - 1, ("--comfy",))])
+def test_the_first_and_the_last_seed_draw(tmp_path, seed, comfy):
+    options = ("--model", "demo", "--samplers", "dpmpp_sde", "--steps", 2, *comfy, "--seed", seed)
+    assert run_here(SDXL, *options, "--output", tmp_path) == 0
+
+
+def test_names_in_one_argument():
+    assert parse(SDXL, ["--samplers", "euler, heun", "lms"]).samplers == ["euler", "heun", "lms"]
 
 
 @pytest.mark.parametrize(
