@@ -12,7 +12,7 @@ import time
 import pytest
 from conftest import PROMPT, ROOT
 from diffusers.utils import logging
-from PIL import Image
+from PIL import Image, ImageChops
 
 from gallery import grid as gallery_grid
 from gallery.grid import _reason
@@ -192,6 +192,56 @@ def test_contact_sheet_shows_failures_too(tmp_path):
     )
     colours = {colour for _, colour in sheet.getcolors(100_000)}
     assert (255, 0, 0) in colours and (245, 236, 236) in colours
+
+
+LONG = "a word of several that tell what failed " * 40
+
+
+def ink(entries, changed):
+    """The box around what is drawn for one text: where the sheet differs with `changed` in place of `entries`."""
+    return ImageChops.difference(contact_sheet(["title"], entries), contact_sheet(["title"], changed)).getbbox()
+
+
+@pytest.mark.parametrize("label", ["lms", "dpmpp_2s_ancestral"])
+@pytest.mark.parametrize("size", [(16, 64), (64, 64), (64, 6)])
+def test_labels_of_a_sheet_do_not_overlap(tmp_path, size, label):
+    """Names and notes side by side, however narrow the pictures, each within its own column."""
+    write_png(Image.new("RGB", size, "red"), tmp_path / "a.png")
+    entries = [(label, "17 evaluations, 1234.5 s", tmp_path / "a.png")] * 4
+    boxes = []
+    for i in range(3):  # the fourth keeps the columns as they are
+        boxes.append(ink(entries, [*entries[:i], ("", "", entries[i][2]), *entries[i + 1 :]]))
+    assert all(a[2] < b[0] for a, b in zip(boxes, boxes[1:]))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 6), (320, 10)])
+def test_why_a_sampler_failed_stays_in_its_row(tmp_path, size):
+    write_png(Image.new("RGB", size, "red"), tmp_path / "a.png")
+    entries = [("a", "1 evaluation", tmp_path / "a.png"), ("b", LONG, None)] + [("c", "", tmp_path / "a.png")] * 5
+    why = ink(entries, [entries[0], ("b", "", None), *entries[2:]])
+    below = ink(entries, [*entries[:6], ("", "", entries[6][2])])  # the label in the next row
+    beside = ink(entries, [*entries[:2], ("", "", entries[2][2]), *entries[3:]])
+    assert why[3] < below[1] and why[2] < beside[0] and why[3] - why[1] > 10
+    sheet, left = contact_sheet(["title"], entries), why[0] - 4
+    box = [y for y in range(sheet.height) if sheet.getpixel((left, y)) == (245, 236, 236)]
+    assert box[0] < why[1] and why[3] < box[-1] - 4  # whole lines, with room below
+
+
+@pytest.mark.parametrize("word", ["WWWW ", "iiii ", "W", "a/long-path/with_no_space"])
+def test_text_is_wrapped_by_its_width(word):
+    """No line reaches into the margin, and none is broken long before it."""
+    sheet = contact_sheet([word * 60, word * 60], [("a", "failed", None)])
+    right = ImageChops.invert(sheet).getbbox()[2]
+    assert 0.85 * (sheet.width - 14) < right <= sheet.width - 14
+
+
+def test_the_first_text_of_a_title_is_large_on_all_of_its_lines():
+    sheet = contact_sheet(
+        ["several words that take more than one line of a title " * 2, "prompt"], [("a", "failed", None)]
+    )
+    rows = [sheet.crop((0, 14 + 26 * i, sheet.width, 40 + 26 * i)) for i in range(3)]
+    heights = [box[3] - box[1] for box in (ImageChops.invert(row).getbbox() for row in rows)]
+    assert heights[0] == heights[1] > heights[2]
 
 
 @pytest.mark.parametrize(
