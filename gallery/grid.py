@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gallery.comfy import SKIPPING, comfy_arguments
-from gallery.options import Family
+from gallery.options import FLUX, SDXL, Family
 from gallery.parameters import write_parameters
 from gallery.pictures import contact_sheet, read_settings, write_png
 
@@ -80,6 +80,8 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise Refused(f"--device: {str(error).splitlines()[0]}") from None
     model = options.model or (family.hub_model if torch.cuda.is_available() else "demo")
+    if Path(model).resolve() == family.demo:
+        model = "demo"  # the same by its path, so with the same names of files
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # who is done first waits for the others, longer than the half hour that torch allows
     state = PartialState(cpu=torch.device(device).type == "cpu", timeout=timedelta(days=7))
@@ -115,7 +117,7 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     drawn = sorted(gather_object(drawn), key=lambda one: order[one.picture])
     if state.is_main_process:
         by = f" by {state.num_processes} processes" if state.num_processes > 1 else ""
-        _finish(name, model + by, settings, drawn, options)
+        return _finish(name, model + by, settings, drawn, options)
     return int(any(one.error for one in drawn))
 
 
@@ -180,12 +182,15 @@ def _load(family: Family, module: Any, model: str, device: str, options: argpars
     dtype = getattr(torch, options.dtype or ("float32" if torch.device(device).type == "cpu" else family.dtype))
     pipeline = getattr(module, family.pipeline)
     source = str(family.demo) if model == "demo" else model
+    if options.offload == "sequential" and torch.device(device).type == "cpu":
+        raise Refused("--offload sequential: there is no GPU to load the model to, a layer at a time; leave it out")
     try:
         if source.endswith((".safetensors", ".ckpt")):
             if not Path(source).is_file():
                 raise Refused(f"--model: there is no file {source}")
             pipe = pipeline.from_single_file(source, torch_dtype=dtype)
         else:
+            _check_kind(family, source)
             pipe = pipeline.from_pretrained(source, dtype=dtype)
         if options.offload == "model":
             pipe.enable_model_cpu_offload(device=device)
@@ -196,9 +201,29 @@ def _load(family: Family, module: Any, model: str, device: str, options: argpars
     except Refused:
         raise
     except Exception as error:
+        _check_kind(family, source)  # again: a model of the hub has its index here now
         raise Refused(_reason(error, source)) from error
     pipe.set_progress_bar_config(position=1, leave=False)
     return pipe
+
+
+def _check_kind(family: Family, source: str) -> None:
+    """Refuses another family's model by its index, if that is on this machine."""
+    import diffusers
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        name = "model_index.json"
+        index = Path(source, name) if Path(source).is_dir() else try_to_load_from_cache(source, name)
+        kind = json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"]  # type: ignore[arg-type]
+    except Exception:
+        return  # what loads the model says why
+    for other in (SDXL, FLUX):
+        if kind == other.stock != family.stock:
+            scripts = f"{other.script} draws it, compare.py takes it with --family {other.name}"
+            raise Refused(f"--model: {source} is a model of {other.name.upper()}: {scripts}")
+    if kind in dir(diffusers) and family.stock.removesuffix("Pipeline") not in kind:
+        raise Refused(f"--model: {source} is a model of {kind}, not of {family.stock}")
 
 
 def _reason(error: BaseException, source: str = "") -> str:
@@ -264,7 +289,7 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
         "guidance": str(options.guidance),
         **({"true_cfg": str(options.true_cfg if options.negative_prompt else 1.0)} if flux else {}),
         "seed": str(options.seed),
-        **({"comfy": "True"} if options.comfy else {}),
+        "comfy": str(options.comfy),
         "size": f"{width}x{height}",
         "dtype": str((pipe.transformer if flux else pipe.unet).dtype).removeprefix("torch."),
         "versions": json.dumps(
@@ -352,11 +377,11 @@ def _draw(
 
     network = pipe.unet if family.name == "sdxl" else pipe.transformer
     drawn = [Drawn(one, None) for one in unit]
-    evaluations = 0
+    calls = 0
 
     def count(*_: Any) -> None:
-        nonlocal evaluations
-        evaluations += 1
+        nonlocal calls
+        calls += 1
 
     hook = network.register_forward_pre_hook(count)
     sampler, first = unit[0].sampler, settings[0]
@@ -381,6 +406,7 @@ def _draw(
             height=height,
         ).images
         seconds = (time.perf_counter() - start) / len(unit)
+        evaluations = calls // (2 if float(first.get("true_cfg", 1)) > 1 else 1)  # FLUX calls it once for each prompt
         for one, image, wanted, there in zip(drawn, images, settings, kept):
             if there is None:
                 one.seconds, one.evaluations = seconds, evaluations
@@ -399,50 +425,65 @@ def _draw(
 
 def _kept(picture: Picture, wanted: dict[str, str]) -> Drawn | None:
     """The picture that is there already, whole and with these settings."""
-    found = read_settings(picture.path)
-    if not found or {key: found.get(key) for key in wanted} != wanted:
+    found = {"comfy": "False", **(read_settings(picture.path) or {})}  # what plain pictures did not say once
+    if {key: found.get(key) for key in wanted} != wanted:
         return None
     return Drawn(picture, picture.path, float(found.get("seconds", 0)), int(found.get("evaluations", 0)), note="kept")
 
 
-def _finish(name: str, model: str, settings: dict[str, str], drawn: list[Drawn], options: argparse.Namespace) -> None:
-    """A contact sheet for each prompt and seed, and the table."""
+def _finish(name: str, model: str, settings: dict[str, str], drawn: list[Drawn], options: argparse.Namespace) -> int:
+    """A contact sheet for each prompt and seed, and the table. The exit status: 1 if anything failed."""
     places: dict[str, list[Drawn]] = {}
     for one in drawn:
         places.setdefault(one.picture.place, []).append(one)
-    sheets = [_sheet(place, settings, all_of_it, options) for place, all_of_it in places.items()]
+    sheets, lost = [], []
+    for place, those in places.items():
+        path = options.output / f"{place}-grid.png"
+        try:
+            _write_sheet(path, place, settings, those)
+            sheets.append(path)
+        except OSError as error:
+            lost.append(f"FAILED: {path}: {_reason(error)}")
     failed = sum(bool(one.error) for one in drawn)
-    if len(sheets) == 1:
+    summary = f"{len(drawn) - failed} of {len(drawn)} drawn with {model}"
+    if len(places) == 1:
         print(f"\n{'sampler':20}{'evaluations':>12}{'seconds':>10}  picture")
         for one in drawn:
             note, result = f" ({one.note})" if one.note else "", one.path or "FAILED: " + one.error
             print(f"{one.picture.sampler:20}{one.evaluations:12}{one.seconds:10.1f}  {result}{note}")
-        print(f"{len(drawn) - failed} of {len(drawn)} drawn with {model}, side by side in {sheets[0]}")
-        return
-    print(f"\n{'sampler':20}{'pictures':>10}{'kept':>6}{'evaluations':>12}{'seconds':>10}")
-    for sampler in dict.fromkeys(one.picture.sampler for one in drawn):
-        those = [one for one in drawn if one.picture.sampler == sampler and one.path]
-        kept, evaluations = sum(bool(one.note) for one in those), sum(one.evaluations for one in those)
-        print(f"{sampler:20}{len(those):10}{kept:6}{evaluations:12}{sum(one.seconds for one in those):10.1f}")
-    for one in drawn:
-        if one.error:
-            print(f"FAILED: {one.picture.path}: {one.error}")
-    print(f"{len(drawn) - failed} of {len(drawn)} drawn with {model}, {len(sheets)} sheets like {sheets[0]}")
+        summary += "".join(f", side by side in {path}" for path in sheets)
+    else:
+        print(f"\n{'sampler':20}{'pictures':>10}{'kept':>6}{'evaluations':>12}{'seconds':>10}")
+        for sampler in dict.fromkeys(one.picture.sampler for one in drawn):
+            those = [one for one in drawn if one.picture.sampler == sampler and one.path]
+            kept, evaluations = sum(bool(one.note) for one in those), sum(one.evaluations for one in those)
+            print(f"{sampler:20}{len(those):10}{kept:6}{evaluations:12}{sum(one.seconds for one in those):10.1f}")
+        for one in drawn:
+            if one.error:
+                print(f"FAILED: {one.picture.path}: {one.error}")
+        summary += f", {len(sheets)} sheets" + "".join(f" like {path}" for path in sheets[:1])
+    print(*lost, summary, sep="\n")
+    return int(bool(failed or lost))
 
 
-def _sheet(place: str, settings: dict[str, str], drawn: list[Drawn], options: argparse.Namespace) -> Path:
+def _write_sheet(path: Path, place: str, settings: dict[str, str], drawn: list[Drawn]) -> None:
     """All samplers of one prompt and seed side by side, in a file."""
     first = drawn[0].picture
-    title = [
-        f"{place}: {len(drawn)} samplers of k-diffusion, {settings['steps']} steps, {settings['schedule']} noise"
-        f" levels, guidance {settings['guidance']}, seed {first.seed}",
-        first.prompt + (f"   (not: {options.negative_prompt})" if options.negative_prompt else ""),
-    ]
+    settings = {**settings, "prompt": first.prompt, "seed": str(first.seed)}
     entries = [
         (one.picture.sampler, one.error or f"{one.evaluations} evaluations, {one.seconds:.1f} s", one.path)
         for one in drawn
     ]
-    path = options.output / f"{place}-grid.png"
-    settings = {**settings, "prompt": first.prompt, "seed": str(first.seed)}
-    write_png(contact_sheet(title, entries), path, {**settings, "parameters": write_parameters(settings)})
-    return path
+    sheet = contact_sheet(_title(place, len(drawn), settings), entries)
+    write_png(sheet, path, {**settings, "parameters": write_parameters(settings)})
+
+
+def _title(place: str, count: int, settings: dict[str, str]) -> list[str]:
+    """What all pictures of a sheet have in common."""
+    negative, comfy = settings["negative_prompt"], settings["comfy"] == "True"
+    true_cfg = f", true CFG {settings['true_cfg']}" if negative and "true_cfg" in settings else ""
+    return [
+        f"{place}: {count} samplers of k-diffusion{' as in ComfyUI' * comfy}, {settings['steps']} steps,"
+        f" {settings['schedule']} noise levels, guidance {settings['guidance']}{true_cfg}, seed {settings['seed']}",
+        settings["prompt"] + (f"   (not: {negative})" if negative else ""),
+    ]

@@ -4,7 +4,8 @@
     Negative prompt: what not to draw
     Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5.0, Seed: 2, Size: 1024x1024, Model: ...
 
-A value with a comma, a colon or a line break is quoted as JSON. Names that the web UI lacks stand as they are.
+A value with a comma, a colon or a line break is quoted as JSON. Names that the web UI lacks stand as they are; those of
+samplers that it spells like another are there a second time, as `ComfyUI sampler`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SAMPLERS = {
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "ddim": "DDIM",
 }
 SCHEDULES = {
     "scheduler": "Automatic",
@@ -50,6 +52,7 @@ NAMES = {
     "Size": "size",
     "Model": "model",
     "ComfyUI": "comfy",
+    "ComfyUI sampler": "alias",
     "Precision": "dtype",
 }
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
@@ -59,7 +62,11 @@ def write_parameters(settings: dict[str, str]) -> str:
     """The text of a picture's settings. FLUX's guidance is its `Distilled CFG Scale`, and true CFG its `CFG scale`."""
     values = dict(settings)
     sampler = values.get("sampler", "")
-    values["sampler"] = SAMPLERS.get(sampler, sampler)
+    values["sampler"] = SAMPLERS.get(sampler.removesuffix("_gpu"), sampler)
+    if sampler.endswith("_gpu"):  # the web UI has no second name for what draws its noise on the GPU
+        values["alias"] = sampler
+    if values.get("comfy") == "False":
+        del values["comfy"]
     values["schedule"] = SCHEDULES.get(values["schedule"], values["schedule"])
     if "true_cfg" in values:
         values["distilled"], values["guidance"] = values["guidance"], values["true_cfg"]
@@ -83,6 +90,8 @@ def read_parameters(text: str) -> dict[str, str]:
         names = {label: name for name, label in labels.items()}
         if key in settings:
             settings[key] = names.get(settings[key], settings[key])
+    if "alias" in settings:
+        settings["sampler"] = settings.pop("alias")
     if "distilled" in settings:
         settings["true_cfg"], settings["guidance"] = settings["guidance"], settings.pop("distilled")
     return settings

@@ -14,7 +14,7 @@ from gallery import grid
 from gallery.comfy import comfy_arguments
 from gallery.options import FLUX, SDXL, parse
 from gallery.parameters import SAMPLERS, SCHEDULES, read_parameters, write_parameters
-from gallery.pictures import read_settings
+from gallery.pictures import read_settings, write_png
 from sdxl_comfy_pipeline import SCHEDULES as PIPELINE_SCHEDULES
 from sdxl_comfy_pipeline import find_sampler, sampler_names
 
@@ -74,6 +74,21 @@ def test_text_is_that_of_the_web_ui():
     assert read_parameters(write_parameters(settings)) == settings
 
 
+@pytest.mark.parametrize(
+    "sampler, label, added",
+    [
+        ("ddim", "DDIM", ""),
+        ("dpmpp_2m_sde_gpu", "DPM++ 2M SDE", ", ComfyUI sampler: dpmpp_2m_sde_gpu"),
+        ("dpmpp_sde_gpu", "DPM++ SDE", ", ComfyUI sampler: dpmpp_sde_gpu"),
+    ],
+)
+def test_names_of_comfyui_are_spelt_as_in_the_web_ui(sampler, label, added):
+    settings = {"prompt": "a cat", "negative_prompt": "", "steps": "4", "sampler": sampler, "schedule": "karras"}
+    written = write_parameters({**settings, "comfy": "False"})
+    assert written == f"a cat\nSteps: 4, Sampler: {label}, Schedule type: Karras{added}"
+    assert read_parameters(written) == settings
+
+
 text = st.text(st.characters(exclude_categories=("Cs", "Cc"))).map(str.strip)
 
 
@@ -81,7 +96,7 @@ text = st.text(st.characters(exclude_categories=("Cs", "Cc"))).map(str.strip)
     prompt=text,
     negative=text,
     model=text.filter(bool),
-    sampler=st.sampled_from([*sampler_names(), "ddim", "dpmpp_2m_sde_gpu"]),
+    sampler=st.sampled_from([*sampler_names(), "ddim", "dpmpp_2m_sde_gpu", "dpmpp_sde_gpu"]),
     schedule=st.sampled_from(["scheduler", *PIPELINE_SCHEDULES]),
     true_cfg=st.none() | st.floats(1, 20).map(str),
 )
@@ -94,7 +109,7 @@ def test_any_settings_come_back(prompt, negative, model, sampler, schedule, true
 
 def test_names_are_known_to_both_sides():
     """Of the samplers all, so that a new one of k-diffusion's gets a label; of the schedules those of the web UI."""
-    assert set(SAMPLERS) == set(sampler_names())
+    assert set(SAMPLERS) == {*sampler_names(), "ddim"}
     assert set(SCHEDULES) - {"scheduler"} <= set(PIPELINE_SCHEDULES)
     for labels in (SAMPLERS, SCHEDULES):
         assert len(set(labels.values())) == len(labels)
@@ -105,6 +120,8 @@ def test_names_are_known_to_both_sides():
     [
         (SDXL, ("--samplers", "dpmpp_2m_sde", "--negative-prompt", "snow: deep, cold", "--seed", 5)),
         (SDXL, ("--samplers", "dpm_2_ancestral", "--comfy", "--guidance", 4, "--width", 96)),
+        (SDXL, ("--samplers", "dpmpp_2m_sde_gpu", "--comfy")),
+        (SDXL, ("--samplers", "ddim", "--seed", 3)),
         (FLUX, ("--samplers", "euler_ancestral", "--schedule", "beta", "--comfy", "--guidance", 2)),
         (FLUX, ("--samplers", "dpmpp_2m", "--negative-prompt", "a cat", "--true-cfg", 1.5)),
     ],
@@ -125,6 +142,28 @@ def test_the_text_draws_the_picture_again(tmp_path, family, options):
     assert read_settings(first)["parameters"] == read_settings(again)["parameters"]
     (sheet,) = (tmp_path / "again").glob("*-grid.png")
     assert read_parameters(read_settings(sheet)["parameters"])["prompt"] == read["prompt"]
+
+
+def test_resume_tells_pictures_of_comfyui_from_plain_ones(tmp_path, capsys):
+    """With the same levels and seed, whichever was there first."""
+    arguments = ["--samplers", "euler", "--steps", 2, "--schedule", "karras", "--output", tmp_path, "--resume"]
+    kept = []
+    for comfy in (["--comfy"], [], [], ["--comfy"], ["--comfy"]):
+        run(SDXL, *arguments, *comfy)
+        kept.append(capsys.readouterr().out.count("(kept)"))
+    assert kept == [0, 0, 1, 0, 1]
+
+
+def test_resume_keeps_plain_pictures_that_do_not_say_so(tmp_path, capsys):
+    """As the committed ones: `comfy` stood in ComfyUI's alone once."""
+    arguments = ["--samplers", "euler", "--steps", 2, "--output", tmp_path]
+    run(SDXL, *arguments)
+    (path,) = tmp_path.glob("*-sample_euler.png")
+    settings = read_settings(path)
+    assert settings.pop("comfy") == "False" and "ComfyUI" not in settings["parameters"]
+    write_png(Image.open(path), path, settings)
+    run(SDXL, *arguments, "--resume")
+    assert "(kept)" in capsys.readouterr().out
 
 
 def test_comfy_in_the_options(capsys):

@@ -12,12 +12,13 @@ import time
 import pytest
 from conftest import PROMPT, ROOT
 from diffusers.utils import logging
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageStat
 
 from gallery import grid as gallery_grid
-from gallery.grid import _reason
-from gallery.options import SDXL, parse, parse_compare
+from gallery.grid import _reason, _title
+from gallery.options import FLUX, SDXL, parse, parse_compare
 from gallery.pictures import contact_sheet, read_settings, write_png
+from sdxl_comfy_pipeline import sampler_names
 
 
 def run(*arguments, script: str = "test.py", launcher: tuple[str, ...] = ()):
@@ -104,6 +105,74 @@ def test_a_sampler_that_fails_does_not_stop_the_others(tmp_path):
     assert "FAILED: IsADirectoryError" in result.stdout
     assert (tmp_path / "sdxl-demo-sample_heun.png").is_file() and (tmp_path / "sdxl-demo-grid.png").is_file()
     assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_sheet_that_cannot_be_written_is_told_beside_the_table(tmp_path, capsys, seeds):
+    """The pictures are there; a folder has the name of the (first) sheet."""
+    (tmp_path / f"sdxl-demo{'-seed2' * (seeds > 1)}-grid.png").mkdir()
+    arguments = ("--model", "demo", "--samplers", "euler", "--steps", 1, "--seeds", seeds, "--output", tmp_path)
+    assert run_here(SDXL, *arguments) == 1
+    *table, failed, summary = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("euler  ") for line in table)
+    assert failed.startswith("FAILED: ") and "-grid.png: IsADirectoryError" in failed
+    assert summary.startswith(f"{seeds} of {seeds} drawn with demo") and ("1 sheets like" in summary) == (seeds > 1)
+    assert len(list(tmp_path.glob("*-sample_euler.png"))) == seeds and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_evaluations_are_counted_once_a_step_with_true_cfg(tmp_path, scale):
+    """FLUX's transformer is called twice for one evaluation there; SDXL's guidance is one call of twice the batch."""
+    options = ("--negative-prompt", "snow", "--true-cfg", scale, "--samplers", "euler", "heun", "--steps", 2)
+    assert run_here(FLUX, "--model", "demo", *options, "--output", tmp_path) == 0
+    for sampler, evaluations in (("euler", "2"), ("heun", "3")):
+        assert read_settings(tmp_path / f"flux-demo-sample_{sampler}.png")["evaluations"] == evaluations
+
+
+def test_the_demo_model_by_its_path_has_the_demo_models_names(tmp_path, monkeypatch):
+    """Not the real model's, sdxl-*.png, which it would overwrite."""
+    monkeypatch.chdir(ROOT)
+    for folder in ("demo/sdxl", ROOT / "demo" / "sdxl"):
+        options = ("--model", folder, "--samplers", "euler", "--steps", 1, "--resume", "--output", tmp_path)
+        assert run_here(SDXL, *options) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"sdxl-demo-sample_euler.png", "sdxl-demo-grid.png"}
+    assert read_settings(tmp_path / "sdxl-demo-sample_euler.png")["model"] == "demo"
+
+
+@pytest.mark.parametrize(
+    "family, kind, message",
+    [
+        (SDXL, "FluxPipeline", "is a model of FLUX: test_flux.py draws it"),
+        (FLUX, "StableDiffusionXLPipeline", "is a model of SDXL: test.py draws it"),
+        (FLUX, "StableDiffusion3Pipeline", "is a model of StableDiffusion3Pipeline, not of FluxPipeline"),
+        (SDXL, "StableDiffusionXLImg2ImgPipeline", "no file named config.json"),  # the same models, so it goes on
+        (SDXL, "SomebodysPipeline", "no file named config.json"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_by_its_index(tmp_path, capsys, family, kind, message):
+    """Before anything of it is loaded: there is nothing but the index here."""
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind, "vae": ["diffusers", "AutoencoderKL"]}))
+    assert run_here(family, "--model", tmp_path, "--output", tmp_path / "output") == 2
+    said = capsys.readouterr().err
+    assert message in said and ("Loading" in said) == message.startswith("no file")
+
+
+def test_a_model_of_another_kind_is_refused_by_the_hubs_index(tmp_path, monkeypatch, capsys):
+    """As it stands in the cache, which a download fills."""
+    snapshot = tmp_path / "models--somebody--something" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "models--somebody--something" / "refs").mkdir()
+    (tmp_path / "models--somebody--something" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert run_here(SDXL, "--model", "somebody/something", "--output", tmp_path / "output") == 2
+    assert "somebody/something is a model of FLUX: test_flux.py draws it" in capsys.readouterr().err
+
+
+def test_sequential_offload_without_a_gpu_is_one_line(tmp_path, capsys):
+    assert run_here(SDXL, "--model", "demo", "--offload", "sequential", "--output", tmp_path) == 2
+    assert "--offload sequential: there is no GPU" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -242,6 +311,35 @@ def test_the_first_text_of_a_title_is_large_on_all_of_its_lines():
     rows = [sheet.crop((0, 14 + 26 * i, sheet.width, 40 + 26 * i)) for i in range(3)]
     heights = [box[3] - box[1] for box in (ImageChops.invert(row).getbbox() for row in rows)]
     assert heights[0] == heights[1] > heights[2]
+
+
+def test_title_names_what_the_pictures_have_in_common():
+    settings = {"steps": "4", "schedule": "beta", "guidance": "3.5", "seed": "7", "prompt": "a cat", "comfy": "False"}
+    settings |= {"negative_prompt": "", "true_cfg": "1.0"}
+    plain = "flux-demo: 2 samplers of k-diffusion, 4 steps, beta noise levels, guidance 3.5, seed 7"
+    assert _title("flux-demo", 2, settings) == [plain, "a cat"]
+    settings |= {"negative_prompt": "snow", "true_cfg": "2.0", "comfy": "True"}
+    assert _title("flux-demo", 2, settings) == [
+        plain.replace("k-diffusion", "k-diffusion as in ComfyUI").replace("3.5", "3.5, true CFG 2.0"),
+        "a cat   (not: snow)",
+    ]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_the_committed_sheets_are_laid_out_as_they_were(tmp_path, family):
+    """The committed pictures on a sheet are the committed sheet, but for how Pillow's versions draw letters."""
+    sheet = ROOT / "output" / f"{family}-demo-grid.png"
+    drawn = []
+    for sampler in sampler_names():
+        path = ROOT / "output" / f"{family}-demo-sample_{sampler}.png"
+        said = read_settings(path)
+        picture = gallery_grid.Picture(f"{family}-demo", said["prompt"], int(said["seed"]), sampler, path)
+        drawn.append(gallery_grid.Drawn(picture, path, float(said["seconds"]), int(said["evaluations"])))
+    settings = {"comfy": "False", **read_settings(sheet)}
+    gallery_grid._write_sheet(tmp_path / "sheet.png", f"{family}-demo", settings, drawn)
+    again, there = Image.open(tmp_path / "sheet.png"), Image.open(sheet)
+    assert again.size == there.size
+    assert max(ImageStat.Stat(ImageChops.difference(again, there)).mean) < 0.5
 
 
 @pytest.mark.parametrize(
