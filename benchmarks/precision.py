@@ -23,6 +23,8 @@ from unittest.mock import patch
 import torch
 from models import Bench, demo, find_sampler, sampler_names, where
 
+from gallery.options import positive
+
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -126,15 +128,18 @@ def main(arguments: list[str] | None = None) -> int:
     add("--models", nargs="+", choices=("sdxl", "flux"), default=["sdxl", "flux"])
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     add("--samplers", nargs="+", default=sampler_names(), help="(default: all that have a counterpart)")
-    add("--steps", type=int, default=20)
-    add("--images", type=int, default=64, help="for each sampler (default: %(default)s)")
-    add("--batch", type=int, default=16, help="drawn together (default: %(default)s)")
-    add("--size", type=int, default=64, help="pixels (default: %(default)s)")
+    add("--steps", type=positive, default=20)
+    add("--images", type=positive, default=64, help="for each sampler (default: %(default)s)")
+    add("--batch", type=positive, default=16, help="drawn together (default: %(default)s)")
+    add("--size", type=positive, default=64, help="pixels (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.batch < 1 or options.images % options.batch or options.images < 2:
-        parser.error(f"--images: has to be a multiple of --batch, at least 2, but is {options.images}")
-    for sampler in options.samplers:
-        find_sampler(sampler)
+    if options.images % options.batch or options.images < 2:
+        parser.error(f"argument --images: has to be a multiple of --batch, at least 2, but is {options.images}")
+    try:
+        for sampler in options.samplers:
+            find_sampler(sampler)
+    except ValueError as error:
+        parser.error(str(error).replace("`sampler`", "argument --samplers"))
     size = f"{options.size}x{options.size}"
     print(f"demo models, {size}, on {where('cpu')}; {options.steps} steps, {options.images} images")
     worst = ("", 0.0, 0.0)
@@ -147,6 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
                 theirs, mine, ratio, error = compared(stock, ours)
                 print(f"| {sampler} | {theirs:.2e} | {mine:.2e} | {ratio:.2f} ({error:.2f}) |", flush=True)
                 worst = max(worst, (f"{sampler}, {name}, {dtype}", ratio, error), key=lambda row: row[1])
+    if not worst[0]:
+        parser.error(f"argument --samplers: none of {', '.join(options.samplers)} has a counterpart in the stock loop")
     print(f"\nworst ratio: {worst[1]:.2f} ({worst[2]:.2f}) of the stock loop's distance: {worst[0]}")
     return 0
 

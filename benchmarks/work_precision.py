@@ -6,7 +6,8 @@
 Samplers without noise: the distance of their sample from the converged one of the same noise, ||x - ref|| / ||ref||,
 the median over samples where there are many, since a few that end in another mode would hide the rest.
 Samplers with noise: the sliced Wasserstein distance of their samples from true ones (closed form) or converged ones
-(demo models, over 2x2 patches of latents). What is measured is kept in `--output`, and not measured again.
+(demo models, over 2x2 patches of latents). What is measured is kept in `--output`, and not measured again, with other
+versions neither: delete work_precision.json for that.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import functools
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +38,8 @@ from closed_form import (  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 from flux_comfy_pipeline import FluxComfyPipeline, find_sampler, sampler_names  # noqa: E402
+from gallery.options import positive  # noqa: E402
+from gallery.pictures import write_whole  # noqa: E402
 from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline  # noqa: E402
 
 MODELS = {
@@ -46,6 +48,7 @@ MODELS = {
     "flux": ("demo FLUX",),
 }
 STEPS = {1: (4, 6, 10, 16, 25, 40, 64, 100, 200), 2: (2, 3, 5, 8, 13, 20, 32, 50, 100)}  # by evaluations a step
+IMAGES = 16
 RTOL = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003)
 PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
 
@@ -67,7 +70,7 @@ class ClosedForm:
     """4,000 samples of the mixture in one picture, the true ones, and the ODE solved to ten digits."""
 
     def __init__(self, name: str, **network: Any):
-        self.known, self.sdxl = mixture(), "SDXL" in name
+        self.known, self.sdxl, self.key = mixture(), "SDXL" in name, name
         self.pipe = (sdxl_pipeline if self.sdxl else flux_pipeline)(self.known, torch.float32, **network)
 
     def draw(self, sampler: str, steps: int, seed: int = 0, **options: Any) -> tuple[int, torch.Tensor]:
@@ -116,6 +119,7 @@ class Demo:
 
     def __init__(self, name: str, images: int):
         self.sdxl, self.images = "SDXL" in name, images
+        self.key = name if images == IMAGES else f"{name}, {images} images"
         pipeline = StableDiffusionXLComfyPipeline if self.sdxl else FluxComfyPipeline
         self.pipe = pipeline.from_pretrained(ROOT / "demo" / ("sdxl" if self.sdxl else "flux"))
         self.pipe.set_progress_bar_config(disable=True)
@@ -170,9 +174,8 @@ class Results:
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
         if key not in self.found:
             self.found[key] = measure()
-            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(self.found, indent=0, sort_keys=True) + "\n")
-            os.replace(temporary, self.path)
+            text = json.dumps(self.found, indent=0, sort_keys=True) + "\n"
+            write_whole(self.path, lambda temporary: temporary.write_text(text))
         return self.found[key]
 
 
@@ -194,7 +197,7 @@ def measure(name: str, model: Any, results: Results) -> dict[str, list[tuple[int
             count, samples = model.draw(sampler, **run)
             return count, (model.distance if has_noise(sampler) else model.error)(samples)
 
-        point = results.get(f"{name}/{sampler}/{json.dumps(run)}", one)
+        point = results.get(f"{model.key if has_noise(sampler) else name}/{sampler}/{json.dumps(run)}", one)
         curves.setdefault(sampler, []).append(tuple(point))
     return curves
 
@@ -271,17 +274,15 @@ def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], floors: dict[str
             axis.grid(alpha=0.3, which="both")
             axis.legend(fontsize=9)
     figure.tight_layout()
-    temporary = path.with_suffix(f".{os.getpid()}.tmp.png")
-    figure.savefig(temporary, dpi=80)
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
-    parser.add_argument("--images", type=int, default=16, help="of a demo model, for samplers with noise")
+    parser.add_argument("--images", type=positive, default=IMAGES, help="of a demo model, for samplers with noise")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder (default: benchmarks)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "work_precision.json")
     for group in MODELS if options.model == "all" else (options.model,):
@@ -289,7 +290,7 @@ def main() -> None:
         for name in MODELS[group]:
             model = ClosedForm(name) if group == "closed-form" else Demo(name, options.images)
             curves[name] = measure(name, model, results)
-            floors[name] = results.get(f"{name}/floor", model.floor)
+            floors[name] = results.get(f"{model.key}/floor", model.floor)
             print_curves(name, curves[name], floors[name])
         draw(curves, floors, options.output / f"work_precision_{group}.png")
         if group == "closed-form":

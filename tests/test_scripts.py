@@ -20,6 +20,11 @@ from gallery.options import FLUX, SDXL, parse, parse_compare
 from gallery.pictures import contact_sheet, read_settings, write_png
 from sdxl_comfy_pipeline import sampler_names
 
+sys.path.append(str(ROOT / "benchmarks"))
+
+import precision  # noqa: E402
+import work_precision  # noqa: E402
+
 
 def run(*arguments, script: str = "test.py", launcher: tuple[str, ...] = ()):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
@@ -340,6 +345,50 @@ def test_the_committed_sheets_are_laid_out_as_they_were(tmp_path, family):
     again, there = Image.open(tmp_path / "sheet.png"), Image.open(sheet)
     assert again.size == there.size
     assert max(ImageStat.Stat(ImageChops.difference(again, there)).mean) < 0.5
+
+
+def test_work_precision_measures_again_for_another_number_of_images(tmp_path, monkeypatch):
+    """What is committed holds for the default number; only samplers without noise, of one image, share it with 2."""
+    file = tmp_path / "work_precision.json"
+    shutil.copy(ROOT / "benchmarks" / file.name, file)
+    name, before, results = "demo SDXL", json.loads(file.read_text()), work_precision.Results(file)
+    model = work_precision.Demo(name, 16)
+    work_precision.measure(name, model, results)
+    assert results.get(f"{model.key}/floor", lambda: None) == before[f"{name}/floor"]
+    assert json.loads(file.read_text()) == before
+    monkeypatch.setattr(work_precision, "runs", lambda sampler: [{"steps": 4}])
+    monkeypatch.setattr(work_precision, "sampler_names", lambda: ["euler", "euler_ancestral"])
+    curves = work_precision.measure(name, work_precision.Demo(name, 2), results)
+    assert curves["euler"] == [tuple(before[f'{name}/euler/{{"steps": 4}}'])]
+    assert curves["euler_ancestral"][0][1] != before[f'{name}/euler_ancestral/{{"steps": 4}}'][1]
+    assert json.loads(file.read_text()).keys() - before.keys() == {f'{name}, 2 images/euler_ancestral/{{"steps": 4}}'}
+
+
+@pytest.mark.parametrize(
+    "main, arguments, message",
+    [
+        (work_precision.main, ["--images", "0"], "argument --images: has to be a whole number, at least 1"),
+        (precision.main, ["--samplers", "nope"], "argument --samplers: there is no 'nope'"),
+        (
+            precision.main,
+            ["--samplers", "dpm_adaptive", "--models", "sdxl", "--dtypes", "bfloat16"],
+            "argument --samplers: none of dpm_adaptive has a counterpart",
+        ),
+        (precision.main, ["--images", "5"], "argument --images: has to be a multiple of --batch"),
+        (precision.main, ["--steps", "0"], "argument --steps: has to be a whole number, at least 1"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_bad_input_of_the_benchmarks(capsys, main, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_versions_that_do_not_exist_are_no_success():
+    environment = {**os.environ, "ONLY": "nope"}
+    result = subprocess.run([ROOT / ".ci" / "versions"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 2 and "ONLY=nope: there are lowest-direct-3.10 lowest" in result.stderr
 
 
 @pytest.mark.parametrize(
