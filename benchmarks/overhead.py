@@ -135,21 +135,23 @@ def measured(bench: Bench, samplers: list[str], steps: int, rounds: int, device:
     rows = []
     for sampler in samplers:
         stock = bench.stock_with(sampler)
-        runs = {"ours": lambda sampler=sampler: bench.call(bench.ours, steps, sampler=sampler)}
+        runs = {"ours": lambda n, sampler=sampler: bench.call(bench.ours, n, sampler=sampler)}
         if stock is not None:
-            runs["stock"] = lambda stock=stock: stock(steps)
-        runs["k-diffusion"] = lambda sampler=sampler: k_diffusion(steps, sampler)
-        runs["bare"] = lambda: network(steps)
+            runs["stock"] = stock
+        runs["k-diffusion"] = lambda n, sampler=sampler: k_diffusion(n, sampler)
+        runs["bare"] = network
         rows.append({"sampler": sampler, "runs": runs, "times": {name: [] for name in runs}})
     for number in range(rounds + 1):
         for row in rows:
             for name, run in row["runs"].items():
-                timed = clock(run)
+                timed = clock(partial(run, steps))
                 if number:  # the first round warms up
                     row["times"][name].append(timed)
+    peak = peak_on_gpu if clock.cuda else peak_on_cpu
     for row in rows:
-        row["peak"] = {name: (peak_on_gpu if clock.cuda else peak_on_cpu)(run) for name, run in row["runs"].items()}
-        row["waits"] = {name: waits(run) / steps for name, run in row["runs"].items()} if clock.cuda else {}
+        # five steps fill every history, and a profile of many takes minutes
+        row["peak"] = {name: peak(partial(run, min(steps, 5))) for name, run in row["runs"].items()}
+        row["waits"] = {name: waits(partial(run, steps)) / steps for name, run in row["runs"].items() if clock.cuda}
     return rows
 
 
