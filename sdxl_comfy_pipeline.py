@@ -363,6 +363,11 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 levels = trained.t_to_sigma(scheduler.timesteps.cpu()).double()
                 levels = torch.cat([levels, levels.new_zeros(1)])
             levels = levels.unique_consecutive()  # Heun's and KDPM2's schedulers list a level twice
+            if timesteps is None and sigmas is None and len(levels) <= num_inference_steps > len(alphas_cumprod):
+                raise ValueError(
+                    f"`num_inference_steps`: of {num_inference_steps} the scheduler makes {len(levels) - 1}, since the"
+                    f" network was trained with {len(alphas_cumprod)}; name a `schedule` or ask for fewer"
+                )
             check_sigmas(levels, name=f"{type(scheduler).__name__}.sigmas")
             # a tensor, but 1.0 for those that keep alpha x: their unit noise is sqrt(sigma^2 + 1) noise here
             start = scheduler.init_noise_sigma

@@ -166,7 +166,7 @@ def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory
         ends = _last_evaluations(a)[: len(positive) - 1]
         if not all(a.noise.get(end) for end in ends):
             return Truth("not defined, not every step has its noise")
-        path = Path(positive, [a.noise[end][-1] for end in ends], seed=session.options.seed + 1)
+        path = Path(positive, [a.noise[end][-1] for end in ends], seed=(session.options.seed + 1) % 2**63)
     final, error, evaluations = torch.empty(0), math.inf, 0
     pieces = 1
     for wanted in SDE_SPLITS:

@@ -233,6 +233,7 @@ def no_network(*args, **kwargs):
 
 
 BAD = [
+    ({"num_inference_steps": 1001}, ValueError, "of 1001 the scheduler makes 1, since"),
     ({"sampler": "dpmp_2m"}, ValueError, "did you mean dpmpp_2m"),
     ({"sampler": "quux"}, ValueError, "there are euler, euler_ancestral, heun"),
     ({"sampler": lambda model: model}, TypeError, "signature, sampler\\(model, x, sigmas"),
