@@ -99,16 +99,16 @@ def alone(bench: Bench) -> Callable[[int, str], torch.Tensor]:
     of the samplers that place their own levels: the lowest positive one.
     """
     args, kwargs = inputs(bench)
-    network = bench.network
+    network, dtype = bench.network, bench.network.dtype  # once: diffusers looks through all modules for it
     texts = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "timestep")}
 
     def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        prediction = network(torch.cat([x, x]).to(network.dtype), torch.cat([timestep, timestep]), **texts)[0].float()
+        prediction = network(torch.cat([x, x]).to(dtype), torch.cat([timestep, timestep]), **texts)[0].float()
         negative, positive = prediction.chunk(2)
         return negative + 5.0 * (positive - negative)
 
     def flow(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return x - t.view(-1, 1, 1) * network(hidden_states=x.to(network.dtype), timestep=t, **texts)[0].float()
+        return x - t.view(-1, 1, 1) * network(hidden_states=x.to(dtype), timestep=t, **texts)[0].float()
 
     @torch.no_grad()
     def run(steps: int, sampler: str) -> torch.Tensor:
