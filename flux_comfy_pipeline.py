@@ -854,10 +854,10 @@ def trained_sigmas(schedule: str, n: int, trained: TrainedLevels) -> torch.Tenso
 
     They equal ComfyUI's to its float32. `beta` and `ddim_uniform` may have a few less or more than n steps, as there.
     """
-    if schedule in COMFY_SCHEDULES:
-        with torch.device("cpu"):  # whatever the default device
+    with torch.device("cpu"):  # whatever the default device
+        if schedule in COMFY_SCHEDULES:
             return sampling.append_zero(COMFY_SCHEDULES[schedule](n, trained).unique_consecutive())
-    return named_sigmas(schedule, n, trained.sigmas[0].item(), trained.sigmas[-1].item())
+        return named_sigmas(schedule, n, trained.sigmas[0].item(), trained.sigmas[-1].item())
 
 
 def check_call(

@@ -158,8 +158,7 @@ def test_a_model_of_another_kind_is_refused_by_its_index(tmp_path, capsys, famil
     """Before anything of it is loaded: there is nothing but the index here."""
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind, "vae": ["diffusers", "AutoencoderKL"]}))
     assert run_here(family, "--model", tmp_path, "--output", tmp_path / "output") == 2
-    said = capsys.readouterr().err
-    assert message in said and ("Loading" in said) == message.startswith("no file")
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_of_another_kind_is_refused_by_the_hubs_index(tmp_path, monkeypatch, capsys):
