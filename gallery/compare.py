@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from gallery.follow import Evaluation, Ours, Session, Trajectory
-from gallery.grid import Refused
+from gallery.models import Refused
 from gallery.options import Family
 from gallery.sides import Side, find_side
 from gallery.truth import Truth, solve

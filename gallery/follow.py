@@ -20,7 +20,10 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from gallery.grid import Refused, _encode, _load, _reason
+from gallery.models import Refused
+from gallery.models import encode as _encode
+from gallery.models import load as _load
+from gallery.models import reason as _reason
 from gallery.options import Family
 from gallery.sides import ComfyDenoiser, ModelSampling, Side
 

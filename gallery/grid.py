@@ -7,9 +7,7 @@ import contextlib
 import importlib
 import inspect
 import json
-import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from gallery.comfy import SKIPPING, comfy_arguments
-from gallery.options import FLUX, SDXL, Family
+from gallery.models import Refused, check_output, encode, load, reason, short_name, size_of
+from gallery.options import Family
 from gallery.parameters import write_parameters
 from gallery.pictures import contact_sheet, read_settings, write_png
-
-
-class Refused(Exception):
-    """Something that the user can mend. Its message is the one line to show."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ def run(family: Family, options: argparse.Namespace) -> int:
 
 
 def _run(family: Family, options: argparse.Namespace) -> int:
-    _check_output(options.output)
+    check_output(options.output)
     try:
         module = importlib.import_module(family.module)
     except ImportError as error:
@@ -90,8 +85,8 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     if options.model is None and model == "demo" and state.is_main_process:
         print(f"No CUDA device here: drawing with the small demo model, demo/{family.name}.")
 
-    pipe = _load(family, module, model, device, options)
-    name = _short_name(family, model)
+    pipe = load(family, module, model, device, options)
+    name = short_name(family, model)
     settings = _settings(family, pipe, model, options)
     units = list(_units(name, module, samplers, options))
     mine = [unit for turn, unit in units if turn % state.num_processes == state.process_index]
@@ -151,15 +146,6 @@ def _units(
 # --- before anything runs --------------------------------------------------------------------------------------------
 
 
-def _check_output(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own: several processes look at the same time
-            pass
-    except OSError as error:
-        raise Refused(f"can't write to {folder}: {error.strerror}. Name another folder with --output") from None
-
-
 def _check_names(module: Any, options: argparse.Namespace) -> list[str]:
     """The samplers to draw, without `sample_`, each once."""
     try:
@@ -173,93 +159,6 @@ def _check_names(module: Any, options: argparse.Namespace) -> list[str]:
     )
 
 
-def _load(family: Family, module: Any, model: str, device: str, options: argparse.Namespace) -> Any:
-    """The pipeline on its device, from the demo folder, a folder, a .safetensors file or the hub."""
-    import torch
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()
-    dtype = getattr(torch, options.dtype or ("float32" if torch.device(device).type == "cpu" else family.dtype))
-    pipeline = getattr(module, family.pipeline)
-    source = str(family.demo) if model == "demo" else model
-    if options.offload == "sequential" and torch.device(device).type == "cpu":
-        raise Refused("--offload sequential: there is no GPU to load the model to, a layer at a time; leave it out")
-    try:
-        if source.endswith((".safetensors", ".ckpt")):
-            if not Path(source).is_file():
-                raise Refused(f"--model: there is no file {source}")
-            pipe = pipeline.from_single_file(source, torch_dtype=dtype)
-        else:
-            _check_kind(family, source)
-            pipe = pipeline.from_pretrained(source, dtype=dtype)
-        if options.offload == "model":
-            pipe.enable_model_cpu_offload(device=device)
-        elif options.offload == "sequential":
-            pipe.enable_sequential_cpu_offload(device=device)
-        else:
-            pipe.to(device)
-    except Refused:
-        raise
-    except Exception as error:
-        _check_kind(family, source)  # again: a model of the hub has its index here now
-        raise Refused(_reason(error, source)) from error
-    pipe.set_progress_bar_config(position=1, leave=False)
-    return pipe
-
-
-def _check_kind(family: Family, source: str) -> None:
-    """Refuses another family's model by its index, if that is on this machine."""
-    import diffusers
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        name = "model_index.json"
-        index = Path(source, name) if Path(source).is_dir() else try_to_load_from_cache(source, name)
-        kind = json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"]  # type: ignore[arg-type]
-    except Exception:
-        return  # what loads the model says why
-    for other in (SDXL, FLUX):
-        if kind == other.stock != family.stock:
-            scripts = f"{other.script} draws it, compare.py takes it with --family {other.name}"
-            raise Refused(f"--model: {source} is a model of {other.name.upper()}: {scripts}")
-    if kind in dir(diffusers) and family.stock.removesuffix("Pipeline") not in kind:
-        raise Refused(f"--model: {source} is a model of {kind}, not of {family.stock}")
-
-
-def _reason(error: BaseException, source: str = "") -> str:
-    """One line for a person: what went wrong and what to do."""
-    chain, seen = error, []
-    while chain is not None:
-        seen.append(type(chain).__name__)
-        chain = chain.__cause__ or chain.__context__
-    text = " ".join(str(error).split())
-    if "OutOfMemoryError" in seen or "out of memory" in text.lower():
-        return "out of GPU memory: try --offload model, then --offload sequential, or a smaller --width and --height"
-    if "GatedRepoError" in seen or "gated" in text.lower():
-        return f"{source} is gated: accept its licence on its hub page, then `hf auth login` (or set HF_TOKEN)"
-    if {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout"} & set(
-        seen
-    ):
-        return f"{source} is not on this machine and the hub can't be reached: check the network, or use --model demo"
-    if "RepositoryNotFoundError" in seen or "not a valid model identifier" in text:
-        return (
-            f"--model: {source} is neither a folder here nor a model on the hub (a private one needs `hf auth login`)"
-        )
-    return f"{type(error).__name__}: {text[:400]}"
-
-
-def _short_name(family: Family, model: str) -> str:
-    """What the files begin with: sdxl, flux-dev, flux-schnell, sdxl-demo, or the family and the model's own name."""
-    if model == "demo":
-        return f"{family.name}-demo"
-    last = re.sub(r"\.(safetensors|ckpt)$", "", model.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1])
-    last = {"stable-diffusion-xl-base-1.0": "sdxl", "FLUX.1-dev": "flux-dev", "FLUX.1-schnell": "flux-schnell"}.get(
-        last, last
-    )
-    slug = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")
-    return slug if slug.startswith(family.name) else f"{family.name}-{slug}"
-
-
 def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace) -> dict[str, str]:
     """What a picture depends on beside its sampler, as text for the PNG. `sigmas` are t on FLUX."""
     import diffusers
@@ -268,8 +167,7 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
     flux = family.name == "flux"
     distilled = flux and not pipe.transformer.config.guidance_embeds
     steps = options.steps or (4 if distilled else family.steps)
-    native = pipe.vae.config.sample_size if flux else pipe.unet.config.sample_size * pipe.vae_scale_factor
-    width, height = options.width or native, options.height or native
+    width, height = size_of(family, pipe, options)
     try:
         if flux:
             tokens = (height // (2 * pipe.vae_scale_factor)) * (width // (2 * pipe.vae_scale_factor))
@@ -324,42 +222,14 @@ def _encode_all(
     for prompt in dict.fromkeys(one.prompt for one in unit):
         if prompt not in encoded:
             try:
-                encoded[prompt] = _encode(family, pipe, prompt, options)
+                encoded[prompt] = encode(family, pipe, prompt, options)
             except Exception as error:
-                raise Refused(_reason(error)) from error
+                raise Refused(reason(error)) from error
     each = [encoded[one.prompt] for one in unit]
     for prompt in list(encoded)[: -options.batch]:
         del encoded[prompt]
     tensors = {name for name, value in each[0].items() if isinstance(value, torch.Tensor)}
     return {name: torch.cat([one[name] for one in each]) if name in tensors else each[0][name] for name in each[0]}
-
-
-def _encode(family: Family, pipe: Any, text: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that carry one prompt, encoded once for all samplers."""
-    import torch
-
-    with torch.no_grad():
-        if family.name == "sdxl":
-            names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-            embeds = pipe.encode_prompt(
-                text,
-                negative_prompt=_negative_prompt(options),
-                do_classifier_free_guidance=options.guidance > 1,
-            )
-            return dict(zip(names, embeds))
-        length = 512 if pipe.transformer.config.guidance_embeds else 256  # schnell was trained with 256
-        prompt_embeds, pooled, _ = pipe.encode_prompt(text, max_sequence_length=length)
-        encoded = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
-        if options.negative_prompt:
-            negative, pooled, _ = pipe.encode_prompt(options.negative_prompt, max_sequence_length=length)
-            encoded |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": pooled}
-            encoded["true_cfg_scale"] = options.true_cfg
-        return encoded
-
-
-def _negative_prompt(options: argparse.Namespace) -> str | None:
-    """ComfyUI encodes an empty one; diffusers takes zeros where there is none."""
-    return options.negative_prompt or ("" if options.comfy else None)
 
 
 def _draw(
@@ -415,7 +285,7 @@ def _draw(
                 one.path = one.picture.path
     except Exception as error:
         for one in drawn:
-            one.error = "" if one.path else _reason(error)
+            one.error = "" if one.path else reason(error)
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
     finally:
@@ -443,7 +313,7 @@ def _finish(name: str, model: str, settings: dict[str, str], drawn: list[Drawn],
             _write_sheet(path, place, settings, those)
             sheets.append(path)
         except OSError as error:
-            lost.append(f"FAILED: {path}: {_reason(error)}")
+            lost.append(f"FAILED: {path}: {reason(error)}")
     failed = sum(bool(one.error) for one in drawn)
     summary = f"{len(drawn) - failed} of {len(drawn)} drawn with {model}"
     if len(places) == 1:

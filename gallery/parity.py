@@ -15,7 +15,8 @@ from diffusers import FlowMatchHeunDiscreteScheduler
 
 from gallery.compare import Result, as_json, compare_sides, tolerance_of, write_text
 from gallery.follow import Session
-from gallery.grid import Refused, _check_output
+from gallery.models import Refused
+from gallery.models import check_output as _check_output
 from gallery.options import FLUX, SDXL
 from gallery.sides import Side, find_side
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gallery.grid import Refused
+from gallery.models import Refused
 
 
 @dataclass(frozen=True)

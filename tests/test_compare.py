@@ -19,7 +19,7 @@ import flux_comfy_pipeline
 import sdxl_comfy_pipeline
 from gallery.compare import compare_sides, run
 from gallery.follow import Session
-from gallery.grid import Refused
+from gallery.models import Refused
 from gallery.options import parse_compare
 from gallery.sides import find_side
 from gallery.truth import Path as BrownianPath

@@ -15,7 +15,8 @@ from conftest import ROOT
 from PIL import Image
 
 import sdxl_comfy_pipeline
-from gallery.grid import _check_output, _units, run
+from gallery.grid import _units, run
+from gallery.models import check_output
 from gallery.options import SDXL, parse
 from gallery.pictures import read_settings, write_png
 
@@ -60,7 +61,7 @@ def test_every_prompt_seed_and_sampler_has_its_picture(whole):
 def test_several_look_at_the_folder_at_the_same_time(tmp_path):
     """Each process asks whether it can write there, and none takes what another left for its own."""
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(_check_output, [tmp_path] * 400))
+        list(pool.map(check_output, [tmp_path] * 400))
     assert not list(tmp_path.iterdir())
 
 

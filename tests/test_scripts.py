@@ -15,7 +15,8 @@ from diffusers.utils import logging
 from PIL import Image, ImageChops, ImageStat
 
 from gallery import grid as gallery_grid
-from gallery.grid import _reason, _title
+from gallery.grid import _title
+from gallery.models import reason
 from gallery.options import FLUX, SDXL, parse, parse_compare
 from gallery.pictures import contact_sheet, read_settings, write_png
 from sdxl_comfy_pipeline import sampler_names
@@ -399,4 +400,4 @@ def test_versions_that_do_not_exist_are_no_success():
     ],
 )
 def test_reasons(error, message):
-    assert message in _reason(error, "some/model") and "\n" not in _reason(error)
+    assert message in reason(error, "some/model") and "\n" not in reason(error)
