@@ -2,10 +2,10 @@
 
 import sys
 
-from gallery.options import parse_compare
+from parity.options import parse_compare
 
 if __name__ == "__main__":
     options, family = parse_compare()
-    from gallery.compare import run  # after the options, so that --help is quick
+    from parity.command import run  # after the options, so that --help is quick
 
     sys.exit(run(options, family))

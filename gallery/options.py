@@ -88,11 +88,11 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--height", type=positive, help="pixels (default: the model's)")
     add("--prompt", default=PROMPT, help="(default: %(default)s)")
     add("--negative-prompt", help="what not to draw")
-    add("--guidance", type=_finite, default=family.guidance, help="guidance scale (default: %(default)s)")
+    add("--guidance", type=finite, default=family.guidance, help="guidance scale (default: %(default)s)")
     if family is FLUX:
-        add("--true-cfg", type=_finite, default=2.0, help="scale of the negative prompt (default: %(default)s)")
+        add("--true-cfg", type=finite, default=2.0, help="scale of the negative prompt (default: %(default)s)")
     add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead of --prompt")
-    add("--seed", type=_seed, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
+    add("--seed", type=seed, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
     add("--seeds", type=positive, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
     batch = "draw N prompts and seeds at once (default: 1); changes their rounding alone, so --resume keeps any"
     add("--batch", type=positive, default=1, metavar="N", help=batch)
@@ -128,7 +128,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     return options
 
 
-def _number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
     """A `type` for argparse that refuses in words."""
 
     def read(text: str) -> Any:
@@ -140,64 +140,6 @@ def _number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]
     return read
 
 
-positive = _number(int, "a whole number, at least 1", lambda value: value >= 1)
-_seed = _number(int, f"a whole number in {SEEDS[0]}..{SEEDS[-1]}", SEEDS.__contains__)
-_finite = _number(float, "a finite number", math.isfinite)
-_above_zero = _number(float, "a number above 0", lambda value: 0 < value < math.inf)
-
-
-def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
-    """The options of `compare.py`. Raises SystemExit(2) with one line for values that can't be right."""
-    parser = argparse.ArgumentParser(
-        description="Runs two samplers on one network from the same noise and finds the step where they part, and why.",
-        epilog="A side is NAME or NAME(option=value, ...). Exit status: 0 identical to rounding, 1 not, 2 bad input.",
-    )
-    parser.set_defaults(comfy=False)  # that switch is the grids'
-    add = parser.add_argument
-    add("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion, by name or a function (default: %(default)s)")
-    add(
-        "--against",
-        metavar="SIDE",
-        help="a scheduler class of diffusers, which runs in the stock pipeline, another sampler of k-diffusion, or a"
-        " function or scheduler class of your own: path/to/file.py:name or package.module:name (its code is run)",
-    )
-    add("--family", choices=("sdxl", "flux"), help="(default: sdxl; with --all, both)")
-    add("--model", default="demo", help="hub id, folder, .safetensors file, or 'demo' (default: %(default)s)")
-    add("--steps", type=positive, default=25, help="(default: %(default)s)")
-    add("--schedule", help="noise levels of the k-diffusion side by name (default: those of the other side)")
-    add(
-        "--parameterization",
-        choices=("auto", "flow", "ve"),
-        default="auto",
-        help="FLUX: what the sampler sees as sigma",
-    )
-    add("--width", type=positive, help="pixels (default: the model's)")
-    add("--height", type=positive, help="pixels (default: the model's)")
-    add("--prompt", default=PROMPT, help="(default: %(default)s)")
-    add("--guidance", type=_finite, help="guidance scale (default: FLUX 3.5, SDXL 1: no part of a sampler)")
-    add("--seed", type=_seed, default=2, help="of the initial and the step noise (default: %(default)s)")
-    add("--dtype", choices=DTYPES, help="of the network (default: float64 for the demo models, else float32)")
-    add("--device", help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
-    add("--offload", choices=OFFLOAD, default="none", help="keep the model in main memory, for small GPUs")
-    tolerances = "1e-6 in float64, 1e-4 in float32, 0.02 in half precision"
-    add("--tolerance", type=_above_zero, help=f"of relative differences (default: {tolerances})")
-    add("--no-switches", dest="switches", action="store_false", help="don't try the known switches")
-    add("--no-truth", dest="truth", action="store_false", help="don't solve the ODE or SDE finely")
-    add("--json", nargs="?", const="-", metavar="FILE", help="write all of it as JSON, to standard output without FILE")
-    add("--html", metavar="FILE", help="write a report to look at, one file")
-    add("--all", action="store_true", help="run every known pair, and write parity.md and parity.json")
-    add("--output", type=Path, default=Path("output"), help="folder for --all (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    for name in (
-        ("sampler", "against", "schedule", "parameterization", "guidance", "json", "html") if options.all else ()
-    ):
-        if getattr(options, name) != parser.get_default(name):
-            parser.error(f"argument --all: goes without --{name}, each pair has its own settings")
-    if options.all and options.model != "demo" and options.family is None:
-        parser.error("argument --all: needs --family to say whose pairs --model can run")
-    family = {"sdxl": SDXL, "flux": FLUX}[options.family or "sdxl"]
-    options.negative_prompt, options.true_cfg = None, 1.0
-    if options.guidance is None:
-        options.guidance = FLUX.guidance if family is FLUX else 1.0
-    options.dtype = options.dtype or ("float64" if options.model == "demo" else "float32")
-    return options, family
+positive = number(int, "a whole number, at least 1", lambda value: value >= 1)
+seed = number(int, f"a whole number in {SEEDS[0]}..{SEEDS[-1]}", SEEDS.__contains__)
+finite = number(float, "a finite number", math.isfinite)

@@ -9,21 +9,28 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from closed_form import flux_pipeline, mixture, patched, sdxl_pipeline, solve_ode, unpatched
 from conftest import ROOT
 
 import flux_comfy_pipeline
 import sdxl_comfy_pipeline
-from gallery.compare import compare_sides, run
-from gallery.follow import Session
 from gallery.models import Refused
-from gallery.options import parse_compare
-from gallery.sides import find_side
-from gallery.truth import Path as BrownianPath
-from gallery.truth import sample_rk4, split
+from parity import truth
+from parity.command import run
+from parity.diagnose import compare_sides
+from parity.follow import Session
+from parity.options import parse_compare
+from parity.report import TOP, report
+from parity.result import Ours
+from parity.sides import find_side
+from parity.truth import Path as BrownianPath
+from parity.truth import split
 
 FAULTY = f"{ROOT}/tests/faulty_schedulers.py"
 COMFY = f"{ROOT}/tests/comfy_like.py"
@@ -36,7 +43,7 @@ class Compared:
     def __init__(self, *arguments: str):
         options, family = parse_compare(["--steps", "6", "--no-truth", *arguments])
         self.module = {"sdxl": sdxl_comfy_pipeline, "flux": flux_comfy_pipeline}[family.name]
-        self.session = Session(family, self.module, options)
+        self.session = Session.load(family, self.module, options)
 
     def __call__(self, ours: str, theirs: str, switches: bool = False, tolerance: float = TOLERANCE, **options):
         before = vars(self.session.options).copy()
@@ -219,8 +226,6 @@ def sample_none(model, x, sigmas, extra_args=None, callback=None, disable=None):
 
 
 def test_a_side_that_is_not_finite_is_never_identical(sdxl_pair, tmp_path):
-    from gallery.report import TOP, report
-
     (tmp_path / "broken.py").write_text(BROKEN)
     result = sdxl_pair("euler", f"{tmp_path}/broken.py:sample_nan", truth=True)
     assert (result.cause.kind, result.cause.step) == ("not finite", 2) and "in theirs" in result.verdict
@@ -318,25 +323,52 @@ def test_a_file_of_a_package_is_loaded_as_the_package_s(sdxl_pair, tmp_path, mon
 # --- the truth -------------------------------------------------------------------------------------------------------
 
 
-def gaussian(x, sigma, **kwargs):
-    """The ideal denoiser of x0 ~ N(0, 1)."""
-    return x / (1 + sigma.view(-1, 1) ** 2)
+class Known:
+    """A session on a model in closed form, 2x2 patches, and the exact end of its ODE."""
+
+    def __init__(self, family: str):
+        options, kind = parse_compare(["--family", family, "--steps", "8", "--truth-seconds", "1e9"])
+        known = mixture()
+        pipe = {"sdxl": sdxl_pipeline, "flux": flux_pipeline}[family](known)
+        nothing = torch.zeros(1, 1, 1, dtype=torch.float64)
+        prompt = {"prompt_embeds": nothing, "pooled_prompt_embeds": nothing[:, 0]}
+        module = {"sdxl": sdxl_comfy_pipeline, "flux": flux_comfy_pipeline}[family]
+        self.session, self.mixture = Session(kind, module, options, pipe, prompt, (32, 32)), known
+
+    def setup(self, first: float, last: float) -> Ours:
+        levels = torch.linspace(first, last, 9, dtype=torch.float64)
+        return Ours(levels, self.session.noise.double() * first)
+
+    def exact(self, setup: Ours) -> torch.Tensor:
+        first, last = setup.levels[0].item(), setup.levels[-1].item()
+        if not self.session.flux:
+            y = solve_ode(self.mixture, patched(setup.start, self.mixture), first, last)
+            return unpatched(y, setup.start.shape)
+        y = setup.start / (1 - first)  # sigma = t / (1 - t)
+        return solve_ode(self.mixture, y, first / (1 - first), last / (1 - last)) * (1 - last)
 
 
-def test_rk4_solves_the_ode_to_its_order():
-    """x = x(sigma_0) sqrt((1 + sigma^2) / (1 + sigma_0^2)) for N(0, 1); halved steps leave a sixteenth of the error."""
-    x, errors = torch.ones(1, 1, dtype=torch.float64), []
-    for pieces in (2, 4, 8):
-        levels = split(torch.tensor([10.0, 3.0, 1.0, 0.3], dtype=torch.float64), pieces)
-        errors.append(abs(sample_rk4(gaussian, x, levels).item() - math.sqrt(1.09 / 101)))
-    assert errors[2] < 1e-6 and 10 < errors[0] / errors[1] < 24 and 10 < errors[1] / errors[2] < 24
+@pytest.mark.parametrize("family, first, last", [("sdxl", 14.6, 0.03), ("flux", 0.99, 1e-9)])
+def test_the_truth_is_the_exact_end(family, first, last, monkeypatch):
+    """To 1e-6, and within the error that is told, which only a smooth network lets be too large."""
+    monkeypatch.setattr(truth, "ODE_SIZES", [32, 128, 512, 2048])
+    known, solutions = Known(family), dict[Any, Any]()
+    setup = known.setup(first, last)
+    exact = known.exact(setup)
+    end = SimpleNamespace(final=exact, noise={})
+    with torch.no_grad():
+        found = truth.solve(
+            known.session, (find_side("euler", known.session.module, ""),) * 2, setup, end, end, solutions
+        )
+    (solution,) = solutions.values()
+    assert solution.size == 2048 and found.ours < 1e-6 and found.ours <= found.error, found
 
 
 def test_split_keeps_the_levels():
     levels = torch.tensor([10.0, 3.0, 1.0, 0.0], dtype=torch.float64)
-    fine = split(levels, 4, tail=2)
-    assert fine[0] == 10 and fine[-1] == 0 and (fine.diff() < 0).all() and len(fine) == 4 * 4 + 2
-    for level in (3.0, 1.0, 0.25, 1 / 16):
+    fine = split(levels, 4)
+    assert fine[0] == 10 and fine[-1] == 0 and (fine.diff() < 0).all() and len(fine) == 2 * 4 + 2
+    for level in (3.0, 1.0):
         assert (fine - level).abs().min() < 1e-12
 
 
@@ -361,7 +393,7 @@ def test_who_is_nearer_to_the_truth(sdxl_pair):
     """heun against euler: the method of order 2 is nearer to the same ODE."""
     result = sdxl_pair("heun", "euler", truth=True)
     truth = result.truth
-    assert truth.equation == "ODE" and truth.nearer == "ours" and truth.error < truth.theirs - truth.ours
+    assert truth.equation == "ODE" and truth.nearer == "ours" and truth.ours < truth.theirs
     assert "Nearer to the ODE solved finely: k-diffusion's" in result.verdict
 
 
@@ -531,8 +563,6 @@ def test_report_without_rows_is_written(capsys, tmp_path):
 
 
 def test_names_are_escaped_in_the_report(sdxl_pair, tmp_path):
-    from gallery.report import report
-
     with torch.no_grad():
         sides = [find_side("euler", sdxl_comfy_pipeline, "x")] * 2
         session = sdxl_pair.session
