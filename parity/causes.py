@@ -128,7 +128,7 @@ class Causes:
                     lambda log, state=state: relative(state(math.exp(log)), target),
                     bounds=(math.log(low) + 1e-9, math.log(high) - 1e-9),
                     method="bounded",
-                    options={"xatol": 1e-11},
+                    options={"xatol": 1e-9},
                 )
                 value = math.exp(found.x)
                 if found.fun < min(past, gap / 10) and abs(value / listed - 1) > 1e-5:

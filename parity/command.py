@@ -41,6 +41,10 @@ def _compare(options: argparse.Namespace, family: Family) -> int:
     if ours.is_scheduler:
         raise Refused("--sampler: has to be a sampler; name the scheduler with --against")
     theirs.check_family(family)
+    try:
+        module.check_schedule(options.schedule)
+    except ValueError as error:
+        raise Refused(str(error).replace("`schedule`", "--schedule")) from None
     session = Session.load(family, module, options)
     out = sys.stderr if options.json == "-" else sys.stdout
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -110,18 +112,34 @@ class Pair:
                 result.cause, first = self.causes.update(i, a, b, setup), latents
         if result.cause is None or result.cause.kind == "not finite" or result.largest == math.inf:
             return result
-        alone = self._alone(b, setup)
-        if alone is not None and result.cause.step and min(first, result.largest / 3) < 30 * tolerance:
+        apart = self._alone(b, setup)
+        if apart is not None and result.cause.step and min(first, result.largest / 3) < 30 * tolerance:
             # so small that the network may have made it of rounding: each step by itself decides
-            result.local, causes = alone
-            result.cause, result.others = (causes[0], causes[1:]) if causes else (None, [])
-        elif alone is not None:
-            seen = [result.cause]
-            result.others = [cause for cause in alone[1] if _is_news(cause, seen)]
+            result.local = max((one.size for one in apart), default=0.0)
+            past = [one for one in apart if one.size > tolerance]
+            result.cause = past[0].named() if past else None
+        if result.cause is not None:
+            result.others = self._others(result.cause, apart or [])
         return result
 
-    def _alone(self, b: Trajectory, setup: Ours) -> tuple[float, list[Cause]] | None:
-        """Each step by itself: the largest difference that arises in one, and the first cause of each kind.
+    def _others(self, cause: Cause, apart: list[Apart]) -> list[Cause]:
+        """What differs in predictions, updates and the last step beside `cause`: where each first comes to its size."""
+        others = list[Cause]()
+        for kind in dict.fromkeys(one.kind for one in apart):
+            those = [one for one in apart if one.kind == kind and one.size > self.tolerance]
+            if not those:
+                continue
+            largest = max(one.size for one in those)
+            first = next(one for one in those if one.size > largest / 10)
+            found = replace(first.named(), size=first.size)
+            kinds = {one.kind for one in [cause, *others]}
+            # a last step that differs as the other updates do is no news
+            if found.kind not in kinds and not ("update" in kinds and found.what.startswith("the update itself")):
+                others.append(found)
+        return sorted(others, key=lambda one: one.step)
+
+    def _alone(self, b: Trajectory, setup: Ours) -> list[Apart] | None:
+        """The differences that arise within each step by itself, in order.
 
         Our network and sampler get their latents and their predictions, step by step. A timestep that is theirs to
         float32's rounding, 1e-4, is taken for the same. None where ours takes other steps.
@@ -147,32 +165,30 @@ class Pair:
             return [*(evaluation.x for evaluation in side.evaluations), side.final]
 
         xs, ours, theirs = latents(moved), latents(replayed), latents(b)
-        largest, causes = 0.0, list[Cause]()
-        looked = 0  # at updates: each look costs some hundred replays
+        found = list[Apart]()
         for i, start in enumerate(b.starts):
+            last = i == len(b.starts) - 1
             end = start + len(b.step_evaluations(i))
             for j in range(start, end):
-                apart = relative(seen[j].denoised, b.evaluations[j].denoised)
+                one, other = seen[j], b.evaluations[j]
+                named = functools.partial(self.causes.prediction, i, one, other, b)
+                found.append(Apart("prediction", relative(one.denoised, other.denoised), named))
                 # with the predictions given, latents are linear in those that the step began with
                 slope = (xs[j + 1] - ours[j + 1]).mean() / (xs[start] - ours[start]).mean()
                 arisen = ours[j + 1] - slope * (ours[start] - theirs[start])
-                step = relative(arisen, theirs[j + 1])
-                largest = max(largest, apart, step)
-                found = []
-                if apart > self.tolerance:
-                    found.append(self.causes.prediction(i, seen[j], b.evaluations[j], b))
-                if step > self.tolerance and (looked < 3 or i == len(b.starts) - 1):
-                    looked += 1
-                    inner = j + 1 - start if j + 1 < end else 0
-                    found.append(self.causes.update(i, replayed, b, setup, inner))
-                causes += [cause for cause in found if _is_news(cause, causes)]
-        return largest, causes
+                inner = j + 1 - start if j + 1 < end else 0
+                named = functools.partial(self.causes.update, i, replayed, b, setup, inner)
+                found.append(Apart("last step" if last else "update", relative(arisen, theirs[j + 1]), named))
+        return found
 
 
-def _is_news(cause: Cause, seen: list[Cause]) -> bool:
-    """Whether none of its kind was seen. A last step that differs as the other updates do is none."""
-    kinds = {one.kind for one in seen}
-    return cause.kind not in kinds and not ("update" in kinds and cause.what.startswith("the update itself"))
+@dataclass
+class Apart:
+    """A difference that arises within one step: of which kind, how large, and what names its cause."""
+
+    kind: str
+    size: float
+    named: Callable[[], Cause]
 
 
 def _their_tree(theirs: Trajectory) -> Any:

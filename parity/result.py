@@ -160,12 +160,14 @@ class Cause:
         step: from 1; 0 for the initial latents.
         level: that the step begins at.
         what: in words.
+        size: of the difference that arises there, where each step was looked at by itself.
     """
 
     kind: str
     step: int
     level: float
     what: str
+    size: float = math.nan
 
 
 @dataclass
@@ -287,7 +289,8 @@ class Result:
         return " ".join([f"part {self._told(self.cause)}", *(f"Also {self._told(cause)}" for cause in self.others)])
 
     def _told(self, cause: Cause) -> str:
-        at = f"({self.level_name} {cause.level:.4g}): {cause.kind}. {cause.what[0].upper()}{cause.what[1:]}."
+        size = "" if math.isnan(cause.size) else f", {cause.size:.0e}"
+        at = f"({self.level_name} {cause.level:.4g}{size}): {cause.kind}. {cause.what[0].upper()}{cause.what[1:]}."
         return f"at step {cause.step} of {self.steps} {at}" if cause.step else f"before the first step {at}"
 
     def removal(self) -> str:

@@ -103,7 +103,7 @@ def refine(
                 if truth.nearer is not None:
                     return truth, solution
             left = session.options.truth_seconds - (time.process_time() - started)
-            size = _next_size(solution, cost, sizes, session.affordable(0.9 * left))
+            size = next_size(solution, cost, sizes, session.affordable(0.9 * left))
             if size is None:
                 break
             bar.reset(cost(size))
@@ -120,7 +120,7 @@ def refine(
     return replace(truth, stopped=True), solution
 
 
-def _next_size(
+def next_size(
     solution: Solution | None, cost: Callable[[int], int], sizes: Sequence[int], affordable: float
 ) -> int | None:
     """Four times the last size, or the largest one if not even twice that would come after; None if none is affordable.

@@ -27,10 +27,10 @@ from parity.diagnose import compare_sides
 from parity.follow import Session
 from parity.options import parse_compare
 from parity.report import TOP, report
-from parity.result import Ours
+from parity.result import Ours, Truth
 from parity.sides import find_side
 from parity.truth import Path as BrownianPath
-from parity.truth import split
+from parity.truth import Solution, next_size, split
 
 FAULTY = f"{ROOT}/tests/faulty_schedulers.py"
 COMFY = f"{ROOT}/tests/comfy_like.py"
@@ -41,7 +41,7 @@ class Compared:
     """A session of few steps on a demo model in float64, and comparisons in it."""
 
     def __init__(self, *arguments: str):
-        options, family = parse_compare(["--steps", "6", "--no-truth", *arguments])
+        options, family = parse_compare(["--steps", "6", "--no-truth", "--truth-seconds", "4", *arguments])
         self.module = {"sdxl": sdxl_comfy_pipeline, "flux": flux_comfy_pipeline}[family.name]
         self.session = Session.load(family, self.module, options)
 
@@ -183,6 +183,27 @@ def test_planted_faults_are_caught_at_their_step(sdxl_pair, ours, fault, step, k
     assert all(value < TOLERANCE for value in before)
 
 
+DEIS = "DEISMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction')"
+SEVERAL = [
+    ("sdxl", "lms(order=2)", "DPMSolverMultistepScheduler(use_karras_sigmas=True)", {"timestep": 2, "update": 2}),
+    ("sdxl", "euler", f"{FAULTY}:RoundedTimestepsAndLatents(use_karras_sigmas=True)", {"timestep": 2, "rounding": 3}),
+    ("flux", "lms(order=2)", DEIS, {"timestep": 1, "update": 2, "last step": 4}),
+    # near t = 1 its update subtracts two terms that are a thousand times as large as what is left, in float32
+    ("flux", "euler", DEIS.replace(")", ", solver_order=1)"), {"timestep": 1, "update": 1, "last step": 4}),
+]
+
+
+@pytest.mark.parametrize("family, ours, theirs, kinds", SEVERAL)
+def test_of_several_causes_each_is_named(request, family, ours, theirs, kinds):
+    """Also those that another one before them hides, at their first step."""
+    pair = request.getfixturevalue(f"{family}_pair")
+    result = pair(ours, theirs, **({"steps": 4, "parameterization": "ve"} if family == "flux" else {}))
+    found = {cause.kind: cause.step for cause in [result.cause, *result.others]}
+    assert found == kinds, result.verdict
+    for cause in result.others:
+        assert cause.what[1:] in result.verdict
+
+
 def test_the_wrong_sigma_is_found_by_its_value(sdxl_pair):
     """1.1 times what the list says, as planted."""
     result = sdxl_pair("euler", f"{FAULTY}:WrongSigmaEuler")
@@ -221,7 +242,16 @@ def sample_nan(model, x, sigmas, extra_args=None, callback=None, disable=None):
     return x
 
 def sample_none(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    pass
+    model(x, sigmas[0] * x.new_ones([x.shape[0]]))
+
+def sample_short(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    return model(x, sigmas[0] * x.new_ones([x.shape[0]]))[..., 0]
+
+def sample_idle(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    return x
+
+def sample_raises(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    return [][len(sigmas)]
 """
 
 
@@ -247,10 +277,30 @@ def test_k_diffusions_own_file_can_be_named(sdxl_pair):
         assert find_side(f"{source}:sample_heun", sdxl_pair.module, "--against").target is sampling.sample_heun
 
 
-def test_what_a_function_returns_is_checked(sdxl_pair, tmp_path):
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("sample_none", r"has to return a tensor of shape \(1, 4, 16, 16\), but returned NoneType"),
+        ("sample_short", r"but returned one of shape \(1, 4, 16\)"),
+        ("sample_idle", "never calls the model"),
+        ("sample_raises", r"IndexError: list index out of range \(.*broken.py, line 20\)"),
+    ],
+)
+def test_what_a_function_does_wrong_is_told(sdxl_pair, tmp_path, name, message):
     (tmp_path / "broken.py").write_text(BROKEN)
-    with pytest.raises(Refused, match="has to return latents of shape"):
-        sdxl_pair("euler", f"{tmp_path}/broken.py:sample_none")
+    with pytest.raises(Refused, match=message):
+        sdxl_pair("euler", f"{tmp_path}/broken.py:{name}")
+    with pytest.raises(Refused, match=message):
+        sdxl_pair(f"{tmp_path}/broken.py:{name}", "euler")
+
+
+def test_where_a_scheduler_raises_is_told(sdxl_pair, tmp_path):
+    """In its own code, also where that was called from diffusers'."""
+    lines = ["from diffusers import EulerDiscreteScheduler", "class Mine(EulerDiscreteScheduler):"]
+    lines += ["    def index_for_timestep(self, *args, **kwargs):", "        return self.nothing"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    with pytest.raises(Refused, match=r"object has no attribute 'nothing' \(.*mine.py, line 4\)"):
+        sdxl_pair("euler", f"{tmp_path}/mine.py:Mine")
 
 
 def test_samplers_that_place_their_own_levels_are_told_so(sdxl_pair):
@@ -389,6 +439,39 @@ def test_a_refined_brownian_path_keeps_its_step_noise_and_is_brownian():
     assert (every @ every.T / 40000 - torch.eye(12)).abs().max() < 0.04
 
 
+def test_what_the_error_of_the_truth_leaves_open():
+    """Whoever is told to be nearer to T is nearer to every point within T's error, and only where that is not so no
+    one is told: 2,000 draws of two sides and a T, each with the worst of 200 points."""
+    generator = torch.Generator().manual_seed(0)
+    told = 0
+    for _ in range(2000):
+        a, b, points = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (1, 1, 200))
+        error = 0.3
+        points *= error / points.norm(dim=1, keepdim=True)
+        ours, theirs, apart = a.norm().item(), b.norm().item(), (a - b).norm().item()  # T is the origin
+        nearer = Truth("ODE", ours, theirs, apart, error).nearer
+        signs = set(((points - a).norm(dim=1) < (points - b).norm(dim=1)).tolist())
+        if nearer is not None:
+            told += 1
+            assert signs == {nearer == "ours"}
+    assert 0.5 < told / 2000 < 1  # most of them: what is left is the band of width 2 error between the sides
+
+
+def test_the_truth_is_not_begun_where_time_is_too_short(sdxl_pair):
+    result = sdxl_pair("heun", "euler", truth=True, truth_seconds=1e-3)
+    assert result.truth.nearer is None and "--truth-seconds" in result.verdict
+    assert "not looked for" in result.truth.equation
+
+
+def test_a_finer_solution_is_taken_as_long_as_there_is_time():
+    """From sizes in steps of four, the last one as large as can be; each costs as many evaluations as its size."""
+    taken, left, solution = [], 1000.0, None
+    while size := next_size(solution, lambda n: n, range(32, 8193, 32), left):
+        solution, left = Solution(torch.empty(0), size, 0.0, 0), left - size
+        taken.append(size)
+    assert taken == [32, 128, 832] and left < 32
+
+
 def test_who_is_nearer_to_the_truth(sdxl_pair):
     """heun against euler: the method of order 2 is nearer to the same ODE."""
     result = sdxl_pair("heun", "euler", truth=True)
@@ -429,14 +512,19 @@ BAD = [
     (["--against", "heun(eta=1)"], "takes no eta"),
     (["--sampler", "DDIMScheduler", "--against", "euler"], "has to be a sampler"),
     (["--against", "nowhere.py:sample"], "there is no file nowhere.py"),
-    (["--against", f"{COMFY}:sample_none"], "it has sample_euler"),
+    (["--against", f"{COMFY}:sample_none"], "did you mean sample_euler"),
     (["--against", f"{COMFY}:_step_noise"], "signature"),
     (["--against", "no.such.module:f"], "can't be imported"),
     (["--against", COMFY], f"which function of {COMFY}?"),
-    (["--against", "ScoreSdeVeScheduler"], "there is no 'ScoreSdeVeScheduler'; did you mean LMS"),
+    (["--against", "ScoreSdeVeScheduler"], "there is no 'ScoreSdeVeScheduler'; did you mean DPMSolverSDE"),
     (["--against", "euler", "--schedule", "karas"], "did you mean karras"),
     (["--against", "euler", "--model", "nowhere.safetensors"], "there is no file"),
     (["--against", "euler", "--html", "/nowhere/report.html"], "there is no folder /nowhere"),
+    (["--against", "FlowMatchEulerDiscreteScheduler"], "is for flow models: add --family flux"),
+    (["--against", "EulerDiscreteScheduler", "--family", "flux"], "is not for flow models"),
+    (["--against", "UniPCMultistepScheduler", "--family", "flux"], "needs (use_flow_sigmas=True, prediction_type="),
+    (["--against", "Heun"], "did you mean heun?\n"),
+    (["--against", f"{FAULTY}:WrongSigmaEular"], "did you mean WrongSigmaEuler"),
     ([], "--all"),
 ]
 
@@ -445,6 +533,18 @@ BAD = [
 def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
     status, out, err = command(capsys, "--steps", "2", *arguments)
     assert status == 2 and message in err and err.count("\n") == 1 and not out
+
+
+EMPTY = ["--sampler", "--against", "--model", "--schedule", "--device", "--json", "--html"]
+OPTIONS = [*([name, value] for name in EMPTY for value in ("", " ")), ["--steps", "1001"], ["--steps", "1000000000"]]
+OPTIONS += [["--width", "100000"], ["--truth-seconds", "0"], ["--resume"], ["--output", "elsewhere"]]
+
+
+@pytest.mark.parametrize("arguments", OPTIONS, ids=" ".join)
+def test_what_can_not_be_right_is_refused_at_once(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        parse_compare(["--against", "heun", *arguments])
+    assert stopped.value.code == 2 and arguments[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "small"])
@@ -544,13 +644,36 @@ def test_report_in_a_browser(browser, capsys, tmp_path):
     assert label.text.startswith("Step 1 of 4")
     browser.find_elements("css selector", "tr[data-step]")[3].click()
     assert label.text.startswith("Step 4 of 4")
-    assert len(browser.find_elements("css selector", "svg polyline")) == 2
-    assert "parts here: timestep" in browser.find_element("css selector", "svg").text
+    assert len(browser.find_elements("css selector", "svg.wide polyline")) == 2
+    assert "parts here: timestep" in browser.find_element("css selector", "svg.wide").text
     assert "part at step 2 of 4" in browser.find_element("css selector", ".verdict").text.lower()
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     assert [url for url in sent if not url.startswith(("data:", "chrome:"))] == [path.as_uri()]
+
+
+def test_report_on_a_narrow_screen(browser, capsys, tmp_path):
+    """At 400 pixels the page does not scroll sideways, both differences are in sight, labels are legible."""
+    path = tmp_path / "report.html"
+    arguments = ("--against", "DPMSolverMultistepScheduler(use_karras_sigmas=True)", "--steps", "4", "--no-switches")
+    assert command(capsys, *arguments, "--html", str(path))[0] == 1
+    # the window itself can't be as narrow: Chromium's is 500 pixels at least
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        browser.get(path.as_uri())
+        assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [400, 400]
+        ends = {th.text: th.rect["x"] + th.rect["width"] for th in browser.find_elements("tag name", "th")}
+        assert 0 < ends["latents"] < ends["denoised"] <= 400
+        curves = browser.find_elements("tag name", "svg")
+        assert [curve.is_displayed() for curve in curves] == [False, True]
+        labels = curves[1].find_elements("tag name", "text")
+        assert len(labels) > 8 and all(label.rect["height"] >= 11 for label in labels)
+        assert all(0 <= label.rect["x"] and label.rect["x"] + label.rect["width"] <= 400 for label in labels)
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_report_without_rows_is_written(capsys, tmp_path):
