@@ -2,10 +2,17 @@
 
 import sys
 
-from parity.options import parse_compare
+from gallery.start import command
 
-if __name__ == "__main__":
+
+def compare() -> int:
+    from parity.options import parse_compare
+
     options, family = parse_compare()
     from parity.command import run  # after the options, so that --help is quick
 
-    sys.exit(run(options, family))
+    return run(options, family)
+
+
+if __name__ == "__main__":
+    sys.exit(command(compare))

@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from gallery.comfy import SKIPPING, comfy_arguments
-from gallery.models import Refused, check_output, encode, load, reason, short_name, size_of
-from gallery.options import Family
+from gallery.models import Refused, check_output, device_of, encode, load, reason, short_name, size_of
+from gallery.options import Family, unknown
 from gallery.parameters import write_parameters
 from gallery.pictures import contact_sheet, read_settings, write_png
+from gallery.start import working
+
+ALIASES = ("ddim", "dpmpp_sde_gpu", "dpmpp_2m_sde_gpu", "dpmpp_3m_sde_gpu")  # names of ComfyUI's for the same samplers
+NOT_FINITE = "the picture is not finite: a number overflowed; try a lower --guidance, or --dtype bfloat16 or float32"
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,12 @@ class Drawn:
 
 
 def run(family: Family, options: argparse.Namespace) -> int:
-    """Draws the grid. Exit status: 0 if all was drawn, 1 if some sampler failed, 2 if nothing could start."""
+    """Draws the grid. Exit status: 0 if all was drawn, 1 if something failed, 130 after Ctrl-C.
+
+    Raises Refused where nothing can start.
+    """
     try:
         return _run(family, options)
-    except Refused as refused:
-        print(f"{Path(sys.argv[0]).name}: {refused}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130
@@ -70,14 +74,10 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     from accelerate.utils import gather_object
     from tqdm.auto import tqdm
 
-    try:
-        torch.device(options.device or "cpu")
-    except RuntimeError as error:
-        raise Refused(f"--device: {str(error).splitlines()[0]}") from None
+    device = device_of(options)
     model = options.model or (family.hub_model if torch.cuda.is_available() else "demo")
     if Path(model).resolve() == family.demo:
         model = "demo"  # the same by its path, so with the same names of files
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # who is done first waits for the others, longer than the half hour that torch allows
     state = PartialState(cpu=torch.device(device).type == "cpu", timeout=timedelta(days=7))
     if state.num_processes > 1 and torch.device(device).index is None:
@@ -86,6 +86,7 @@ def _run(family: Family, options: argparse.Namespace) -> int:
         print(f"No CUDA device here: drawing with the small demo model, demo/{family.name}.")
 
     pipe = load(family, module, model, device, options)
+    working()
     name = short_name(family, model)
     settings = _settings(family, pipe, model, options)
     units = list(_units(name, module, samplers, options))
@@ -93,7 +94,9 @@ def _run(family: Family, options: argparse.Namespace) -> int:
 
     drawn: list[Any] = []
     encoded: dict[Any, dict[str, Any]] = {}
-    with tqdm(total=sum(map(len, mine)), desc=f"{name} grid", position=0, disable=not state.is_main_process) as bar:
+    interactive = sys.stderr.isatty()
+    silent = not (interactive and state.is_main_process)
+    with tqdm(total=sum(map(len, mine)), desc=f"{name} grid", position=0, disable=silent) as bar:
         for unit in mine:
             sampler = unit[0].sampler
             bar.set_postfix_str(sampler)
@@ -107,6 +110,8 @@ def _run(family: Family, options: argparse.Namespace) -> int:
                 prompts = _encode_all(family, pipe, unit, encoded, options)
                 drawn += _draw(family, pipe, unit, kept, prompts, wanted, device, options)
             bar.update(len(unit))
+            for one in () if interactive else drawn[-len(unit) :]:
+                print(f"{one.picture.path.name}: {_said(one)}", file=sys.stderr, flush=True)
 
     order = {one: i for i, one in enumerate(one for _, unit in units for one in unit)}
     drawn = sorted(gather_object(drawn), key=lambda one: order[one.picture])
@@ -148,15 +153,15 @@ def _units(
 
 def _check_names(module: Any, options: argparse.Namespace) -> list[str]:
     """The samplers to draw, without `sample_`, each once."""
-    try:
-        for sampler in options.samplers or []:
-            module.find_sampler(sampler)
-        module.check_schedule(options.schedule)
-    except ValueError as error:
-        raise Refused(str(error).replace("`sampler`", "--samplers").replace("`schedule`", "--schedule")) from None
-    return list(
-        dict.fromkeys(sampler.removeprefix("sample_") for sampler in options.samplers or module.sampler_names())
-    )
+    samplers = [name.removeprefix("sample_") for name in options.samplers or module.sampler_names()]
+    for flag, names, known in (
+        ("samplers", samplers, [*module.sampler_names(), *ALIASES]),
+        ("schedule", [options.schedule or "scheduler"], [*module.SCHEDULES, "scheduler"]),
+    ):
+        for name in names:
+            if name not in known:
+                raise Refused(f"--{flag}: {unknown(name, known)}")
+    return list(dict.fromkeys(samplers))
 
 
 def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace) -> dict[str, str]:
@@ -174,7 +179,6 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
             sigmas = pipe.noise_levels(tokens, steps, schedule=options.schedule)
         else:
             sigmas = pipe.noise_levels(steps, schedule=options.schedule)[0]
-        pipe.check_inputs(options.prompt, None, height, width, *(() if flux else (None,)))
     except ValueError as error:
         raise Refused(str(error)) from None
     return {
@@ -274,23 +278,32 @@ def _draw(
             guidance_scale=options.guidance,
             width=width,
             height=height,
+            output_type="pt",
         ).images
         seconds = (time.perf_counter() - start) / len(unit)
         evaluations = calls // (2 if float(first.get("true_cfg", 1)) > 1 else 1)  # FLUX calls it once for each prompt
-        for one, image, wanted, there in zip(drawn, images, settings, kept):
-            if there is None:
+        pictures = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(images.nan_to_num()))
+        for one, image, values, wanted, there in zip(drawn, pictures, images, settings, kept):
+            if not values.isfinite().all():
+                one.error = NOT_FINITE
+            elif there is None:
                 one.seconds, one.evaluations = seconds, evaluations
                 written = {**wanted, "evaluations": str(evaluations), "seconds": f"{seconds:.1f}"}
-                write_png(image, one.picture.path, {**written, "parameters": write_parameters(written)})
+                write_png(image, one.picture.path, written, write_parameters(written))
                 one.path = one.picture.path
     except Exception as error:
         for one in drawn:
-            one.error = "" if one.path else reason(error)
+            one.error = one.error or ("" if one.path else reason(error))
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
     finally:
         hook.remove()
     return [one for one, there in zip(drawn, kept) if there is None]
+
+
+def _said(one: Drawn) -> str:
+    """What became of a picture, in a few words."""
+    return one.error and f"FAILED: {one.error}" or one.note or f"{one.evaluations} evaluations, {one.seconds:.1f} s"
 
 
 def _kept(picture: Picture, wanted: dict[str, str]) -> Drawn | None:
@@ -345,7 +358,7 @@ def _write_sheet(path: Path, place: str, settings: dict[str, str], drawn: list[D
         for one in drawn
     ]
     sheet = contact_sheet(_title(place, len(drawn), settings), entries)
-    write_png(sheet, path, {**settings, "parameters": write_parameters(settings)})
+    write_png(sheet, path, settings, write_parameters(settings))
 
 
 def _title(place: str, count: int, settings: dict[str, str]) -> list[str]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
-OFFLOAD = ("none", "model", "sequential")
+OFFLOAD = ("auto", "none", "model", "sequential")
+TRUE_CFG = 2.0
+OFFLOAD_HELP = "keep the model in main memory, for small GPUs; auto does where the free memory is too small"
 COMFY_SCHEDULES = "ComfyUI's simple, normal, sgm_uniform, ddim_uniform, beta, linear_quadratic and kl_optimal"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator.manual_seed takes
+STEPS, SIDE, BATCH, PICTURES = 1000, 4096, 256, 100_000  # at most
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Family:
     hub_model: str
     dtype: str
     size: int
+    multiple: int
     steps: int
     guidance: float
     schedule: str | None
@@ -50,6 +55,7 @@ SDXL = Family(
     hub_model="stabilityai/stable-diffusion-xl-base-1.0",
     dtype="float16",
     size=1024,
+    multiple=8,
     steps=25,
     guidance=5.0,
     schedule="karras",  # dpmpp_3m_sde needs small last steps, which the scheduler's own levels lack
@@ -65,6 +71,7 @@ FLUX = Family(
     hub_model="black-forest-labs/FLUX.1-dev",
     dtype="bfloat16",
     size=1024,
+    multiple=16,  # two by two latents are one token
     steps=28,
     guidance=3.5,
     schedule=None,
@@ -75,35 +82,45 @@ FLUX = Family(
 
 def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of a grid. Raises SystemExit(2) with one line for values that can't be right."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=f"Draws every sampler of k-diffusion with {family.name.upper()}, from the same noise, into a grid.",
         epilog="Without --model: the real model on a machine with CUDA, the demo model of this folder on any other.",
     )
     add = parser.add_argument
-    add("--model", help=f"hub id, folder, .safetensors file, or 'demo' (default: {family.hub_model}, or demo)")
+    model = f"hub id, folder, .safetensors file, or 'demo' (default: {family.hub_model}, or demo)"
+    add("--model", type=text, help=model)
     add("--samplers", nargs="+", metavar="NAME", help="these only (default: all), with or without 'sample_'")
-    add("--steps", type=positive, help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})")
-    add("--schedule", help=f"noise levels: {family.schedule_help}")
-    add("--width", type=positive, help="pixels (default: the model's)")
-    add("--height", type=positive, help="pixels (default: the model's)")
-    add("--prompt", default=PROMPT, help="(default: %(default)s)")
+    add("--steps", type=steps, help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})")
+    add("--schedule", type=text, help=f"noise levels: {family.schedule_help}")
+    add("--width", type=side, help="pixels (default: the model's)")
+    add("--height", type=side, help="pixels (default: the model's)")
+    add("--prompt", help=f"(default: {PROMPT})")
     add("--negative-prompt", help="what not to draw")
     add("--guidance", type=finite, default=family.guidance, help="guidance scale (default: %(default)s)")
     if family is FLUX:
-        add("--true-cfg", type=finite, default=2.0, help="scale of the negative prompt (default: %(default)s)")
+        add("--true-cfg", type=finite, help=f"scale of the negative prompt (default: {TRUE_CFG})")
     add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead of --prompt")
     add("--seed", type=seed, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
-    add("--seeds", type=positive, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
+    add("--seeds", type=_seeds, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
     batch = "draw N prompts and seeds at once (default: 1); changes their rounding alone, so --resume keeps any"
-    add("--batch", type=positive, default=1, metavar="N", help=batch)
+    add("--batch", type=_batch, default=1, metavar="N", help=batch)
     comfy = f"draw ComfyUI's picture: its levels (default: {family.comfy_schedule}), rounding, start and seed"
     add("--comfy", action="store_true", help=comfy)
     add("--dtype", choices=DTYPES, help=f"of the network (default: {family.dtype}, on a CPU float32)")
-    add("--device", help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
-    add("--offload", choices=OFFLOAD, default="none", help="keep the model in main memory, for small GPUs")
+    add("--device", type=text, help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
+    add("--offload", choices=OFFLOAD, default="auto", help=f"{OFFLOAD_HELP} (default: auto)")
     add("--output", type=Path, default=Path("output"), help="folder (default: %(default)s)")
     add("--resume", action="store_true", help="keep the pictures that are there already with the same settings")
     options = parser.parse_args(arguments)
+    check_size(parser, family, options)
+    if options.prompt is not None and options.prompts is not None:
+        parser.error("argument --prompts: goes without --prompt, its lines are the prompts")
+    if options.prompt is None:
+        options.prompt = PROMPT
+    if family is FLUX:
+        if (options.true_cfg or 0) > 1 and not options.negative_prompt:
+            parser.error("argument --true-cfg: needs --negative-prompt, whose scale it is")
+        options.true_cfg = TRUE_CFG if options.true_cfg is None else options.true_cfg
     options.schedule = options.schedule or (family.comfy_schedule if options.comfy else family.schedule)
     if options.schedule == "scheduler":
         options.schedule = None
@@ -115,6 +132,9 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
         if not (found := [line.strip() for line in lines if line.strip()]):
             parser.error(f"argument --prompts: {options.prompts} has no line with a prompt")
         options.prompts = found
+    pictures = len(options.prompts or [options.prompt]) * options.seeds
+    if pictures > PICTURES:
+        parser.error(f"argument --seeds: {pictures} pictures of each sampler; one folder takes at most {PICTURES}")
     last = options.seed + options.seeds - 1
     if options.comfy and options.seed < 0:
         parser.error(f"argument --seed: ComfyUI's begin at 0, but this is {options.seed}")
@@ -140,6 +160,47 @@ def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool])
     return read
 
 
+class Parser(argparse.ArgumentParser):
+    """One that refuses in one line; --help has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is none of the known ones: the nearest of them, or all."""
+    known = list(known)
+    near = difflib.get_close_matches(name.lower(), known, n=1 if name.lower() in known else 3, cutoff=0.75)
+    return f"there is no {name!r}; " + (
+        f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    )
+
+
+def check_size(parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace) -> None:
+    """Refuses a width or height that the family's latents can't have. Raises SystemExit(2)."""
+    for name in ("width", "height"):
+        side = getattr(options, name)
+        if side is not None and side % family.multiple:
+            parser.error(
+                f"argument --{name}: has to be divisible by {family.multiple} for {family.name.upper()}, but is {side}"
+            )
+
+
+def text(value: str) -> str:
+    """A `type` for argparse: an empty value would mean the default, which nobody asks for so."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("is empty; name one, or leave it out")
+    return value
+
+
+def _up_to(most: int, why: str) -> Callable[[str], Any]:
+    return number(int, f"a whole number from 1 to {most} ({why})", range(1, most + 1).__contains__)
+
+
 positive = number(int, "a whole number, at least 1", lambda value: value >= 1)
+steps = _up_to(STEPS, "the models were trained with as many timesteps")
+side = _up_to(SIDE, "16 times the pixels that the models were trained with")
+_batch = _up_to(BATCH, "all of them are in memory at once")
+_seeds = _up_to(PICTURES, "each is a file in one folder")
 seed = number(int, f"a whole number in {SEEDS[0]}..{SEEDS[-1]}", SEEDS.__contains__)
 finite = number(float, "a finite number", math.isfinite)

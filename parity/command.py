@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gallery.models import Refused
 from gallery.options import Family
+from gallery.start import working
 from parity.diagnose import compare_sides
 from parity.follow import Session
 from parity.report import report
@@ -19,12 +20,9 @@ from parity.table import write_table, write_text
 
 
 def run(options: argparse.Namespace, family: Family) -> int:
-    """Exit status: 0 within the tolerance, 1 past it, 2 on bad input."""
-    try:
-        return write_table(options) if options.all else _compare(options, family)
-    except Refused as refused:
-        print(f"{Path(sys.argv[0]).name}: {refused}", file=sys.stderr)
-        return 2
+    """Exit status: 0 within the tolerance, 1 past it. Raises Refused for what the user can mend."""
+    working()
+    return write_table(options) if options.all else _compare(options, family)
 
 
 def _compare(options: argparse.Namespace, family: Family) -> int:

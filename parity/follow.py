@@ -22,7 +22,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
 
-from gallery.models import Refused, encode, load, reason, size_of
+from gallery.models import Refused, device_of, encode, load, reason, size_of
 from gallery.options import FLUX, Family
 from parity.result import Evaluation, Ours, Record, Trajectory
 from parity.sides import ComfyDenoiser, ModelSampling, Side
@@ -68,8 +68,7 @@ class Session:
     @classmethod
     def load(cls, family: Family, module: ModuleType, options: argparse.Namespace) -> Session:
         """With the model, prompt and size of the command line."""
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        pipe = load(family, module, options.model, device, options)
+        pipe = load(family, module, options.model, device_of(options), options)
         pipe.set_progress_bar_config(disable=True)
         width, height = size_of(family, pipe, options)
         try:

@@ -6,17 +6,30 @@ import argparse
 import math
 from pathlib import Path
 
-from gallery.options import DTYPES, FLUX, OFFLOAD, PROMPT, SDXL, Family, finite, number, positive, seed
+from gallery.options import (
+    DTYPES,
+    FLUX,
+    OFFLOAD,
+    OFFLOAD_HELP,
+    PROMPT,
+    SDXL,
+    Family,
+    Parser,
+    check_size,
+    finite,
+    number,
+    seed,
+    side,
+    steps,
+    text,
+)
 
 above_zero = number(float, "a number above 0", lambda value: 0 < value < math.inf)
-# more steps than the networks have trained timesteps tell no more
-steps = number(int, "a whole number in 1..1000", lambda value: 1 <= value <= 1000)
-text = number(str, "a name, not nothing", lambda value: bool(value.strip()))
 
 
 def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
     """The options of `compare.py`. Raises SystemExit(2) with one line for values that can't be right."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Runs two samplers on one network from the same noise and finds the step where they part, and why.",
         epilog="A side is NAME or NAME(option=value, ...). Exit status: 0 identical to rounding, 1 not, 2 bad input.",
     )
@@ -47,14 +60,14 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
         default="auto",
         help="FLUX: what the sampler sees as sigma",
     )
-    add("--width", type=positive, help="pixels (default: the model's)")
-    add("--height", type=positive, help="pixels (default: the model's)")
+    add("--width", type=side, help="pixels (default: the model's)")
+    add("--height", type=side, help="pixels (default: the model's)")
     add("--prompt", default=PROMPT, help="(default: %(default)s)")
     add("--guidance", type=finite, help="guidance scale (default: FLUX 3.5, SDXL 1: no part of a sampler)")
     add("--seed", type=seed, default=2, help="of the initial and the step noise (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="of the network (default: float64 for the demo models, else float32)")
     add("--device", type=text, help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
-    add("--offload", choices=OFFLOAD, default="none", help="keep the model in main memory, for small GPUs")
+    add("--offload", choices=OFFLOAD, default="auto", help=f"{OFFLOAD_HELP} (default: auto)")
     tolerances = "1e-6 in float64, 1e-4 in float32, 0.02 in half precision"
     add("--tolerance", type=above_zero, help=f"of relative differences (default: {tolerances})")
     add("--no-switches", dest="switches", action="store_false", help="don't try the known switches")
@@ -90,7 +103,11 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
             parser.error(f"argument --all: goes without --{name}, each pair has its own settings")
     if options.all and options.model != "demo" and options.family is None:
         parser.error("argument --all: needs --family to say whose pairs --model can run")
+    for name in ("resume", "output"):
+        if not options.all and getattr(options, name) != parser.get_default(name):
+            parser.error(f"argument --{name}: goes with --all alone")
     family = {"sdxl": SDXL, "flux": FLUX}[options.family or "sdxl"]
+    check_size(parser, family, options)
     options.negative_prompt, options.true_cfg = None, 1.0
     if options.guidance is None:
         options.guidance = FLUX.guidance if family is FLUX else 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from gallery.models import Refused, reason
-from gallery.options import FLUX, SDXL, Family
+from gallery.options import FLUX, SDXL, Family, unknown
 
 
 @dataclass(frozen=True)
@@ -89,28 +88,19 @@ def find_side(text: str, module: ModuleType, flag: str) -> Side:
             known = [*module.sampler_names(), *(n for n in schedulers if _is_scheduler(getattr(diffusers, n, None)))]
             if name.endswith(".py"):
                 raise Refused(f"{flag}: which function of {name}? name it as {name}:NAME")
-            near = _nearest(name, known)
-            raise Refused(f"{flag}: there is no {name!r}; " + (f"did you mean {near}?" if near else "see --help"))
+            raise Refused(f"{flag}: {unknown(name, known)}")
     if inspect.isclass(target):
         if not _is_scheduler(target):
             raise Refused(f"{flag}: {name} is a class, but no scheduler: it needs set_timesteps() and step()")
         known = list(inspect.signature(target.__init__).parameters)[1:]
         inherits = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target.__init__).parameters.values())
-        if unknown := [option for option in options if option not in known and not inherits]:
-            raise Refused(f"{flag}: {name} takes no {', '.join(unknown)}; it takes {', '.join(known)}")
+        if strange := [option for option in options if option not in known and not inherits]:
+            raise Refused(f"{flag}: {name} takes no {', '.join(strange)}; it takes {', '.join(known)}")
         return Side(text, target, options, file)
     try:
         return Side(text, module.find_sampler(target), module.check_sampler_kwargs(target, options), file)
     except (TypeError, ValueError) as error:
         raise Refused(f"{flag}: {error}".replace("`", "")) from None
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    """Those of the known names that are like it, whatever the case."""
-    lower = {one.lower(): one for one in known}
-    exact = lower.get(name.lower().removeprefix("sample_"))
-    near = [exact] if exact else [lower[one] for one in difflib.get_close_matches(name.lower(), lower, 3, 0.5)]
-    return " or ".join(near)
 
 
 def _is_scheduler(target: Any) -> bool:
@@ -146,9 +136,7 @@ def _load(name: str, module: ModuleType, flag: str) -> tuple[Any, str | None]:
     if not callable(getattr(loaded, attribute, None)):
         own = [n for n, value in vars(loaded).items() if n.startswith("sample_") and callable(value)]
         own += [n for n, value in vars(loaded).items() if _is_scheduler(value) and value.__module__ == loaded.__name__]
-        near = _nearest(attribute, own)
-        hint = f"; did you mean {near}?" if near else f"; it has {', '.join(own)}" if own else ""
-        raise Refused(f"{flag}: {source} has no function or class {attribute!r}{hint}")
+        raise Refused(f"{flag}: {source}: {unknown(attribute, own) if own else 'it has no sampler and no scheduler'}")
     return getattr(loaded, attribute), loaded.__file__
 
 

@@ -485,7 +485,11 @@ def test_who_is_nearer_to_the_truth(sdxl_pair):
 
 def command(capsys, *arguments: str):
     options, family = parse_compare([*arguments, "--no-truth"])
-    status = run(options, family)
+    try:
+        status = run(options, family)
+    except Refused as refused:  # the script prints it so
+        print(refused, file=sys.stderr)
+        status = 2
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 

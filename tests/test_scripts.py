@@ -18,8 +18,8 @@ from gallery import grid as gallery_grid
 from gallery.grid import _title
 from gallery.models import reason
 from gallery.options import FLUX, SDXL, parse
-from parity.options import parse_compare
 from gallery.pictures import contact_sheet, read_settings, write_png
+from parity.options import parse_compare
 from sdxl_comfy_pipeline import sampler_names
 
 sys.path.append(str(ROOT / "benchmarks"))
