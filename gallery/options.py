@@ -169,10 +169,10 @@ class Parser(argparse.ArgumentParser):
 
 def unknown(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is none of the known ones: the nearest of them, or all."""
-    known = list(known)
-    near = difflib.get_close_matches(name.lower(), known, n=1 if name.lower() in known else 3, cutoff=0.75)
+    lower = {one.lower(): one for one in known}  # whatever the case
+    near = difflib.get_close_matches(name.lower(), lower, n=1 if name.lower() in lower else 3, cutoff=0.75)
     return f"there is no {name!r}; " + (
-        f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        f"did you mean {' or '.join(lower[one] for one in near)}?" if near else f"there are {', '.join(lower.values())}"
     )
 
 

@@ -136,6 +136,7 @@ def _load(name: str, module: ModuleType, flag: str) -> tuple[Any, str | None]:
     if not callable(getattr(loaded, attribute, None)):
         own = [n for n, value in vars(loaded).items() if n.startswith("sample_") and callable(value)]
         own += [n for n, value in vars(loaded).items() if _is_scheduler(value) and value.__module__ == loaded.__name__]
+        own = [n for n in own if not n.startswith("_")]
         raise Refused(f"{flag}: {source}: {unknown(attribute, own) if own else 'it has no sampler and no scheduler'}")
     return getattr(loaded, attribute), loaded.__file__
 
