@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import inspect
 import math
 import time
@@ -17,14 +16,13 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
 
 from gallery.models import Refused, device_of, encode, load, reason, size_of
 from gallery.options import FLUX, Family
 from parity.result import Evaluation, Ours, Record, Trajectory
+from parity.schedulers import levels_of, prepared
 from parity.sides import ComfyDenoiser, ModelSampling, Side
 
 
@@ -54,6 +52,7 @@ class Session:
         self.generator = torch.Generator("cpu").manual_seed(options.seed)
         channels, scale = self.network.config.in_channels, self.pipe.vae_scale_factor
         embeds = self.prompt["prompt_embeds"]
+        self.tokens = None
         if self.flux:
             draw = self.pipe.prepare_latents
             noise, _ = draw(1, channels // 4, self.height, self.width, embeds.dtype, device, self.generator)
@@ -192,60 +191,12 @@ class Session:
         except Exception as error:
             raise Refused(side.told(error)) from error
 
-    def prepared(self, scheduler: Any, steps: int) -> Any:
-        """The scheduler with its timesteps set as the stock pipeline sets them. A copy."""
-        scheduler = copy.deepcopy(scheduler)
-        arguments = {}
-        if self.flux:
-            config = scheduler.config
-            keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            values = (config.get(key, default) for key, default in zip(keys, (256, 4096, 0.5, 1.15)))
-            arguments["mu"] = calculate_shift(self.tokens, *values)
-            if not config.get("use_flow_sigmas"):
-                arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-        try:
-            retrieve_timesteps(scheduler, steps, "cpu", **arguments)
-        except Exception as error:
-            stock = self.stock_class.__name__
-            raise Refused(f"{type(scheduler).__name__} does not run in {stock}: {reason(error)}") from error
-        return scheduler
-
-    def levels_of(self, scheduler: Any) -> tuple[list[float], list[float], list[int]]:
-        """Of a scheduler with its timesteps set: the levels of its evaluations, of its steps and their end, the starts.
-
-        A scheduler of order 2 lists a level twice or has midpoints between; its steps begin at every other evaluation.
-        A DPMSolverSinglestepScheduler begins a step where its order is 1 and goes on from there.
-        """
-        timesteps = [float(t) for t in scheduler.timesteps]
-        count = len(timesteps)
-        if getattr(scheduler, "sigmas", None) is None:
-            listed = [self.level_of(t) for t in timesteps]
-            alpha = getattr(scheduler, "final_alpha_cumprod", None)
-            listed.append(0.0 if alpha is None else ((1 - alpha.double()) / alpha.double()).sqrt().item())
-        else:
-            listed = scheduler.sigmas.double().tolist()
-        levels = listed[:count]
-        orders = getattr(scheduler, "order_list", None)
-        if orders:
-            starts = [i for i, order in enumerate(orders) if order == 1]
-        elif getattr(scheduler, "order", 1) == 2:
-            starts = list(range(0, count, 2))
-            if getattr(scheduler, "sigmas_interpol", None) is not None:
-                middle = scheduler.sigmas_interpol.double().tolist()
-                back = 1 if "sigmas_down" in vars(scheduler) else 0
-                levels = [middle[i - back] if i % 2 else level for i, level in enumerate(levels)]
-            elif hasattr(scheduler, "mid_point_sigma"):
-                levels = [math.sqrt(levels[i - 1] * level) if i % 2 else level for i, level in enumerate(levels)]
-        else:
-            starts = list(range(count))
-        return levels, [levels[i] for i in starts] + [listed[-1]], starts
-
     def follow_scheduler(self, side: Side, **changes: Any) -> Trajectory:
         """One run of the stock pipeline with this scheduler."""
         steps = self.options.steps
         scheduler = self.scheduler(side, **changes)
-        fresh = self.prepared(scheduler, steps)
-        levels, step_levels, starts = self.levels_of(fresh)
+        fresh = prepared(scheduler, steps, self.tokens)
+        levels, step_levels, starts = levels_of(fresh, self.level_of)
         # add_watermarker is SDXL's alone
         extra = {} if self.flux else {"add_watermarker": False}
         pipe = self.stock_class(**{**self.pipe.components, "scheduler": scheduler}, **extra)

@@ -22,6 +22,7 @@ from gallery.options import FLUX, SDXL, Family
 from parity.diagnose import compare_sides
 from parity.follow import Session
 from parity.result import Result
+from parity.schedulers import prepared
 from parity.sides import Side, find_side
 
 LEVELS = {"own": None, "Karras": "karras", "exponential": "exponential", "beta": "beta"}
@@ -170,9 +171,9 @@ class Rows:
         """Runs the pair. One that diffusers can't run gets a row that says so."""
         session, (ours, theirs) = self.session, job.pair
         session.options.parameterization = job.parameterization
-        row = {"family": self.family.name, "pair": [ours, theirs], "levels": job.levels}
+        row: dict[str, Any] = {"family": self.family.name, "pair": [ours, theirs], "levels": job.levels}
         try:
-            session.prepared(session.scheduler(job.side), session.options.steps)
+            prepared(session.scheduler(job.side), session.options.steps, session.tokens)
         except Refused as refused:
             why = str(refused)
             row |= {"cell": "does not run", "identical": False, "ours": ours, "theirs": theirs}

@@ -97,9 +97,9 @@ def refine(
     with tqdm(desc=f"solving the {equation} finely", unit=" evaluations", leave=False, disable=None) as bar:
         while True:
             if solution is not None and math.isfinite(solution.error):
-                distances = [relative(side.final, solution.final) for side in (a, b)]
+                ours, theirs = (relative(side.final, solution.final) for side in (a, b))
                 apart = ((a.final - b.final).norm() / solution.final.norm()).item()
-                truth = Truth(equation, *distances, apart, solution.error, solution.evaluations)
+                truth = Truth(equation, ours, theirs, apart, solution.error, solution.evaluations)
                 if truth.nearer is not None:
                     return truth, solution
             left = session.options.truth_seconds - (time.process_time() - started)
