@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from parity.follow import Session
 from parity.pair import Pair
@@ -42,7 +43,8 @@ def compare_sides(
     result = pair.compare(a, b, setup)
     tell(result, result.parting())
     if result.cause is not None and session.options.switches:
-        result.switches = try_switches(pair, result.cause, b)
+        with tqdm(desc="trying switches", unit=" tried", leave=False, disable=None) as bar:
+            result.switches = try_switches(pair, result.cause, b, bar.update)
         tell(result, result.removal())
     if result.cause is not None and truths is not None:
         result.truth = solve(session, (ours, theirs), setup, a, b, truths)

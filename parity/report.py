@@ -153,14 +153,14 @@ def _curve(result: Result, width: int, name: str) -> str:
 
 def _rows(result: Result) -> str:
     lines = []
+    marked = {max(cause.step, 1) for cause in [result.cause, *result.others] if cause is not None}
     for row in result.rows:
         timesteps = ["/".join(f"{t:.3f}".rstrip("0").rstrip(".") for t in side) for side in row.timesteps]
-        marked = result.cause is not None and row.step == max(result.cause.step, 1)
         cells = [row.step, f"{row.level:.5g}", f"{row.latents:.1e}", f"{row.denoised:.1e}", *timesteps]
         over = [not value <= result.tolerance for value in (row.latents, row.denoised)]
         past = [False, False, *over, False, False]
         tds = "".join(f"<td{' class=past' if one else ''}>{value}</td>" for value, one in zip(cells, past))
-        lines.append(f'<tr data-step="{row.step}"{" class=first" if marked else ""}>{tds}</tr>')
+        lines.append(f'<tr data-step="{row.step}"{" class=first" if row.step in marked else ""}>{tds}</tr>')
     return "".join(lines)
 
 

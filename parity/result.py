@@ -307,15 +307,16 @@ class Result:
         return words
 
     def table(self) -> str:
-        """The steps as text, the first one past the tolerance marked."""
+        """The steps as text, those marked at which the sides part."""
         heads = (f"{self.level_name:>9}", f"{'timestep, ours':>17}", f"{'timestep, theirs':>17}")
         lines = ["  ".join([f"{'step':>4}", *heads, f"{'latents':>8}", f"{'denoised':>8}"])]
         lines.append(f"{'':>4}  {'':>9}  {'':>17}  {'initial':>17}  {self.initial:8.1e}")
-        marked = self.cause.step if self.cause else None
+        marks = {cause.step: f" <-- {cause.kind}" for cause in reversed(self.others)}
+        marks |= {self.cause.step: " <-- parts here"} if self.cause else {}
         for row in self.rows:
             ours, theirs = ("/".join(f"{t:.2f}".rstrip("0").rstrip(".") for t in side) for side in row.timesteps)
             differences = f"{row.latents:8.1e}  {row.denoised:8.1e}"
-            mark = " <-- parts here" if row.step == marked else ""
+            mark = marks.get(row.step, "")
             lines.append(f"{row.step:4}  {row.level:9.5f}  {ours:>17}  {theirs:>17}  {differences}{mark}")
         return "\n".join(lines)
 

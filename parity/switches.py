@@ -24,21 +24,19 @@ KNOWN = {
 }
 
 
-def try_switches(
-    pair: Pair, cause: Cause, b: Trajectory, tell: Callable[[Switch], None] = lambda switch: None
-) -> list[Switch]:
+def try_switches(pair: Pair, cause: Cause, b: Trajectory, tick: Callable[[], Any] = lambda: None) -> list[Switch]:
     """The known switches, those first that fit the cause; the others only if none of them removes it.
 
     Args:
         b: their run as it is.
-        tell: called with each switch that was tried.
+        tick: called after each try.
     """
     likely, others = _switches(pair, cause, b)
     tried: list[Switch] = []
 
     def attempt(switches: list[tuple]) -> Switch:
         switch = _try(pair, switches, b)
-        tell(switch)
+        tick()
         return switch
 
     for batch in (likely, others):
