@@ -84,7 +84,8 @@ class Session:
         """The level of each trained timestep, rising, float64."""
         if self.flux:
             return torch.arange(1, 1001, dtype=torch.float64) / 1000
-        alphas_cumprod = self.pipe._trained_with()[1]
+        # zero terminal SNR has no finite last sigma: as in the pipeline and EulerDiscreteScheduler, 4096
+        alphas_cumprod = self.pipe.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
         return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
     def level_of(self, timestep: float) -> float:
@@ -163,20 +164,24 @@ class Session:
                 handle.remove()
 
     def _call(self, pipe: Any, side: Side, steps: int, **arguments: Any) -> Any:
+        size = {"width": self.width, "height": self.height}
+        arguments = {**self.prompt, **size, "guidance_scale": self.guidance, "output_type": "latent", **arguments}
         try:
-            return pipe(
-                **self.prompt,
-                num_inference_steps=steps,
-                guidance_scale=self.guidance,
-                width=self.width,
-                height=self.height,
-                output_type="latent",
-                **arguments,
-            ).images
+            return pipe(num_inference_steps=steps, **arguments).images
         except (Refused, KeyboardInterrupt):
             raise
         except Exception as error:
             raise Refused(side.told(error)) from error
+
+    def picture(self, latents: torch.Tensor) -> Any:
+        """A PIL image of latents at level 0, decoded by the pipeline."""
+
+        def given(model, x, sigmas, extra_args=None, callback=None, disable=None):
+            return latents.to(x)
+
+        return self._call(
+            self.pipe, Side("the picture", given, {}), 1, sampler=given, latents=self.noise.clone(), output_type="pil"
+        )[0]
 
     # --- the stock pipeline ---
 
@@ -289,7 +294,8 @@ class Session:
             tick()
 
         with self.watched(note, ours.timesteps):
-            self._call(self.pipe, side, len(ours.levels) - 1, sampler=run, generator=generator, **arguments)
+            # `run` takes its own levels and not those of the call
+            self._call(self.pipe, side, self.options.steps, sampler=run, generator=generator, **arguments)
         return record.trajectory(ours.levels, timesteps, ve)
 
     def replay(self, side: Side, ours: Ours, denoised: list[torch.Tensor]) -> Trajectory:

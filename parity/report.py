@@ -10,7 +10,6 @@ from html import escape
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageChops
 
 from parity.follow import Session
@@ -22,11 +21,11 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 70, 18, 34  # its margins
 
 def report(session: Session, result: Result, ours: Trajectory, theirs: Trajectory) -> str:
     """The whole page."""
-    final = [_picture(session, side.final) for side in (ours, theirs)]
+    final = [session.picture(side.final) for side in (ours, theirs)]
     difference, gain = _difference(*final)
     steps = []
     for i, row in enumerate(result.rows):
-        previews = [_uri(_picture(session, side.step_evaluations(i)[0].denoised), 320, 80) for side in (ours, theirs)]
+        previews = [_uri(session.picture(side.step_evaluations(i)[0].denoised), 320, 80) for side in (ours, theirs)]
         name = session.level_name
         label = f"Step {row.step} of {result.steps}, {name} {row.level:.5g}"
         text = f"latents differ by {row.latents:.1e}, predictions by {row.denoised:.1e}"
@@ -73,17 +72,6 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
         switches=_switches(result),
         notes=f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
     )
-
-
-def _picture(session: Session, latents: torch.Tensor) -> Image.Image:
-    """Latents at level 0, decoded."""
-    pipe = session.pipe
-    with torch.no_grad():
-        if not session.flux:
-            return pipe._decode(latents.to(session.network.dtype), "pil")[0]
-        latents = pipe._unpack_latents(latents, session.height, session.width, pipe.vae_scale_factor)
-        latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        return pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0], output_type="pil")[0]
 
 
 def _uri(image: Image.Image, longest: int, quality: int) -> str:
