@@ -8,8 +8,10 @@ import json
 import sys
 from pathlib import Path
 
+from comfy_ksampler import SCHEDULERS
+
 from gallery.models import Refused
-from gallery.options import Family
+from gallery.options import Family, unknown
 from gallery.start import working
 from parity.diagnose import compare_sides
 from parity.follow import Session
@@ -39,10 +41,8 @@ def _compare(options: argparse.Namespace, family: Family) -> int:
     if ours.is_scheduler:
         raise Refused("--sampler: has to be a sampler; name the scheduler with --against")
     theirs.check_family(family)
-    try:
-        module.check_schedule(options.schedule)
-    except ValueError as error:
-        raise Refused(str(error).replace("`schedule`", "--schedule")) from None
+    if options.schedule is not None and options.schedule not in (known := [*module.SCHEDULES, *SCHEDULERS]):
+        raise Refused(f"--schedule: {unknown(options.schedule, known)}")
     session = Session.load(family, module, options)
     out = sys.stderr if options.json == "-" else sys.stdout
 

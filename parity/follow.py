@@ -17,13 +17,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from comfy_ksampler import comfy_sampler, levels
 from diffusers.utils.torch_utils import randn_tensor
 
 from gallery.models import Refused, device_of, encode, load, reason, size_of
 from gallery.options import FLUX, Family
 from parity.result import Evaluation, Ours, Record, Trajectory
 from parity.schedulers import levels_of, prepared
-from parity.sides import ComfyDenoiser, ModelSampling, Side
+from parity.sides import Side
 
 
 class Session:
@@ -104,11 +105,12 @@ class Session:
         return schedule.sigma_to_t(torch.tensor([level], dtype=torch.float64)).item()
 
     def named_levels(self, schedule: str | None, steps: int) -> torch.Tensor:
-        """The pipeline's own levels of this name."""
+        """The levels of k-diffusion or of ComfyUI of this name; None: the pipeline's own."""
         try:
-            if self.flux:
-                return self.pipe.noise_levels(self.tokens, steps, schedule=schedule)
-            return self.pipe.noise_levels(steps, schedule=schedule)[0]
+            if schedule is not None and schedule not in self.module.SCHEDULES:
+                return levels(self.pipe, schedule, steps, width=self.width, height=self.height).double()
+            tokens = (self.tokens,) if self.flux else ()
+            return self.pipe.noise_levels(*tokens, steps, schedule=schedule)
         except ValueError as error:
             raise Refused(str(error).replace("`schedule`", "--schedule")) from None
 
@@ -201,7 +203,7 @@ class Session:
         steps = self.options.steps
         scheduler = self.scheduler(side, **changes)
         fresh = prepared(scheduler, steps, self.tokens)
-        levels, step_levels, starts = levels_of(fresh, self.level_of)
+        listed, step_levels, starts = levels_of(fresh, self.level_of)
         # add_watermarker is SDXL's alone
         extra = {} if self.flux else {"add_watermarker": False}
         pipe = self.stock_class(**{**self.pipe.components, "scheduler": scheduler}, **extra)
@@ -225,9 +227,9 @@ class Session:
             self._call(
                 pipe, side, steps, latents=self.noise.clone(), generator=generator, callback_on_step_end=step_end
             )
-        if len(seen) != len(levels):
+        if len(seen) != len(listed):
             raise Refused(
-                f"{side.text}: the network was called {len(seen)} times, not {len(levels)} as its timesteps say"
+                f"{side.text}: the network was called {len(seen)} times, not {len(listed)} as its timesteps say"
             )
         notes = []
         if getattr(fresh, "sigmas", None) is not None and not torch.equal(fresh.sigmas, scheduler.sigmas.cpu()):
@@ -237,7 +239,7 @@ class Session:
         ratios = [x.norm() / latents.norm() for latents, (x, *_) in zip(after, seen[1:])]
         keeps_alpha_x = not self.flux and all(abs(ratio - 1) < 1e-6 for ratio in ratios)
         evaluations = []
-        for level, (x, timestep, prediction) in zip(levels, seen):
+        for level, (x, timestep, prediction) in zip(listed, seen):
             scale = 1.0 if self.flux else math.sqrt(level**2 + 1)
             evaluations.append(Evaluation(level, timestep, x * scale, self._denoised(x, level, prediction)))
         scale = math.sqrt(step_levels[-1] ** 2 + 1) if keeps_alpha_x else 1.0
@@ -267,7 +269,7 @@ class Session:
         if not self.flux or ours.flow:
             return False
         choice = self.options.parameterization
-        if choice == "auto" and getattr(side.target, "__module__", "").startswith("comfy."):
+        if choice == "auto" and side.comfy:
             choice = "flow"  # ComfyUI's samplers know flows themselves
         return self.module.uses_ve(choice, side.target, side.options, ours.levels)
 
@@ -302,8 +304,9 @@ class Session:
         """Our sampler on predictions that were made before, without the network."""
         ve, record = self.uses_ve(side, ours), Record()
 
-        def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            return denoised[min(len(record.calls), len(denoised) - 1)]
+        def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
+            given = denoised[min(len(record.calls), len(denoised) - 1)]
+            return torch.stack([given, given]) if with_uncond else given
 
         def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
             return self._sample(side, ours, model, ve, record, callback)
@@ -321,12 +324,13 @@ class Session:
         if ve:  # at t = 1 the noise alone, as in the pipeline
             x = x * (sigmas[0] if ours.levels[0] == 1 else 1 + sigmas[0]).item()
 
-        def recorded(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            denoised = model(x, sigma)
+        def recorded(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            predicted = model(x, sigma, **kwargs)
+            denoised = predicted[0] if kwargs.get("with_uncond") else predicted
             kept = (x.clone(), denoised.clone()) if ours.keep else (x.new_empty(0), x.new_empty(0))
             record.calls.append((kept[0], sigma.flatten()[0].item(), kept[1]))
             record.draws = 0
-            return denoised
+            return predicted
 
         silent = side.eta == 0  # some samplers draw all the same, and add it zero times
 
@@ -352,11 +356,13 @@ class Session:
             if callback is not None:
                 callback(info)
 
+        sampler = side.target
+        if side.file is not None and not ve:  # one's own may ask a model what ComfyUI's do
+            sampler = comfy_sampler(sampler, self.pipe, self.width, self.height)
         arguments = {"disable": True, **side.options, "callback": called_back}
-        if "noise_sampler" in inspect.signature(side.target).parameters:
+        if "noise_sampler" in inspect.signature(sampler).parameters:
             arguments["noise_sampler"] = noise_sampler
-        denoiser = ComfyDenoiser(recorded, ModelSampling(self.trained(), self.flux and not ve))
-        final = self.module._call(self.module.for_levels(side.target, sigmas), denoiser, x, sigmas, arguments)
+        final = self.module.call_sampler(sampler, recorded, x, sigmas, arguments)
         if not isinstance(final, torch.Tensor) or final.shape != x.shape:
             returned = (
                 f"one of shape {tuple(final.shape)}" if isinstance(final, torch.Tensor) else f"{type(final).__name__}"

@@ -37,13 +37,10 @@ class Pair:
         return self.session.follow_sampler(self.theirs, self._common())
 
     def _common(self) -> Ours:
-        """For two samplers of k-diffusion's kind: the pipeline's own levels and start, and one Brownian path."""
+        """For two samplers of k-diffusion's kind: the pipeline's own levels and one Brownian path."""
         session = self.session
         levels = session.named_levels(session.options.schedule, session.options.steps).to(session.dtype)
-        start = (
-            1.0 if session.flux else session.pipe.noise_levels(len(levels) - 1, schedule=session.options.schedule)[1]
-        )
-        x = session.noise.to(session.dtype) * start
+        x = session.noise.to(session.dtype) * levels[0].item()
         ve = session.uses_ve(self.ours, Ours(levels, x))
         sigmas = session.sampler_sigmas(levels.clone(), ve)
         low, high = sigmas[sigmas > 0].min().item(), sigmas.max().item()

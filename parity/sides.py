@@ -1,4 +1,4 @@
-"""The two sides of a comparison, as they are named on the command line, and what ComfyUI's samplers ask of a model."""
+"""The two sides of a comparison, as they are named on the command line."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import math
 import re
 import sys
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
-
-import torch
 
 from gallery.models import Refused, reason
 from gallery.options import FLUX, SDXL, Family, unknown
@@ -55,6 +51,11 @@ class Side:
         """What went wrong while this side ran, for one's own also in which line of its file."""
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
         return f"{self.text}: {reason(error)}" + (f" ({self.file}, line {lines[-1]})" if lines else "")
+
+    @property
+    def comfy(self) -> bool:
+        """Whether it is ComfyUI's own."""
+        return getattr(self.target, "__module__", "").startswith("comfy.")
 
     @property
     def eta(self) -> float | None:
@@ -163,93 +164,3 @@ def _load_file(path: Path) -> ModuleType:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
-
-
-# --- ComfyUI ---------------------------------------------------------------------------------------------------------
-
-
-class ModelSampling:
-    """The model's noise levels under the names that ComfyUI's samplers look them up by.
-
-    Args:
-        sigmas: of the trained timesteps, rising, of shape (n,); FLUX's t when `flow`.
-        flow: whether the sampler sees x = (1 - sigma) x0 + sigma noise, or x0 + sigma noise.
-    """
-
-    sigma_data = 1.0
-
-    def __init__(self, sigmas: torch.Tensor, flow: bool):
-        self.sigmas, self.flow = sigmas, flow
-
-    @property
-    def sigma_min(self) -> torch.Tensor:
-        return self.sigmas[0]
-
-    @property
-    def sigma_max(self) -> torch.Tensor:
-        return self.sigmas[-1]
-
-    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The nearest trained timestep, or, of FLUX, t itself."""
-        if self.flow:
-            return sigma
-        distances = sigma.log().reshape(-1, 1).cpu() - self.sigmas.log()
-        return distances.abs().argmin(dim=1).reshape(sigma.shape).to(sigma.device)
-
-    def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
-        """The sigma of a timestep, interpolated in log sigma."""
-        if self.flow:
-            return timestep
-        t = timestep.double().clamp(0, len(self.sigmas) - 1)
-        low, high = t.floor().long().cpu(), t.ceil().long().cpu()
-        return torch.lerp(self.sigmas[low].log(), self.sigmas[high].log(), t.frac().cpu()).exp().to(timestep.device)
-
-    def percent_to_sigma(self, percent: float) -> float:
-        """The sigma at a share of the way through the trained timesteps, 0 for noise and 1 for the picture."""
-        if percent <= 0:
-            return 1.0 if self.flow else 999999999.9
-        if percent >= 1:
-            return 0.0
-        position = (1 - percent) * (len(self.sigmas) - 1)
-        below = math.floor(position)
-        low, high = self.sigmas[below].item(), self.sigmas[min(below + 1, len(self.sigmas) - 1)].item()
-        share = position % 1
-        return (
-            low + share * (high - low) if self.flow else math.exp((1 - share) * math.log(low) + share * math.log(high))
-        )
-
-    def noise_scaling(
-        self, sigma: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor, max_denoise: bool = False
-    ) -> torch.Tensor:
-        """`latent_image` with noise of level `sigma`."""
-        if self.flow:
-            return sigma * noise + (1 - sigma) * latent_image
-        return noise * ((1 + sigma**2) ** 0.5 if max_denoise else sigma) + latent_image
-
-    def inverse_noise_scaling(self, sigma: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """The picture's share of `latent`."""
-        return latent / (1 - sigma) if self.flow else latent
-
-
-class ComfyDenoiser:
-    """`denoiser(x, sigma) -> denoised` that also answers the look-ups of ComfyUI's samplers.
-
-    They are `model.inner_model.inner_model.model_sampling` and
-    `model.inner_model.model_patcher.get_model_object("model_sampling")`. Where ComfyUI is loaded, its samplers ask
-    whether `model_sampling` is a `CONST`, its name for a flow; so it is one of ComfyUI's classes then.
-    """
-
-    def __init__(self, denoiser: Callable, model_sampling: ModelSampling):
-        self.denoiser = denoiser
-        comfy = sys.modules.get("comfy.model_sampling")
-        kind = getattr(comfy, "CONST" if model_sampling.flow else "EPS", None)
-        if kind is not None:
-            model_sampling = type("ModelSampling", (ModelSampling, kind), {})(
-                model_sampling.sigmas, model_sampling.flow
-            )
-        patcher = SimpleNamespace(get_model_object={"model_sampling": model_sampling}.__getitem__, model_options={})
-        patcher.model = SimpleNamespace(model_sampling=model_sampling)
-        self.inner_model = SimpleNamespace(inner_model=patcher.model, model_patcher=patcher)
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return self.denoiser(x, sigma)

@@ -343,30 +343,28 @@ def test_functions_of_a_file(sdxl_pair, flux_pair):
     """They find ComfyUI's look-ups, are the same as what they repeat, and part where they don't."""
     for pair in (sdxl_pair, flux_pair):
         assert pair("euler", f"{COMFY}:sample_euler").largest == 0
-        assert pair(f"{COMFY}:sample_lcm", f"{COMFY}:sample_lcm").largest == 0
+        lcm = pair(f"{COMFY}:sample_lcm", f"{COMFY}:sample_lcm", parameterization="flow")
+        assert lcm.largest == 0
     result = sdxl_pair("euler", f"{COMFY}:sample_half_euler")
     assert result.cause.step == 3
 
 
-def test_a_file_of_a_package_is_loaded_as_the_package_s(sdxl_pair, tmp_path, monkeypatch):
-    """With relative imports, as ComfyUI's, and `model_sampling` is then what ComfyUI calls a flow or not."""
+def test_a_file_of_a_package_is_loaded_as_the_package_s(sdxl_pair, flux_pair, tmp_path, monkeypatch):
+    """With relative imports, as ComfyUI's, and `model_sampling` is then a `CONST` of ComfyUI's for a flow alone."""
     folder = tmp_path / "comfy" / "k_diffusion"
     folder.mkdir(parents=True)
-    (tmp_path / "comfy" / "model_sampling.py").write_text("class EPS: pass\nclass CONST: pass\n")
+    (tmp_path / "comfy" / "model_sampling.py").write_text("class CONST: pass\n")
     (folder / "utils.py").write_text("ONE = 1\n")
-    source = (
-        Path(COMFY)
-        .read_text()
-        .replace(
-            '"""Euler\'s method, with a second look at the model\'s range."""',
-            "assert isinstance(model.inner_model.inner_model.model_sampling, comfy.model_sampling.EPS)\n"
-            "    assert not isinstance(model.inner_model.inner_model.model_sampling, comfy.model_sampling.CONST)",
-        )
-    )
+    docstring = '"""Euler\'s method, with a second look at the model\'s range."""'
+    looks = "isinstance(model.inner_model.inner_model.model_sampling, comfy.model_sampling.CONST)"
+    source = Path(COMFY).read_text()
+    assert docstring in source
+    source = source.replace(docstring, f"assert {looks} == (float(sigmas[0]) <= 1)")
     (folder / "sampling.py").write_text("from . import utils\nimport comfy.model_sampling\n" + source)
     monkeypatch.setattr(sys, "path", [*sys.path])
     try:
-        assert sdxl_pair("euler", f"{folder}/sampling.py:sample_euler").largest == 0
+        for pair in (sdxl_pair, flux_pair):
+            assert pair("euler", f"{folder}/sampling.py:sample_euler").largest == 0
         assert "comfy.k_diffusion.sampling" in sys.modules
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "comfy"]:
@@ -520,7 +518,7 @@ BAD = [
     (["--sampler", "DDIMScheduler", "--against", "euler"], "has to be a sampler"),
     (["--against", "nowhere.py:sample"], "there is no file nowhere.py"),
     (["--against", f"{COMFY}:sample_none"], "there are sample_euler, sample_lcm, sample_half_euler\n"),
-    (["--against", f"{COMFY}:_step_noise"], "signature"),
+    (["--against", f"{COMFY}:_step_noise"], "sampler(model, x, sigmas"),
     (["--against", "no.such.module:f"], "can't be imported"),
     (["--against", COMFY], f"which function of {COMFY}?"),
     (["--against", "ScoreSdeVeScheduler"], "there is no 'ScoreSdeVeScheduler'; did you mean DPMSolverSDE"),
