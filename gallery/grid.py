@@ -89,7 +89,7 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     working()
     name = short_name(family, model)
     settings = _settings(family, pipe, model, options)
-    units = list(_units(name, module, samplers, options))
+    units = list(units_of(name, module, samplers, options))
     mine = [unit for turn, unit in units if turn % state.num_processes == state.process_index]
 
     drawn: list[Any] = []
@@ -121,7 +121,7 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     return int(any(one.error for one in drawn))
 
 
-def _units(
+def units_of(
     name: str, module: Any, samplers: list[str], options: argparse.Namespace
 ) -> Iterator[tuple[int, list[Picture]]]:
     """What is drawn in one batch, in the order of drawing, and whose turn it is.
@@ -323,7 +323,7 @@ def _finish(name: str, model: str, settings: dict[str, str], drawn: list[Drawn],
     for place, those in places.items():
         path = options.output / f"{place}-grid.png"
         try:
-            _write_sheet(path, place, settings, those)
+            write_sheet(path, place, settings, those)
             sheets.append(path)
         except OSError as error:
             lost.append(f"FAILED: {path}: {reason(error)}")
@@ -349,7 +349,7 @@ def _finish(name: str, model: str, settings: dict[str, str], drawn: list[Drawn],
     return int(bool(failed or lost))
 
 
-def _write_sheet(path: Path, place: str, settings: dict[str, str], drawn: list[Drawn]) -> None:
+def write_sheet(path: Path, place: str, settings: dict[str, str], drawn: list[Drawn]) -> None:
     """All samplers of one prompt and seed side by side, in a file."""
     first = drawn[0].picture
     settings = {**settings, "prompt": first.prompt, "seed": str(first.seed)}
@@ -357,11 +357,11 @@ def _write_sheet(path: Path, place: str, settings: dict[str, str], drawn: list[D
         (one.picture.sampler, one.error or f"{one.evaluations} evaluations, {one.seconds:.1f} s", one.path)
         for one in drawn
     ]
-    sheet = contact_sheet(_title(place, len(drawn), settings), entries)
+    sheet = contact_sheet(title_of(place, len(drawn), settings), entries)
     write_png(sheet, path, settings, write_parameters(settings))
 
 
-def _title(place: str, count: int, settings: dict[str, str]) -> list[str]:
+def title_of(place: str, count: int, settings: dict[str, str]) -> list[str]:
     """What all pictures of a sheet have in common."""
     negative, comfy = settings["negative_prompt"], settings["comfy"] == "True"
     true_cfg = f", true CFG {settings['true_cfg']}" if negative and "true_cfg" in settings else ""
