@@ -71,6 +71,8 @@ def ksampler(
     _check("noise", noise, ("today", "before 0.7"))
     if cfg < 1:
         raise ValueError(f"`cfg` has to be at least 1, since diffusers does not guide below, but is {cfg}")
+    if "cfg_pp" in sampler_name:  # these ask for the negative prompt's prediction at 1 too: guide as little as counts
+        cfg = max(cfg, 1 + 2**-23)
     if latent_image is not None:
         height, width = (pipe.vae_scale_factor * side for side in latent_image.shape[-2:])
     width, height, shape = _sizes(pipe, width, height)
@@ -224,7 +226,6 @@ def k_diffusion() -> ModuleType:
     return importlib.import_module("comfy_k_diffusion.sampling")
 
 
-@functools.cache
 def _comfyui() -> ModuleType | ImportError:
     """`comfy.samplers`, or why not. Without a GPU it is imported with its option --cpu, as has to be."""
     try:
@@ -244,7 +245,7 @@ def _brownian_noise(shape: tuple[int, ...], device: Any, on: Any, sigmas: torch.
     def noise_sampler(*of_step: torch.Tensor) -> torch.Tensor:
         # dpmpp_sde asks for exp(log(sigma)), ComfyUI's for sigma: the tree tells their last digits apart
         times = (next((s for s in positive if abs(s - sigma) < 1e-6 * s), sigma) for sigma in of_step)
-        return tree(*(torch.as_tensor(time).float().to(on).clamp(*rounded) for time in times)).to(device)
+        return tree(*(torch.as_tensor(time).double().cpu().clamp(*rounded) for time in times)).to(device)
 
     return noise_sampler
 
