@@ -49,12 +49,14 @@ class Settings:
 
     `values` has what was found of `prompt`, `negative_prompt`, `seed`, `steps`, `cfg`, `sampler_name`, `scheduler`,
     `denoise`, `width`, `height`, `guidance` (FLUX's distilled one) and `model` (a file's name). `family` is "sdxl",
-    "flux", or None where the picture does not say. `unused` names what else the picture was drawn with.
+    "flux", or None where the picture does not say. `unused` names what else the picture was drawn with. `comfy` is True
+    for pictures of ComfyUI's, and for those drawn here with `--comfy`.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     family: str | None = None
     unused: list[str] = field(default_factory=list)
+    comfy: bool = False
 
 
 def read_settings(path: Path, family: str | None = None) -> Settings:
@@ -71,6 +73,7 @@ def read_settings(path: Path, family: str | None = None) -> Settings:
         raise ValueError(f"{path}: can't be read as a PNG")
     settings = Settings()
     if graph := _graph(texts.get("prompt", "")):
+        settings.comfy = True
         _read_graph(_Graph(graph), settings)
     elif "parameters" in texts:
         _read_parameters(texts["parameters"], settings)
@@ -248,6 +251,7 @@ def _read_prompt(graph: _Graph, link: Any, side: str, settings: Settings) -> str
 
 def _read_parameters(text: str, settings: Settings) -> None:
     found, values = read_parameters(text), settings.values
+    settings.comfy = found.get("comfy") == "True"
     label, _, schedule = found.get("sampler", "").rpartition(" ")
     if schedule in ("Karras", "Exponential"):  # as old versions wrote both: DPM++ 2M Karras
         old = read_parameters(f"\nSteps: 1, Seed: 1, Sampler: {label}, Schedule type: {schedule}")

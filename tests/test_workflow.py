@@ -54,7 +54,7 @@ PLAIN = {
 
 
 def test_plain(read):
-    assert read(plain_graph()) == Settings(PLAIN, "sdxl", [])
+    assert read(plain_graph()) == Settings(PLAIN, "sdxl", [], comfy=True)
 
 
 def test_nodes_in_any_order_and_with_any_ids(read):
@@ -65,7 +65,7 @@ def test_nodes_in_any_order_and_with_any_ids(read):
         text = json.dumps(renamed)
         for name, _ in items:
             text = text.replace(f'["{name}", ', f'["n{name}", ')
-        assert read(json.loads(text)) == Settings(PLAIN, "sdxl", [])
+        assert read(json.loads(text)) == Settings(PLAIN, "sdxl", [], comfy=True)
 
 
 def flux_graph() -> dict:
@@ -107,6 +107,7 @@ def test_flux_in_parts(read):
         },
         "flux",
         [],
+        comfy=True,
     )
 
 
@@ -154,7 +155,7 @@ def test_sampler_custom(read):
     graph["20"] = node("KSamplerSelect", sampler_name="dpmpp_2m_sde")
     graph["21"] = node("BasicScheduler", model=["4", 0], scheduler="beta", steps=12, denoise=0.5)
     changed = {"seed": 3, "cfg": 6.0, "sampler_name": "dpmpp_2m_sde", "scheduler": "beta", "steps": 12, "denoise": 0.5}
-    assert read(graph) == Settings({**PLAIN, **changed}, "sdxl", [])
+    assert read(graph) == Settings({**PLAIN, **changed}, "sdxl", [], comfy=True)
 
 
 def test_what_is_not_used_is_told(read):
@@ -284,6 +285,9 @@ def test_the_text_that_is_written_here(tmp_path):
     """By `write_parameters`."""
     settings = {"prompt": "a fox, in snow", "negative_prompt": "", "sampler": "dpmpp_sde_gpu", "schedule": "beta"}
     settings |= {"steps": "9", "guidance": "5.0", "seed": "3", "size": "64x96", "model": "demo"}
-    values = read_settings(picture(tmp_path / "own.png", parameters=write_parameters(settings))).values
+    for comfy in ("True", "False"):
+        own = picture(tmp_path / "own.png", parameters=write_parameters(settings | {"comfy": comfy}))
+        assert read_settings(own).comfy == (comfy == "True")
+    values = read_settings(own).values
     assert (values["sampler_name"], values["scheduler"], values["steps"]) == ("dpmpp_sde_gpu", "beta", 9)
     assert (values["prompt"], values["width"], values["height"]) == ("a fox, in snow", 64, 96)
