@@ -49,14 +49,20 @@ def read_settings(path: Path) -> dict[str, str] | None:
     """The settings of a complete PNG and its `parameters`; None if there is none at `path`.
 
     Pictures of older versions have a chunk for each setting.
+
+    Raises:
+        ValueError: more text than Pillow reads.
     """
     try:
         with Image.open(path) as image:
             image.load()
             chunks = dict(image.text)  # type: ignore[attr-defined]
-        return chunks | json.loads(chunks.pop(CHUNK, "{}"))
-    except (OSError, SyntaxError, AttributeError, ValueError, TypeError):
+    except (OSError, SyntaxError, AttributeError):
         return None
+    try:
+        return chunks | json.loads(chunks.pop(CHUNK, "{}"))
+    except (ValueError, TypeError):  # somebody else's
+        return chunks
 
 
 def contact_sheet(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-import torch
-from closed_form import Mixture, sdxl_pipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scripts import run_here
 
-from gallery.comfy import comfy_arguments
+from comfy_ksampler import SAMPLERS as COMFY_SAMPLERS
+from comfy_ksampler import SCHEDULERS, ksampler, levels
 from gallery.options import FLUX, SDXL, parse
-from gallery.parameters import AUTOMATIC, EVEN, SAMPLERS, SCHEDULES, read_parameters, write_parameters
+from gallery.parameters import ALIASES, AUTOMATIC, EVEN, SAMPLERS, SCHEDULES, read_parameters, write_parameters
 from gallery.pictures import read_settings, write_png
-from sdxl_comfy_pipeline import SCHEDULES as PIPELINE_SCHEDULES
-from sdxl_comfy_pipeline import find_sampler, sampler_names
+from sdxl_comfy_pipeline import sampler_names
 
 # as the web UI writes it: infotext of a picture of version 1.10, with a weight, a LoRA and values in quotes
 WEB_UI = """(astronaut:1.2) in a jungle,
@@ -59,7 +60,7 @@ LABELS = {  # sampler and schedule as versions since 1.9 spell them, and what th
     ("DPM++ 2M", "Automatic"): ("dpmpp_2m", "karras"),
     ("DPM++ 2M SDE", "Automatic"): ("dpmpp_2m_sde", "exponential"),
     ("DPM++ 3M SDE", "Automatic"): ("dpmpp_3m_sde", "exponential"),
-    ("DDIM", "Automatic"): ("ddim", "normal"),
+    ("DDIM", "Automatic"): ("euler", "normal"),
     ("DPM++ 2M", "Uniform"): ("dpmpp_2m", "normal"),
     ("Euler", "Uniform"): ("euler", "normal"),
     ("Euler", "Karras"): ("euler", "karras"),
@@ -171,7 +172,7 @@ def test_text_is_that_of_the_web_ui():
 @pytest.mark.parametrize(
     "sampler, label, added",
     [
-        ("ddim", "DDIM", ""),
+        ("ddim", "DDIM", ", ComfyUI sampler: ddim"),
         ("dpmpp_2m_sde_gpu", "DPM++ 2M SDE", ", ComfyUI sampler: dpmpp_2m_sde_gpu"),
         ("dpmpp_sde_gpu", "DPM++ SDE", ", ComfyUI sampler: dpmpp_sde_gpu"),
     ],
@@ -191,7 +192,7 @@ text = st.text(st.characters(exclude_categories=("Cs",)))
     negative=text,
     model=text.map(str.strip).filter(bool),
     sampler=st.sampled_from([*sampler_names(), "ddim", "dpmpp_2m_sde_gpu", "dpmpp_sde_gpu"]),
-    schedule=st.sampled_from(["scheduler", *PIPELINE_SCHEDULES]),
+    schedule=st.sampled_from(["scheduler", "vp", "polyexponential", *SCHEDULERS]),
     true_cfg=st.none() | st.floats(1, 20).map(str),
 )
 def test_any_settings_come_back(prompt, negative, model, sampler, schedule, true_cfg):
@@ -203,8 +204,9 @@ def test_any_settings_come_back(prompt, negative, model, sampler, schedule, true
 
 def test_names_are_known_to_both_sides():
     """Of the samplers all, so that a new one of k-diffusion's gets a label; of the schedules those of the web UI."""
-    assert set(SAMPLERS) == {*sampler_names(), "ddim"}
-    assert set(SCHEDULES) <= set(PIPELINE_SCHEDULES)
+    assert set(SAMPLERS) == set(sampler_names())
+    assert set(ALIASES) | set(SAMPLERS) <= set(COMFY_SAMPLERS)
+    assert set(SCHEDULES) - {"polyexponential"} <= set(SCHEDULERS)
     for labels in (SAMPLERS, SCHEDULES):
         assert len(set(labels.values())) == len(labels)
 
@@ -215,7 +217,9 @@ def test_names_are_known_to_both_sides():
         (SDXL, ("--samplers", "dpmpp_2m_sde", "--negative-prompt", "snow: deep, cold", "--seed", 5)),
         (SDXL, ("--samplers", "dpm_2_ancestral", "--comfy", "--guidance", 4, "--width", 96)),
         (SDXL, ("--samplers", "dpmpp_2m_sde_gpu", "--comfy")),
-        (SDXL, ("--samplers", "ddim", "--seed", 3)),
+        (SDXL, ("--samplers", "ddim", "--comfy", "--seed", 3)),
+        (SDXL, ("--samplers", "heun", "--schedule", "sgm_uniform")),
+        (FLUX, ("--samplers", "heun", "--schedule", "simple", "--height", 96)),
         (FLUX, ("--samplers", "euler_ancestral", "--schedule", "beta", "--comfy", "--guidance", 2)),
         (FLUX, ("--samplers", "dpmpp_2m", "--negative-prompt", "a cat", "--true-cfg", 1.5)),
     ],
@@ -265,35 +269,131 @@ def test_comfy_in_the_options(capsys):
     """ComfyUI's usual levels, unless others are named."""
     assert parse(SDXL, ["--comfy"]).schedule == "normal" and parse(FLUX, ["--comfy"]).schedule == "simple"
     assert parse(SDXL, ["--comfy", "--schedule", "beta"]).schedule == "beta"
-    assert parse(SDXL, ["--comfy", "--schedule", "scheduler"]).schedule is None
     assert parse(SDXL, []).schedule == "karras" and parse(FLUX, []).schedule is None
     with pytest.raises(SystemExit):
         parse(SDXL, ["--comfy", "--seed", "-1"])
     assert "--seed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpm_2", "dpm_2_ancestral"])
-def test_comfy_gives_dpm_2_the_levels_of_the_ksampler_node(sampler):
-    """One more than the steps, less the last but one; to all other samplers as many as the steps."""
-    pipe = sdxl_pipeline(Mixture(torch.eye(16)[:3], torch.full((3,), 0.5)), torch.float32)
-    nothing = torch.zeros(1, 1, 1)
-    call = {
-        "prompt_embeds": nothing,
-        "pooled_prompt_embeds": nothing[0],
-        "guidance_scale": 1.0,
-        "output_type": "latent",
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--comfy", "--schedule", "scheduler"), "--schedule: there is no 'scheduler'; there are simple, "),
+        (("--comfy", "--schedule", "vp"), "--schedule: there is no 'vp'; there are simple, "),
+        (("--comfy", "--samplers", "dpmpp_2m_sd"), "--samplers: there is no 'dpmpp_2m_sd'; did you mean dpmpp_2m_sde"),
+        (("--samplers", "uni_pc"), "--samplers: there is no 'uni_pc'; there are euler, "),
+    ],
+    ids=lambda value: value[-1],
+)
+def test_names_that_comfyui_or_k_diffusion_has_not(tmp_path, capsys, options, message):
+    assert run_here(SDXL, *options, "--output", tmp_path) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, family", [("sdxl", SDXL), ("flux", FLUX)])
+def test_comfy_draws_what_ksampler_says(request, tmp_path, name, family):
+    """The picture by hand, from the fields of the node."""
+    pipe = request.getfixturevalue(name)
+    fields = {"seed": 5, "steps": 3, "sampler_name": "dpm_2", "scheduler": "beta", "width": 96, "height": 64}
+    negative = {"negative_prompt": "snow"}
+    by_hand = pipe("a cat", **negative, **ksampler(pipe, cfg=2.0, **fields), **GUIDANCE[name]).images[0]
+    cfg = ("--guidance", 2) if name == "sdxl" else ("--true-cfg", 2, "--guidance", 3.5)
+    options = ("--prompt", "a cat", "--negative-prompt", "snow", "--seed", 5, "--steps", 3, "--samplers", "dpm_2")
+    options += ("--schedule", "beta", "--width", 96, "--height", 64, *cfg)
+    run(family, *options, "--comfy", "--output", tmp_path)
+    path = tmp_path / f"{name}-demo-sample_dpm_2.png"
+    assert Image.open(path).tobytes() == by_hand.tobytes()
+    of_node = levels(pipe, "beta", 3, width=96, height=64, sampler_name="dpm_2").tolist()
+    assert json.loads(read_settings(path)["sigmas"]) == pytest.approx(of_node, abs=1e-6)
+
+
+GUIDANCE = {"sdxl": {}, "flux": {"guidance_scale": 3.5}}
+
+
+def test_comfy_draws_all_that_run(tmp_path, capsys):
+    """Without --samplers, those of ComfyUI's that this machine has. A line tells of the others."""
+    run(SDXL, "--comfy", "--steps", 1, "--width", 64, "--height", 64, "--output", tmp_path)
+    drawn = {path.stem.partition("sample_")[2] for path in tmp_path.glob("*-sample_*.png")}
+    assert {*sampler_names(), "ddim", "dpmpp_sde_gpu"} <= drawn <= set(COMFY_SAMPLERS)
+    told = "of ComfyUI's samplers are left out" in capsys.readouterr().out
+    assert told == (drawn != set(COMFY_SAMPLERS))
+
+
+# --- --from ---
+
+
+def graph(**fields) -> dict[str, dict]:
+    """A picture of ComfyUI's, in the form of its text-to-image template."""
+    sampler = {"seed": 7, "steps": 3, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
+    links = {"model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}
+    nodes = {
+        "3": ("KSampler", {**sampler, **links, **fields}),
+        "4": ("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"}),
+        "5": ("EmptyLatentImage", {"width": 64, "height": 96, "batch_size": 1}),
+        "6": ("CLIPTextEncode", {"text": "a cat", "clip": ["4", 1]}),
+        "7": ("CLIPTextEncode", {"text": "snow", "clip": ["4", 1]}),
+        "8": ("VAEDecode", {"samples": ["3", 0], "vae": ["4", 2]}),
+        "9": ("SaveImage", {"filename_prefix": "ComfyUI", "images": ["8", 0]}),
     }
-    call |= {"height": 64, "width": 64}
-    began = []
-    pipe(
-        **comfy_arguments(sampler, 6, 3, find_sampler),
-        schedule="normal",
-        **call,
-        callback_on_step_end=lambda pipe, i, timestep, tensors: began.append(tensors["sigma"].item()) or {},
-        callback_on_step_end_tensor_inputs=["sigma"],
-    )
-    if sampler == "euler":
-        expected = pipe.noise_levels(6, schedule="normal")[0][:-1]
-    else:
-        expected = pipe.noise_levels(7, schedule="normal")[0][:-2]
-    assert began == expected.tolist()
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def of_comfyui(path, **fields):
+    info = PngInfo()
+    info.add_text("prompt", json.dumps(graph(**fields)))
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+def test_from_a_picture_of_comfyui(tmp_path, capsys):
+    """Its settings and its sampler; and what is named beside it goes before."""
+    picture = of_comfyui(tmp_path / "comfyui.png")
+    options = parse(SDXL, ["--from", str(picture), "--model", "demo"])
+    assert (options.prompt, options.negative_prompt, options.seed, options.steps) == ("a cat", "snow", 7, 3)
+    assert (options.guidance, options.samplers, options.schedule) == (4.0, ["dpmpp_2m"], "karras")
+    assert (options.width, options.height, options.comfy) == (64, 96, True)
+    assert capsys.readouterr().err == ""
+    options = parse(SDXL, ["--from", str(picture), "--samplers", "euler", "heun", "--seed", "1", "--prompt", "a dog"])
+    assert (options.samplers, options.seed, options.prompt, options.steps) == (["euler", "heun"], 1, "a dog", 3)
+    run(SDXL, "--from", picture, "--output", tmp_path / "output")
+    (drawn,) = (tmp_path / "output").glob("*-sample_*.png")
+    run(SDXL, "--from", drawn, "--output", tmp_path / "again")  # our own picture as well
+    assert Image.open(tmp_path / "again" / drawn.name).tobytes() == Image.open(drawn).tobytes()
+
+
+def test_from_tells_what_it_does_not_use(tmp_path, capsys):
+    picture = of_comfyui(tmp_path / "comfyui.png", denoise=0.5, model=["10", 0])
+    parse(SDXL, ["--from", str(picture)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{picture}: not used: ") and "denoise 0.5: image to image" in line
+
+
+@pytest.mark.parametrize(
+    "family, fields, message",
+    [
+        (FLUX, {}, "was drawn with SDXL, which this script does not draw"),
+        (SDXL, {"steps": 100_000}, "argument --steps: has to be a whole number from 1 to 1000"),
+        (SDXL, {"seed": 2**64}, "argument --seed: has to be a whole number"),
+        (SDXL, None, "has no settings of ComfyUI's or the web UI's"),
+    ],
+)
+def test_from_refuses_in_one_line(tmp_path, capsys, family, fields, message):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture) if fields is None else of_comfyui(picture, **fields)
+    with pytest.raises(SystemExit, match="2"):
+        parse(family, ["--from", str(picture)])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_from_a_picture_of_the_web_ui(tmp_path):
+    """Without --comfy: its noise is its own."""
+    write_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", None, "a cat\n" + PAIRS.format(sampler="Sampler: DPM2, "))
+    options = parse(SDXL, ["--from", str(tmp_path / "a.png")])
+    assert (options.prompt, options.samplers, options.schedule) == ("a cat", ["dpm_2"], "normal")
+    assert (options.width, options.height, options.comfy) == (512, 768, False)
+
+
+def test_from_a_picture_with_prompts_of_a_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog")
+    options = ["--from", str(of_comfyui(tmp_path / "a.png")), "--prompts", str(tmp_path / "prompts.txt")]
+    assert parse(SDXL, options).prompts == ["a dog"]

@@ -7,10 +7,11 @@ import json
 import pytest
 from conftest import ROOT
 from PIL import Image, ImageChops, ImageStat
+from PIL.PngImagePlugin import PngInfo
 
-from gallery import grid, pictures
-from gallery.grid import title_of, write_sheet
+from gallery import pictures
 from gallery.pictures import contact_sheet, read_settings, write_png
+from gallery.sheet import Drawn, Picture, title_of, write_sheet
 from sdxl_comfy_pipeline import sampler_names
 
 
@@ -109,8 +110,8 @@ def test_the_committed_sheets_are_laid_out_as_they_were(tmp_path, family):
     for sampler in sampler_names():
         path = ROOT / "output" / f"{family}-demo-sample_{sampler}.png"
         said = read_settings(path)
-        picture = grid.Picture(f"{family}-demo", said["prompt"], int(said["seed"]), sampler, path)
-        drawn.append(grid.Drawn(picture, path, float(said["seconds"]), int(said["evaluations"])))
+        picture = Picture(f"{family}-demo", said["prompt"], int(said["seed"]), sampler, path)
+        drawn.append(Drawn(picture, path, float(said["seconds"]), int(said["evaluations"])))
     settings = {"comfy": "False", **read_settings(sheet)}
     write_sheet(tmp_path / "sheet.png", f"{family}-demo", settings, drawn)
     again, there = Image.open(tmp_path / "sheet.png"), Image.open(sheet)
@@ -132,11 +133,12 @@ def test_no_chunk_of_a_picture_is_another_tools(tmp_path):
 
 
 @pytest.mark.parametrize("chunk", ["", "{", "[]", "1"])
-def test_a_chunk_that_is_not_ours_is_no_picture_of_ours(tmp_path, chunk):
-    info = pictures.PngImagePlugin.PngInfo()
+def test_a_chunk_that_another_wrote_is_no_settings(tmp_path, chunk):
+    info = PngInfo()
     info.add_itxt("k-diffusing", chunk)
+    info.add_text("parameters", "a cat")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
-    assert read_settings(tmp_path / "a.png") is None
+    assert read_settings(tmp_path / "a.png") == {"parameters": "a cat"}
 
 
 # --- long texts, and letters that the font lacks ---
