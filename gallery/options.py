@@ -105,7 +105,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--seeds", type=_seeds, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
     batch = "draw N prompts and seeds at once (default: 1); changes their rounding alone, so --resume keeps any"
     add("--batch", type=_batch, default=1, metavar="N", help=batch)
-    comfy = f"draw ComfyUI's picture: its levels (default: {family.comfy_schedule}), rounding, start and seed"
+    comfy = f"draw what ComfyUI's KSampler draws, with all of its samplers that run (levels: {family.comfy_schedule})"
     add("--comfy", action="store_true", help=comfy)
     add("--dtype", choices=DTYPES, help=f"of the network (default: {family.dtype}, on a CPU float32)")
     add("--device", type=_text, help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
