@@ -290,8 +290,10 @@ def short_name(family: Family, model: str) -> str:
     return slug if slug.startswith(family.name) else f"{family.name}-{slug}"
 
 
-def encode(family: Family, pipe: Any, text: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that carry one prompt, encoded once for all samplers."""
+def encode(
+    family: Family, pipe: Any, text: str, options: argparse.Namespace, length: int | None = None
+) -> dict[str, Any]:
+    """The arguments that carry one prompt, encoded once for all samplers; FLUX's of `length` tokens."""
     import torch
 
     with torch.no_grad():
@@ -303,7 +305,7 @@ def encode(family: Family, pipe: Any, text: str, options: argparse.Namespace) ->
                 do_classifier_free_guidance=options.guidance > 1,
             )
             return dict(zip(names, embeds))
-        length = 512 if pipe.transformer.config.guidance_embeds else 256  # schnell was trained with 256
+        length = length or (512 if pipe.transformer.config.guidance_embeds else 256)  # schnell was trained with 256
         prompt_embeds, pooled, _ = pipe.encode_prompt(text, max_sequence_length=length)
         encoded = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
         if options.negative_prompt:

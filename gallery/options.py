@@ -83,32 +83,32 @@ FLUX = Family(
 
 def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of a grid. Raises SystemExit(2) with one line for values that can't be right."""
-    parser = _Parser(
+    parser = Parser(
         description=f"Draws every sampler of k-diffusion with {family.name.upper()}, from the same noise, into a grid.",
         epilog="Without --model: the real model on a machine with CUDA, the demo model of this folder on any other.",
     )
     add = parser.add_argument
     model = f"hub id, folder, .safetensors file, or 'demo' (default: {family.hub_model}, or demo)"
-    add("--model", type=_text, help=model)
+    add("--model", type=text, help=model)
     add("--samplers", nargs="+", metavar="NAME", help="these only (default: all), with or without 'sample_'")
-    add("--steps", type=_steps, help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})")
-    add("--schedule", type=_text, help=f"noise levels: {family.schedule_help}")
-    add("--width", type=_side, help="pixels (default: the model's)")
-    add("--height", type=_side, help="pixels (default: the model's)")
+    add("--steps", type=steps, help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})")
+    add("--schedule", type=text, help=f"noise levels: {family.schedule_help}")
+    add("--width", type=side, help="pixels (default: the model's)")
+    add("--height", type=side, help="pixels (default: the model's)")
     add("--prompt", help=f"(default: {PROMPT})")
     add("--negative-prompt", help="what not to draw")
-    add("--guidance", type=_finite, default=family.guidance, help="guidance scale (default: %(default)s)")
+    add("--guidance", type=finite, default=family.guidance, help="guidance scale (default: %(default)s)")
     if family is FLUX:
-        add("--true-cfg", type=_finite, help=f"scale of the negative prompt (default: {TRUE_CFG})")
+        add("--true-cfg", type=finite, help=f"scale of the negative prompt (default: {TRUE_CFG})")
     add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead of --prompt")
-    add("--seed", type=_seed, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
+    add("--seed", type=seed, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
     add("--seeds", type=_seeds, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
     batch = "draw N prompts and seeds at once (default: 1); changes their rounding alone, so --resume keeps any"
     add("--batch", type=_batch, default=1, metavar="N", help=batch)
     comfy = f"draw what ComfyUI's KSampler draws, with all of its samplers that run (levels: {family.comfy_schedule})"
     add("--comfy", action="store_true", help=comfy)
     add("--dtype", choices=DTYPES, help=f"of the network (default: {family.dtype}, on a CPU float32)")
-    add("--device", type=_text, help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
+    add("--device", type=text, help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
     add("--offload", choices=OFFLOAD, default="auto", help=f"{OFFLOAD_HELP} (default: auto)")
     add("--output", type=Path, default=Path("output"), help="folder (default: %(default)s)")
     add("--resume", action="store_true", help="keep the pictures that are there already with the same settings")
@@ -154,7 +154,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     return options
 
 
-def _number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
     """A `type` for argparse that refuses in words."""
 
     def read(text: str) -> Any:
@@ -193,7 +193,7 @@ def _of_picture(parser: argparse.ArgumentParser, family: Family, options: argpar
     return defaults | {"comfy": read.comfy}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """One that refuses in one line; --help has the usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -202,10 +202,10 @@ class _Parser(argparse.ArgumentParser):
 
 def unknown(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is none of the known ones: the nearest of them, or all."""
-    known = list(known)
-    near = difflib.get_close_matches(name.lower(), known, n=1 if name.lower() in known else 3, cutoff=0.75)
+    lower = {one.lower(): one for one in known}  # whatever the case
+    near = difflib.get_close_matches(name.lower(), lower, n=1 if name.lower() in lower else 3, cutoff=0.75)
     return f"there is no {name!r}; " + (
-        f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        f"did you mean {' or '.join(lower[one] for one in near)}?" if near else f"there are {', '.join(lower.values())}"
     )
 
 
@@ -219,7 +219,7 @@ def check_size(parser: argparse.ArgumentParser, family: Family, options: argpars
             )
 
 
-def _text(value: str) -> str:
+def text(value: str) -> str:
     """A `type` for argparse: an empty value would mean the default, which nobody asks for so."""
     if not value.strip():
         raise argparse.ArgumentTypeError("is empty; name one, or leave it out")
@@ -227,73 +227,13 @@ def _text(value: str) -> str:
 
 
 def _up_to(most: int, why: str) -> Callable[[str], Any]:
-    return _number(int, f"a whole number from 1 to {most} ({why})", range(1, most + 1).__contains__)
+    return number(int, f"a whole number from 1 to {most} ({why})", range(1, most + 1).__contains__)
 
 
-positive = _number(int, "a whole number, at least 1", lambda value: value >= 1)
-_steps = _up_to(STEPS, "the models were trained with as many timesteps")
-_side = _up_to(SIDE, "16 times the pixels that the models were trained with")
+positive = number(int, "a whole number, at least 1", lambda value: value >= 1)
+steps = _up_to(STEPS, "the models were trained with as many timesteps")
+side = _up_to(SIDE, "16 times the pixels that the models were trained with")
 _batch = _up_to(BATCH, "all of them are in memory at once")
 _seeds = _up_to(PICTURES, "each is a file in one folder")
-_seed = _number(int, f"a whole number in {SEEDS[0]}..{SEEDS[-1]}", SEEDS.__contains__)
-_finite = _number(float, "a finite number", math.isfinite)
-_above_zero = _number(float, "a number above 0", lambda value: 0 < value < math.inf)
-
-
-def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
-    """The options of `compare.py`. Raises SystemExit(2) with one line for values that can't be right."""
-    parser = _Parser(
-        description="Runs two samplers on one network from the same noise and finds the step where they part, and why.",
-        epilog="A side is NAME or NAME(option=value, ...). Exit status: 0 identical to rounding, 1 not, 2 bad input.",
-    )
-    parser.set_defaults(comfy=False)  # that switch is the grids'
-    add = parser.add_argument
-    add("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion, by name or a function (default: %(default)s)")
-    add(
-        "--against",
-        metavar="SIDE",
-        help="a scheduler class of diffusers, which runs in the stock pipeline, another sampler of k-diffusion, or a"
-        " function or scheduler class of your own: path/to/file.py:name or package.module:name (its code is run)",
-    )
-    add("--family", choices=("sdxl", "flux"), help="(default: sdxl; with --all, both)")
-    model = "hub id, folder, .safetensors file, or 'demo' (default: %(default)s)"
-    add("--model", type=_text, default="demo", help=model)
-    add("--steps", type=_steps, default=25, help="(default: %(default)s)")
-    add("--schedule", help="noise levels of the k-diffusion side by name (default: those of the other side)")
-    add(
-        "--parameterization",
-        choices=("auto", "flow", "ve"),
-        default="auto",
-        help="FLUX: what the sampler sees as sigma",
-    )
-    add("--width", type=_side, help="pixels (default: the model's)")
-    add("--height", type=_side, help="pixels (default: the model's)")
-    add("--prompt", default=PROMPT, help="(default: %(default)s)")
-    add("--guidance", type=_finite, help="guidance scale (default: FLUX 3.5, SDXL 1: no part of a sampler)")
-    add("--seed", type=_seed, default=2, help="of the initial and the step noise (default: %(default)s)")
-    add("--dtype", choices=DTYPES, help="of the network (default: float64 for the demo models, else float32)")
-    add("--device", type=_text, help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
-    add("--offload", choices=OFFLOAD, default="auto", help=f"{OFFLOAD_HELP} (default: auto)")
-    tolerances = "1e-6 in float64, 1e-4 in float32, 0.02 in half precision"
-    add("--tolerance", type=_above_zero, help=f"of relative differences (default: {tolerances})")
-    add("--no-switches", dest="switches", action="store_false", help="don't try the known switches")
-    add("--no-truth", dest="truth", action="store_false", help="don't solve the ODE or SDE finely")
-    add("--json", nargs="?", const="-", metavar="FILE", help="write all of it as JSON, to standard output without FILE")
-    add("--html", metavar="FILE", help="write a report to look at, one file")
-    add("--all", action="store_true", help="run every known pair, and write parity.md and parity.json")
-    add("--output", type=Path, default=Path("output"), help="folder for --all (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    for name in (
-        ("sampler", "against", "schedule", "parameterization", "guidance", "json", "html") if options.all else ()
-    ):
-        if getattr(options, name) != parser.get_default(name):
-            parser.error(f"argument --all: goes without --{name}, each pair has its own settings")
-    if options.all and options.model != "demo" and options.family is None:
-        parser.error("argument --all: needs --family to say whose pairs --model can run")
-    family = {"sdxl": SDXL, "flux": FLUX}[options.family or "sdxl"]
-    check_size(parser, family, options)
-    options.negative_prompt, options.true_cfg = None, 1.0
-    if options.guidance is None:
-        options.guidance = FLUX.guidance if family is FLUX else 1.0
-    options.dtype = options.dtype or ("float64" if options.model == "demo" else "float32")
-    return options, family
+seed = number(int, f"a whole number in {SEEDS[0]}..{SEEDS[-1]}", SEEDS.__contains__)
+finite = number(float, "a finite number", math.isfinite)

@@ -16,8 +16,9 @@ from PIL import Image
 from scripts import ENVIRONMENT, run, run_here
 
 from gallery import grid as gallery_grid
-from gallery.options import FLUX, SDXL, parse, parse_compare
+from gallery.options import FLUX, SDXL, parse
 from gallery.pictures import read_settings, write_png
+from parity.options import parse_compare
 
 sys.path.append(str(ROOT / "benchmarks"))
 

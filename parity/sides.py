@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +18,43 @@ from typing import Any
 
 import torch
 
-from gallery.models import Refused
+from gallery.models import Refused, reason
+from gallery.options import FLUX, SDXL, Family, unknown
 
 
 @dataclass(frozen=True)
 class Side:
-    """A sampler with k-diffusion's signature or a scheduler of diffusers, with its options."""
+    """A sampler with k-diffusion's signature or a scheduler of diffusers, with its options.
+
+    Args:
+        file: that it was loaded from, where that is one's own.
+    """
 
     text: str
     target: Any
     options: dict[str, Any]
+    file: str | None = None
 
     @property
     def is_scheduler(self) -> bool:
         return inspect.isclass(self.target)
+
+    def check_family(self, family: Family) -> None:
+        """Refuses a scheduler of diffusers that is made for the other kind of model."""
+        if not self.is_scheduler or not self.target.__module__.startswith("diffusers."):
+            return
+        name, flow = self.target.__name__, hasattr(self.target, "scale_noise")  # those that know no betas have it
+        if family is SDXL and flow:
+            raise Refused(f"--against: {name} is for flow models: add --family flux")
+        if family is FLUX and not flow and not self.options.get("use_flow_sigmas"):
+            takes = "use_flow_sigmas" in inspect.signature(self.target.__init__).parameters
+            flows = "(use_flow_sigmas=True, prediction_type='flow_prediction')"
+            raise Refused(f"--against: {name} {f'needs {flows} for FLUX' if takes else 'is not for flow models'}")
+
+    def told(self, error: Exception) -> str:
+        """What went wrong while this side ran, for one's own also in which line of its file."""
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
+        return f"{self.text}: {reason(error)}" + (f" ({self.file}, line {lines[-1]})" if lines else "")
 
     @property
     def eta(self) -> float | None:
@@ -50,8 +74,9 @@ def find_side(text: str, module: ModuleType, flag: str) -> Side:
         flag: the option that `text` came with, for messages.
     """
     name, options = _parse(text, flag)
+    file = None
     if ":" in name:
-        target = _load(name, module, flag)
+        target, file = _load(name, module, flag)
     elif name.removeprefix("sample_") in module.sampler_names():
         target = module.find_sampler(name)
     else:
@@ -63,17 +88,17 @@ def find_side(text: str, module: ModuleType, flag: str) -> Side:
             known = [*module.sampler_names(), *(n for n in schedulers if _is_scheduler(getattr(diffusers, n, None)))]
             if name.endswith(".py"):
                 raise Refused(f"{flag}: which function of {name}? name it as {name}:NAME")
-            raise Refused(str(module._unknown(flag, name, known)).replace("`", ""))
+            raise Refused(f"{flag}: {unknown(name, known)}")
     if inspect.isclass(target):
         if not _is_scheduler(target):
             raise Refused(f"{flag}: {name} is a class, but no scheduler: it needs set_timesteps() and step()")
         known = list(inspect.signature(target.__init__).parameters)[1:]
         inherits = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target.__init__).parameters.values())
-        if unknown := [option for option in options if option not in known and not inherits]:
-            raise Refused(f"{flag}: {name} takes no {', '.join(unknown)}; it takes {', '.join(known)}")
-        return Side(text, target, options)
+        if strange := [option for option in options if option not in known and not inherits]:
+            raise Refused(f"{flag}: {name} takes no {', '.join(strange)}; it takes {', '.join(known)}")
+        return Side(text, target, options, file)
     try:
-        return Side(text, module.find_sampler(target), module.check_sampler_kwargs(target, options))
+        return Side(text, module.find_sampler(target), module.check_sampler_kwargs(target, options), file)
     except (TypeError, ValueError) as error:
         raise Refused(f"{flag}: {error}".replace("`", "")) from None
 
@@ -95,8 +120,8 @@ def _parse(text: str, flag: str) -> tuple[str, dict[str, Any]]:
         raise Refused(f"{flag}: expected NAME or NAME(option=value, ...), but got {text!r}") from None
 
 
-def _load(name: str, module: ModuleType, flag: str) -> Any:
-    """The object of `path/to/file.py:name` or `package.module:name`."""
+def _load(name: str, module: ModuleType, flag: str) -> tuple[Any, str | None]:
+    """The object of `path/to/file.py:name` or `package.module:name`, and its file."""
     source, _, attribute = name.rpartition(":")
     sampling = module.sampling  # k-diffusion's can't be imported as its package's
     try:
@@ -109,10 +134,11 @@ def _load(name: str, module: ModuleType, flag: str) -> Any:
     except Exception as error:
         raise Refused(f"{flag}: {source} can't be imported: {type(error).__name__}: {error}") from error
     if not callable(getattr(loaded, attribute, None)):
-        functions = [n for n, value in vars(loaded).items() if callable(value) and n.startswith("sample_")]
-        hint = f"; it has {', '.join(functions)}" if functions else ""
-        raise Refused(f"{flag}: {source} has no function or class {attribute!r}{hint}")
-    return getattr(loaded, attribute)
+        own = [n for n, value in vars(loaded).items() if n.startswith("sample_") and callable(value)]
+        own += [n for n, value in vars(loaded).items() if _is_scheduler(value) and value.__module__ == loaded.__name__]
+        own = [n for n in own if not n.startswith("_")]
+        raise Refused(f"{flag}: {source}: {unknown(attribute, own) if own else 'it has no sampler and no scheduler'}")
+    return getattr(loaded, attribute), loaded.__file__
 
 
 def _load_file(path: Path) -> ModuleType:
