@@ -64,7 +64,7 @@ def load(family: Family, module: Any, model: str, device: str, options: argparse
             pipe = pipeline.from_single_file(source, torch_dtype=dtype)
         else:
             pipe = pipeline.from_pretrained(source, dtype=dtype)
-        offload = _offload(family, pipe, device, options)
+        offload = offload_of(family, pipe, device, options)
         if offload == "model":
             pipe.enable_model_cpu_offload(device=device)
         elif offload == "sequential":
@@ -122,8 +122,6 @@ def _check_file(family: Family, source: str) -> None:
 
     if not Path(source).is_file():
         raise Refused(f"--model: there is no file {source}")
-    if source.endswith(".ckpt"):
-        return
     tensors = _tensors(Path(source))
     if any(re.search(r"lora_(up|down|A|B|unet|te)|\.lora\.|hada_w1|lokr_w", name) for name in tensors):
         example = f'pipe.load_lora_weights("{source}")'
@@ -138,6 +136,7 @@ def _check_file(family: Family, source: str) -> None:
         raise Refused(f"--model: {source} is no checkpoint of {family.name.upper()}; its tensors are {some}, ...")
     if kind == "v1" and unets[1] in tensors:
         raise Refused(f"--model: {source} has the UNet of an SDXL model alone; give the whole checkpoint")
+    kind = {"v1": "Stable Diffusion 1", "v2": "Stable Diffusion 2"}.get(kind, kind)
     found = {"xl_base": SDXL, "playground-v2-5": SDXL, "flux-dev": FLUX, "flux-schnell": FLUX}.get(kind)
     if found is not family:
         draws = f"; {found.script} draws it" if found else ""
@@ -175,9 +174,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Any]:
-    """The tensors of a .safetensors file by its header, on the meta device: names and shapes, no values."""
+    """The tensors of a .safetensors file by its header, or of a .ckpt, on the meta device: no values are read."""
     import torch
 
+    if path.suffix == ".ckpt":
+        try:
+            found = torch.load(path, map_location="meta", weights_only=True)
+            return found.get("state_dict", found)
+        except Exception as error:
+            raise Refused(f"--model: {path} is no .ckpt of tensors, or cut off ({type(error).__name__})") from None
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")  # of the header
@@ -230,7 +235,7 @@ def needed_memory(family: Family, pipe: Any, options: argparse.Namespace) -> int
     return weights + 4 * batch * width * height * config.block_out_channels[:2][-1] * itemsize
 
 
-def _offload(family: Family, pipe: Any, device: str, options: argparse.Namespace) -> str:
+def offload_of(family: Family, pipe: Any, device: str, options: argparse.Namespace) -> str:
     """How the model is kept: as --offload says, or for "auto" by the free memory of a CUDA device."""
     if options.offload != "auto":
         return options.offload
@@ -256,7 +261,8 @@ def reason(error: BaseException, source: str = "") -> str:
         return f"{source} is gated: accept its licence on its hub page, then `hf auth login` (or set HF_TOKEN)"
     if seen & OFFLINE:
         return f"{source} is not on this machine and the hub can't be reached: check the network, or use --model demo"
-    if "RepositoryNotFoundError" in seen or "not a valid model identifier" in text:
+    nowhere = ("not a valid model identifier", "neither a valid local path")
+    if "RepositoryNotFoundError" in seen or any(words in text for words in nowhere):
         return (
             f"--model: {source} is neither a folder here nor a model on the hub (a private one needs `hf auth login`)"
         )

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,14 +105,19 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--seeds", type=_seeds, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
     batch = "draw N prompts and seeds at once (default: 1); changes their rounding alone, so --resume keeps any"
     add("--batch", type=_batch, default=1, metavar="N", help=batch)
-    comfy = f"draw ComfyUI's picture: its levels (default: {family.comfy_schedule}), rounding, start and seed"
+    comfy = f"draw what ComfyUI's KSampler draws, with all of its samplers that run (levels: {family.comfy_schedule})"
     add("--comfy", action="store_true", help=comfy)
     add("--dtype", choices=DTYPES, help=f"of the network (default: {family.dtype}, on a CPU float32)")
     add("--device", type=text, help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
     add("--offload", choices=OFFLOAD, default="auto", help=f"{OFFLOAD_HELP} (default: auto)")
     add("--output", type=Path, default=Path("output"), help="folder (default: %(default)s)")
     add("--resume", action="store_true", help="keep the pictures that are there already with the same settings")
+    picture = "draw the settings in a PNG of ComfyUI's or the web UI's; options beside it go before them"
+    add("--from", dest="picture", type=Path, metavar="PICTURE", help=picture)
     options = parser.parse_args(arguments)
+    if options.picture is not None:
+        parser.set_defaults(**_of_picture(parser, family, options))
+        options = parser.parse_args(arguments)
     check_size(parser, family, options)
     if options.prompt is not None and options.prompts is not None:
         parser.error("argument --prompts: goes without --prompt, its lines are the prompts")
@@ -158,6 +164,33 @@ def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool])
         raise argparse.ArgumentTypeError(f"has to be {wanted}, but is {text!r}")
 
     return read
+
+
+def _of_picture(parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `--from` as defaults of the options. One line tells what is not used of them."""
+    from gallery.workflow import read_settings
+
+    try:
+        read = read_settings(options.picture, family.name)
+    except (ValueError, OSError) as error:
+        parser.error(f"argument --from: {error}")
+    values, unused = dict(read.values), list(read.unused)
+    if values.get("denoise", 1) != 1:
+        unused.append(f"denoise {values['denoise']}: image to image")
+    if "model" in values and options.model is None:
+        unused.append(f"the model {values['model']}: name it with --model")
+    if unused:
+        print(f"{options.picture}: not used: {', '.join(unused)}", file=sys.stderr)
+    cfg = "true_cfg" if family is FLUX else "guidance"
+    names = {"prompt": "prompt", "negative_prompt": "negative_prompt", "seed": "seed", "steps": "steps"}
+    names |= {"guidance": "guidance", "width": "width", "height": "height", "scheduler": "schedule", "cfg": cfg}
+    # as text, so that each value is checked like one of the command line
+    defaults: dict[str, Any] = {new: str(values[old]) for old, new in names.items() if old in values}
+    if options.prompts is not None:
+        defaults.pop("prompt", None)
+    if "sampler_name" in values:
+        defaults["samplers"] = [values["sampler_name"]]
+    return defaults | {"comfy": read.comfy}
 
 
 class Parser(argparse.ArgumentParser):

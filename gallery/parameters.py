@@ -28,8 +28,8 @@ SAMPLERS = {
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "ddim": "DDIM",
 }
+ALIASES = {"ddim": "DDIM"} | {f"dpmpp_{sde}_gpu": SAMPLERS[f"dpmpp_{sde}"] for sde in ("sde", "2m_sde", "3m_sde")}
 SCHEDULES = {
     "karras": "Karras",
     "exponential": "Exponential",
@@ -70,8 +70,8 @@ def write_parameters(settings: dict[str, str]) -> str:
     """The text of a picture's settings. FLUX's guidance is its `Distilled CFG Scale`, and true CFG its `CFG scale`."""
     values = dict(settings)
     sampler = values.get("sampler", "")
-    values["sampler"] = SAMPLERS.get(sampler.removesuffix("_gpu"), sampler)
-    if sampler.endswith("_gpu"):  # the web UI has no second name for what draws its noise on the GPU
+    values["sampler"] = (SAMPLERS | ALIASES).get(sampler, sampler)
+    if sampler in ALIASES:  # of ComfyUI's, for a sampler that has another name too
         values["alias"] = sampler
     if values.get("comfy") == "False":
         del values["comfy"]
@@ -123,7 +123,7 @@ def _prompts(lines: list[str]) -> tuple[str, str]:
 
 def _sampler(label: str) -> tuple[str, str]:
     """A sampler by its label, and its schedule: before version 1.9 both stand in one, as in "DPM++ 2M Karras"."""
-    names = {label.lower(): name for name, label in SAMPLERS.items()}
+    names = {label.lower(): name for name, label in SAMPLERS.items()} | {"ddim": "euler"}  # which it is, without eta
     alone, _, last = label.rpartition(" ")
     if alone.lower() in names and last.lower() in ("karras", "exponential"):
         return names[alone.lower()], last

@@ -49,14 +49,20 @@ def read_settings(path: Path) -> dict[str, str] | None:
     """The settings of a complete PNG and its `parameters`; None if there is none at `path`.
 
     Pictures of older versions have a chunk for each setting.
+
+    Raises:
+        ValueError: more text than Pillow reads.
     """
     try:
         with Image.open(path) as image:
             image.load()
             chunks = dict(image.text)  # type: ignore[attr-defined]
-        return chunks | json.loads(chunks.pop(CHUNK, "{}"))
-    except (OSError, SyntaxError, AttributeError, ValueError, TypeError):
+    except (OSError, SyntaxError, AttributeError):
         return None
+    try:
+        return chunks | json.loads(chunks.pop(CHUNK, "{}"))
+    except (ValueError, TypeError):  # somebody else's
+        return chunks
 
 
 def contact_sheet(
@@ -84,8 +90,8 @@ def contact_sheet(
     page_width = max(margin + columns * (column + margin), 640)
     lines = []
     for i, text in enumerate(title):
-        text, its_font = _readable(text, 15 if i else 19)
-        lines += [(line, its_font) for line in _wrapped(text, its_font, page_width - 2 * margin, TITLE_LINES)]
+        text, its_font = readable(text, 15 if i else 19)
+        lines += [(line, its_font) for line in wrapped(text, its_font, page_width - 2 * margin, TITLE_LINES)]
     top = margin + 26 * len(lines) + 10
     page = Image.new("RGB", (page_width, top + -(-len(entries) // columns) * (row + text_height + margin)), "white")
     draw = ImageDraw.Draw(page)
@@ -99,14 +105,14 @@ def contact_sheet(
             page.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (x, y + text_height))
         else:
             box = Image.new("RGB", (column, row), (245, 236, 236))
-            text, its_font = _readable(note, 15)
-            why = _wrapped(text, its_font, column - 16, (row - 16) // line_height)
+            text, its_font = readable(note, 15)
+            why = wrapped(text, its_font, column - 16, (row - 16) // line_height)
             ImageDraw.Draw(box).multiline_text((8, 8), "\n".join(why), fill=(160, 0, 0), font=its_font)
             page.paste(box, (x, y + text_height))
     return page
 
 
-def _wrapped(text: str, font: Font, width: float, most: int) -> list[str]:
+def wrapped(text: str, font: Font, width: float, most: int) -> list[str]:
     """The text in lines of at most `width` pixels, broken at spaces, and within a word that is wider.
 
     There are at most `most` lines, the last of them with an ellipsis if there would be more.
@@ -129,12 +135,16 @@ def _wrapped(text: str, font: Font, width: float, most: int) -> list[str]:
 # --- letters that Pillow's font lacks ---------------------------------------------------------------------------------
 
 
-def _readable(text: str, size: int) -> tuple[str, Font]:
+def readable(text: str, size: int) -> tuple[str, Font]:
     """The text and a font that has its letters. Where this machine has none, they are escaped: \\u5b87, \\U0001f680."""
     text = text[: 400 * TITLE_LINES + 1]
     best = ImageFont.load_default(size=size)
     missing = {letter for letter in text if not (letter.isspace() or letter.isascii() or _has(best, letter))}
-    for name in (*FONTS, *_fontconfig(frozenset(missing))) if missing else ():
+    if not missing:
+        return text, best
+    often = sorted(missing, key=lambda letter: (-text.count(letter), letter))[:4]
+    fitting = (fonts_with(letters) for letters in (frozenset(missing), *map(frozenset, often)))
+    for name in (*FONTS, *next(filter(None, fitting), [])):
         try:
             font = ImageFont.truetype(name, size)
         except OSError:  # not on this machine, or of one size alone, as for coloured emoji
@@ -152,7 +162,7 @@ def _has(font: Font, letter: str) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _fontconfig(letters: frozenset[str]) -> list[str]:
+def fonts_with(letters: frozenset[str]) -> list[str]:
     """The files of fonts with these letters, as fontconfig knows them; none where there is no fontconfig."""
     charset = " ".join(f"{ord(letter):x}" for letter in sorted(letters)[:200])
     try:
