@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from comfy_ksampler import SCHEDULERS
-
 from gallery.models import Refused
 from gallery.options import Family, unknown
 from gallery.start import working

@@ -17,9 +17,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from comfy_ksampler import comfy_sampler, levels
 from diffusers.utils.torch_utils import randn_tensor
 
+from comfy_ksampler import comfy_sampler, levels
 from gallery.models import Refused, device_of, encode, load, reason, size_of
 from gallery.options import FLUX, Family
 from parity.result import Evaluation, Ours, Record, Trajectory
