@@ -7,6 +7,7 @@ import copy
 import math
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import scipy.stats
 import torch
 from closed_form import flux_pipeline, sdxl_pipeline
 from comfy_references import BEFORE, LATENTS, SHIFT, SIGMAS, SIZE, draw, mixture, pipelines, references, settings
+from comfy_samplers import ON_BOTH, ON_FLUX
 from conftest import ROOT, relative, seeded
 from diffusers import (
     DPMSolverMultistepScheduler,
@@ -199,6 +201,26 @@ def test_a_float64_network_gets_the_same_noise(pipes, model, sampler_name):
     latents = draw(exact, **ksampler(exact, **fields))
     assert latents.dtype == torch.float64
     assert relative(draw(pipes[model], **ksampler(pipes[model], **fields)), latents) < 1e-5  # float32
+
+
+STAND_INS = [("sdxl", name) for name in ON_BOTH] + [("flux", name) for name in ON_BOTH | ON_FLUX]
+
+
+@pytest.mark.parametrize("model, name", STAND_INS)
+def test_functions_like_comfyuis_give_its_latents(monkeypatch, pipes, record_property, model, name):
+    """ComfyUI's own are run by test_comfyui.py; these look up the same things, ComfyUI's CONST among them."""
+    monkeypatch.setitem(sys.modules, "comfy.model_sampling", SimpleNamespace(CONST=type("CONST", (), {})))
+    pipe, worst = pipes[model], 0.0
+    for key in references(model, name):
+        fields = settings(key)
+        if "cfg_pp" in name:
+            fields["cfg"] = max(fields["cfg"], 1 + 2**-23)  # as `ksampler` does
+        call = ksampler(pipe, **fields | {"sampler_name": "dpm_2" if name == "dpm_2_ancestral" else "euler"})
+        function = comfy_sampler((ON_BOTH | ON_FLUX)[name], pipe, **SIZE, seed=fields["seed"])
+        worst = max(worst, relative(draw(pipe, **call | {"sampler": function}), LATENTS.get_tensor(key)))
+    record_property("distance", f"{model} {name} {worst:.0e} (a function like ComfyUI's)")
+    # float32, whose sums are ordered otherwise; a Brownian tree tells the last digits of its times apart
+    assert worst < (1e-5 if "_sde" in name else 2e-6)
 
 
 # --- functions written for ComfyUI -----------------------------------------------------------------------------------
