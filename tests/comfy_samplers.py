@@ -119,6 +119,22 @@ def dpmpp_2m_cfg_pp(run):
     return x
 
 
+def dpmpp_2s_ancestral_cfg_pp(run):
+    """DPM-Solver++(2S), Lu et al. 2022, with x moved by what guidance adds in the latest evaluation, as ComfyUI's is."""
+    run.with_uncond()
+    x = run.x
+    for s, t in run.steps():
+        denoised = run(x, s, begins=True)
+        if t == 0:
+            return denoised
+        down, up = ancestral(s, t)
+        middle = (s * down).sqrt()
+        x_2 = middle / s * (x + denoised - run.uncond) + (1 - middle / s) * denoised
+        denoised_2 = run(x_2, middle)
+        x = down / s * (x + denoised - run.uncond) + (1 - down / s) * denoised_2 + up * run.noise()
+    return x
+
+
 def gradient_estimation(run, cfg_pp=False):
     """Permenter and Yuan 2024: Euler's method along 2 d - d of the last step."""
     if cfg_pp:
@@ -273,6 +289,7 @@ ON_BOTH = {
         "euler_cfg_pp": euler_cfg_pp,
         "euler_ancestral_cfg_pp": lambda run: euler_cfg_pp(run, eta=1.0),
         "dpmpp_2m_cfg_pp": dpmpp_2m_cfg_pp,
+        "dpmpp_2s_ancestral_cfg_pp": dpmpp_2s_ancestral_cfg_pp,
         "gradient_estimation": gradient_estimation,
         "gradient_estimation_cfg_pp": lambda run: gradient_estimation(run, cfg_pp=True),
         "res_multistep": res_multistep,
@@ -286,6 +303,7 @@ ON_BOTH = {
         "exp_heun_2_x0_sde": lambda run: exponential_heun(run, eta=1.0),
         "seeds_2": lambda run: exponential_heun(run, eta=1.0, r=0.5, second_order=False),
         "dpmpp_2m_sde_heun": lambda run: brownian(run, "dpmpp_2m_sde", solver_type="heun"),
+        "dpmpp_2m_sde_heun_gpu": lambda run: brownian(run, "dpmpp_2m_sde", solver_type="heun"),  # the same on a CPU
     }.items()
 }
 ON_FLUX = {
