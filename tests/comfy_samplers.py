@@ -120,7 +120,7 @@ def dpmpp_2m_cfg_pp(run):
 
 
 def dpmpp_2s_ancestral_cfg_pp(run):
-    """DPM-Solver++(2S), Lu et al. 2022, with x moved by what guidance adds in the latest evaluation, as ComfyUI's is."""
+    """DPM-Solver++(2S), Lu et al. 2022, from x plus what guidance adds in the latest evaluation, as ComfyUI does."""
     run.with_uncond()
     x = run.x
     for s, t in run.steps():
