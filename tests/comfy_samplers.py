@@ -19,12 +19,15 @@ from comfy_ksampler import k_diffusion
 class Run:
     """What the samplers below ask of their arguments."""
 
-    def __init__(self, model, x, sigmas, extra_args, callback):
+    def __init__(self, model, x, sigmas, extra_args, callback, noise_sampler):
         self.model, self.extra_args, self.callback, self.count = model, dict(extra_args), callback, 0
         self.sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
         assert self.sampling is model.inner_model.inner_model.model_sampling
         self.flow = isinstance(self.sampling, sys.modules["comfy.model_sampling"].CONST)
-        self.generator = torch.Generator().manual_seed(extra_args["seed"] + 1)
+        generator = torch.Generator().manual_seed(extra_args["seed"] + 1)
+        self.noise = lambda: torch.randn(x.shape, generator=generator)
+        if noise_sampler is not None:
+            self.noise = lambda: noise_sampler(None, None)
         self.first, self.x = x, x
         self.sigmas = sigmas.clone()
         self.uncond = None
@@ -53,9 +56,6 @@ class Run:
             self.count += 1
         return denoised
 
-    def noise(self):
-        return torch.randn(self.first.shape, generator=self.generator)
-
     def steps(self):
         return zip(self.sigmas[:-1], self.sigmas[1:])
 
@@ -74,8 +74,8 @@ def sampler(function):
     """`function(run)` with the signature of ComfyUI's."""
 
     @functools.wraps(function)
-    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-        return function(Run(model, x, sigmas, extra_args, callback), **options)
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+        return function(Run(model, x, sigmas, extra_args, callback, noise_sampler))
 
     del sample.__wrapped__
     return sample
