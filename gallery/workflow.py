@@ -251,7 +251,7 @@ def _read_prompt(graph: _Graph, link: Any, side: str, settings: Settings) -> str
 
 def _read_parameters(text: str, settings: Settings) -> None:
     found, values = read_parameters(text), settings.values
-    settings.comfy = found.get("comfy") == "True"
+    settings.comfy = "comfy" in found
     label, _, schedule = found.get("sampler", "").rpartition(" ")
     if schedule in ("Karras", "Exponential"):  # as old versions wrote both: DPM++ 2M Karras
         old = read_parameters(f"\nSteps: 1, Seed: 1, Sampler: {label}, Schedule type: {schedule}")
