@@ -313,6 +313,23 @@ def test_callbacks_change_its_latents(pipes, model):
     assert relative(ours, expected) < 1e-6
 
 
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_callbacks_get_the_steps_state(comfyui, pipes, model):
+    """Where the function calls back with its first x in every step, as ipndm and deis do; they can change it, too."""
+    pipe, call, seen = pipes[model], ksampler(pipes[model], **settings(f"{model}/ipndm/simple/6/0")), []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        return {"latents": tensors["latents"] / 2} if halve and step == 2 else {}
+
+    halve, call["callback_on_step_end"] = False, look
+    latents = draw(pipe, **call)
+    assert model_sampling(pipe, **SIZE).unpacked(seen[-1]).equal(latents)
+    assert len(seen) == 6 and not any(a.equal(b) for a, b in zip(seen, seen[1:]))
+    halve = True
+    assert relative(draw(pipe, **call), latents) > 0.01
+
+
 def test_uncond_denoised(pipes):
     """What `model_options` name is called after guidance, with its result and the prediction for the negative prompt.
 
