@@ -88,7 +88,7 @@ def ksampler(
     call |= {"true_cfg_scale": cfg} if isinstance(model, Flow) else {"guidance_scale": cfg, "quantize_timesteps": True}
 
     later = noise == "today" and device.type == "cpu"
-    step_generator = torch.Generator(device).manual_seed(seed + later)
+    step_generator = torch.Generator(device).manual_seed((seed + later) % 2**64)
 
     def white(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
         return torch.randn(latents.shape, generator=step_generator, dtype=torch.float32, device=device)

@@ -7,6 +7,7 @@ import copy
 import math
 import sys
 import warnings
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import scipy.stats
 import torch
 from closed_form import flux_pipeline, sdxl_pipeline
 from comfy_references import BEFORE, LATENTS, SHIFT, SIGMAS, SIZE, draw, mixture, pipelines, references, settings
+from comfy_samplers import ON_BOTH, ON_FLUX
 from conftest import ROOT, relative, seeded
 from diffusers import (
     DPMSolverMultistepScheduler,
@@ -201,6 +203,53 @@ def test_a_float64_network_gets_the_same_noise(pipes, model, sampler_name):
     assert relative(draw(pipes[model], **ksampler(pipes[model], **fields)), latents) < 1e-5  # float32
 
 
+@pytest.fixture
+def comfyui(monkeypatch):
+    """In ComfyUI's place, with functions that are like its own."""
+    modules = {
+        "comfy": SimpleNamespace(),
+        "comfy.cli_args": SimpleNamespace(args=SimpleNamespace(cpu=False)),
+        "comfy.model_sampling": SimpleNamespace(CONST=type("CONST", (), {})),
+        "comfy.samplers": ModuleType("comfy.samplers"),
+    }
+    functions = ON_BOTH | ON_FLUX
+    modules["comfy.samplers"].sampler_object = lambda name: SimpleNamespace(sampler_function=functions[name])
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return modules
+
+
+@pytest.mark.parametrize(
+    "model, name", [("sdxl", name) for name in ON_BOTH] + [("flux", name) for name in ON_BOTH | ON_FLUX]
+)
+def test_comfyuis_functions_give_its_latents(comfyui, pipes, record_property, model, name):
+    """test_comfyui.py runs ComfyUI's own; these look up the same things, ComfyUI's CONST among them."""
+    pipe, worst = pipes[model], 0.0
+    for key in references(model, name):
+        call = ksampler(pipe, **settings(key))
+        assert callable(call["sampler"]), "ComfyUI's is taken where k-diffusion's is another"
+        worst = max(worst, relative(draw(pipe, **call), LATENTS.get_tensor(key)))
+    record_property("distance", f"{model} {name} {worst:.0e} (a function like ComfyUI's)")
+    # float32, whose sums are ordered otherwise; a Brownian tree tells the last digits of its times apart
+    assert worst < (1e-5 if "_sde" in name else 2e-6)
+
+
+def test_comfyui_is_imported_for_a_cpu_where_there_is_no_gpu(comfyui, pipes):
+    """Importing it asks for a GPU else."""
+    ksampler(pipes["sdxl"], **settings("sdxl/lcm/simple/4/0"))
+    assert comfyui["comfy.cli_args"].args.cpu == (not torch.accelerator.is_available())
+
+
+@pytest.mark.parametrize("name", ["lcm", "euler_ancestral"])
+def test_comfyuis_functions_with_the_noise_of_before(comfyui, pipes, name):
+    """Their noise of today from one seed is that of before from the next."""
+    pipe, calls = pipes["flux"], []
+    for seed, noise in ((3, "today"), (4, "before 0.7"), (3, "before 0.7")):
+        call = ksampler(pipe, **settings(f"flux/{name}/simple/5/{seed}", noise=noise))
+        calls.append(draw(pipe, **call | {"latents": torch.ones_like(call["latents"])}))
+    assert calls[0].equal(calls[1]) and not calls[0].equal(calls[2])
+
+
 # --- functions written for ComfyUI -----------------------------------------------------------------------------------
 
 
@@ -378,6 +427,20 @@ def test_levels_are_comfyuis(pipes, model, scheduler):
             expected = [SIGMAS[model][scheduler]["2"][0], 0.0]
         assert ours.dtype == torch.float32 and ours.device.type == "cpu"
         assert ours.tolist() == expected, steps
+
+
+def test_levels_by_share(pipes):
+    """`percent_to_sigma`: log sigma is linear between SDXL's timesteps; FLUX's time is shifted."""
+    sdxl, flux = (model_sampling(pipes[name], **SIZE) for name in ("sdxl", "flux"))
+    trained = np.log(sdxl.sigmas.double().numpy())
+    for percent in (0.2, 0.25, 0.8):
+        assert sdxl.percent_to_sigma(percent) == pytest.approx(
+            np.exp(np.interp((1 - percent) * 999, range(1000), trained))
+        )
+        shift, t = math.exp(SHIFT), 1 - percent
+        assert flux.percent_to_sigma(percent) == pytest.approx(shift * t / (1 + (shift - 1) * t))
+    assert sdxl.percent_to_sigma(0.0) > 1e6 and flux.percent_to_sigma(0.0) == 1
+    assert sdxl.percent_to_sigma(1.0) == flux.percent_to_sigma(1.0) == 0
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
