@@ -42,7 +42,7 @@ class Compared:
     """A session of few steps on a demo model in float64, and comparisons in it."""
 
     def __init__(self, *arguments: str):
-        options, family = parse_compare(["--steps", "6", "--no-truth", "--truth-seconds", "4", *arguments])
+        options, family = parse_compare(["--steps", "6", "--no-truth", "--truth-seconds", "1e9", *arguments])
         self.module = {"sdxl": sdxl_comfy_pipeline, "flux": flux_comfy_pipeline}[family.name]
         self.session = Session.load(family, self.module, options)
 
@@ -55,6 +55,13 @@ class Compared:
                 return compare_sides(self.session, *sides, tolerance, {} if options.get("truth") else None)[0]
         finally:
             vars(self.session.options).update(before)
+
+
+@pytest.fixture(autouse=True)
+def few_sizes(monkeypatch):
+    """Of fine solutions, so that their number of evaluations is known, and not the time that they may take."""
+    monkeypatch.setattr(truth, "ODE_SIZES", [16, 48])
+    monkeypatch.setattr(truth, "SDE_SIZES", [2, 4])
 
 
 @pytest.fixture(scope="module")
