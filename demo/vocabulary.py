@@ -1,6 +1,6 @@
 """Draws all that a demo model knows, eight subjects by six places, and counts how often a picture shows what was asked.
 
-    python demo/vocabulary.py sdxl --sheet sheet.png    the 48 pictures, subjects across, places down
+    python demo/vocabulary.py sdxl --sheet sheet.jpg    the 48 pictures, subjects across, places down
     python demo/vocabulary.py flux --table              288 pictures, judged by `judge.py`: minutes on a CPU
 
 The steps, the noise levels and the guidance are those of the grids (`test.py`, `test_flux.py`).
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=list(SETTINGS))
     parser.add_argument("--folder", type=Path, help="the pipeline (default: the demo model)")
-    parser.add_argument("--sheet", type=Path, help="write the 48 pictures to this PNG")
+    parser.add_argument("--sheet", type=Path, help="write the 48 pictures to this file, PNG or JPEG")
     parser.add_argument("--sampler", default=SAMPLERS[0], help="the sheet's (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="print the table")
     parser.add_argument(
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = load(options.family, options.folder or HERE / options.family)
     if options.sheet:
         scenes = [Scene(subject, place) for place in PLACES for subject in SUBJECTS]
-        sheet(pictures(pipe, options.family, scenes, 11, options.sampler)).save(options.sheet)
+        sheet(pictures(pipe, options.family, scenes, 11, options.sampler)).save(options.sheet, quality=92)
     if options.table:
         print(measure(pipe, options.family, options.rounds))
 
