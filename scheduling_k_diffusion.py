@@ -23,6 +23,7 @@ from diffusers.utils import torch_utils  # noqa: F401
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from sdxl_comfy_pipeline import (
+    sampler_names,
     BY_RANGE,
     _adds_noise as adds_noise,
     _call as call_sampler,
