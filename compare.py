@@ -2,10 +2,17 @@
 
 import sys
 
-from gallery.options import parse_compare
+from gallery.start import command
+
+
+def compare() -> int:
+    from parity.options import parse_compare
+
+    options, family = parse_compare()
+    from parity.command import run  # after the options, so that --help is quick
+
+    return run(options, family)
+
 
 if __name__ == "__main__":
-    options, family = parse_compare()
-    from gallery.compare import run  # after the options, so that --help is quick
-
-    sys.exit(run(options, family))
+    sys.exit(command(compare))

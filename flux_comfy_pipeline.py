@@ -16,11 +16,10 @@ import importlib
 import importlib.util
 import inspect
 import math
-import numbers
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,6 @@ from diffusers import FluxPipeline
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from diffusers.utils import torch_utils
 from diffusers.utils.torch_utils import randn_tensor
 from torch.overrides import TorchFunctionMode
 
@@ -37,7 +35,8 @@ class FluxComfyPipeline(FluxPipeline):
     """`FluxPipeline` with the scheduler's loop replaced by one call of a k-diffusion sampler.
 
     Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler gives the shift and, when the
-    caller names no schedule, the noise levels; its `step` is never called.
+    caller names no schedule, the noise levels; its `step` is never called. A pipeline serves one call at a time, as the
+    parent does: for a second thread make another with `from_pipe`.
 
     FLUX predicts the velocity v = noise - x0 at x = (1 - t) x0 + t noise, so x0 = x - t v. k-diffusion's samplers know
     y = x0 + sigma noise. With y = x / (1 - t) and sigma = t / (1 - t) the one is the other, exactly ("ve"). Samplers
@@ -60,7 +59,7 @@ class FluxComfyPipeline(FluxPipeline):
         true_cfg_scale: float = 1.0,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 28,
+        num_inference_steps: int | None = 28,
         sigmas: list[float] | None = None,
         guidance_scale: float = 3.5,
         num_images_per_prompt: int | None = 1,
@@ -83,9 +82,8 @@ class FluxComfyPipeline(FluxPipeline):
         *,
         sampler: str | Callable = "euler",
         sampler_kwargs: dict[str, Any] | None = None,
-        schedule: str | None = None,
+        schedule: str | Sequence[float] | torch.Tensor | None = None,
         parameterization: str = "auto",
-        comfy_seed: int | list[int] | None = None,
     ) -> FluxPipelineOutput | tuple:
         """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
 
@@ -93,16 +91,13 @@ class FluxComfyPipeline(FluxPipeline):
             sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
                 callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
                 Its noise comes from `generator` if it draws with `noise_sampler(sigma, sigma_next)`, an argument that
-                it may have, or with `torch.randn_like`.
+                it may have, or with `torch.randn_like`. `model(x, sigma)` returns the denoised x;
+                `model(x, sigma, with_uncond=True)` a stack of that and what it is with the negative prompt.
             sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
-            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", and
-                ComfyUI's "simple", "normal", "sgm_uniform", "ddim_uniform", "beta", "linear_quadratic", "kl_optimal".
-                None: the scheduler's own.
+            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp". Or the
+                levels, falling, in t, of which nothing is changed. None: the scheduler's own.
             parameterization: what the sampler sees as sigma. "flow": t. "ve": t / (1 - t). "auto": "ve" for samplers
                 that add noise or place their own noise levels, "flow" for the others.
-            comfy_seed: ComfyUI's seed, or one for each image, in place of `generator` and `latents`: the noise that
-                ComfyUI draws, before packing, and its step noise. With one of its schedules the latents of "euler",
-                "heun", "dpm_2" and "dpmpp_2m" are ComfyUI's.
 
         `sigmas` and the callback's `sigma` are FLUX's t, 1 for noise and 0 for the picture, whatever the sampler sees;
         `sigmas` are shifted by the scheduler as in the parent. `latents` are packed, x = (1 - t) x0 + t noise at the
@@ -112,110 +107,74 @@ class FluxComfyPipeline(FluxPipeline):
         and the timestep, 1000 t, that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the
         x0 that was predicted there, and `sigma`, the t. The next step starts from what it returns. Before the run the
         sampler is called once on a single number, to learn which evaluations begin a step. Where that can't be learned
-        (see below) it is called as the sampler calls back, with the latents, timestep and t of that moment.
+        it is called as the sampler calls back, with the latents, timestep and t of that moment.
 
         Raises:
-            ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
-                the latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables.
+            ValueError, TypeError: for arguments that do not fit, before any network runs; where a callback changes the
+                latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables; and where
+                a callable does not return latents.
         """
         # FLUX.1's is 1024, which is the parent's default; the tiny autoencoders do not say
         size = getattr(getattr(self.vae, "config", None), "sample_size", 1024)
         height, width = height or size, width or size
-        rows, columns = (size // (2 * self.vae_scale_factor) for size in (height, width))
-        if min(rows, columns) < 1:
-            raise ValueError(
-                f"`height`, `width` have to be at least {2 * self.vae_scale_factor}, but are {height}, {width}"
-            )
-        images = (ip_adapter_image, ip_adapter_image_embeds)
-        negative_images = (negative_ip_adapter_image, negative_ip_adapter_image_embeds)
-        check_ip_adapter(self.transformer, *images, *negative_images)
-        if max_sequence_length is not None and max_sequence_length < 1:
-            raise ValueError(f"`max_sequence_length` has to be at least 1, but is {max_sequence_length}")
-        given = prompt_embeds if prompt is None else prompt
-        prompts = 1 if isinstance(given, str) else 0 if given is None else len(given)
-        batch_size = prompts * (num_images_per_prompt or 0)
-        config = self.transformer.config
-        channels = config.in_channels
-        check_call(
-            num_inference_steps,
-            num_images_per_prompt,
-            batch_size,
-            generator,
-            latents=(latents, (batch_size, rows * columns, channels)),
-            prompt_embeds=(prompt_embeds, (prompts, None, config.joint_attention_dim)),
-            negative_prompt_embeds=(negative_prompt_embeds, (prompts, None, config.joint_attention_dim)),
-            pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, config.pooled_projection_dim)),
-            negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, config.pooled_projection_dim)),
-        )
-        negative = (negative_prompt, negative_prompt_2)
+        rows, columns = (side // (2 * self.vae_scale_factor) for side in (height, width))
         embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
-        rest = (callback_on_step_end_tensor_inputs, max_sequence_length)
-        self.check_inputs(prompt, prompt_2, height, width, *negative, *embeds, *rest)
-        texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
-        prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
-        check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
-        noise_on_device = str(sampler).endswith("_gpu")
+        rest = (negative_prompt, negative_prompt_2, *embeds, callback_on_step_end_tensor_inputs, max_sequence_length)
+        self.check_inputs(prompt, prompt_2, height, width, *rest)
         sampler = find_sampler(sampler)
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
-        ts = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)
-        ve = uses_ve(parameterization, sampler, sampler_kwargs, ts)
-        true_cfg = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
+        levels = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)
+        ve = uses_ve(parameterization, sampler, sampler_kwargs, levels)
+        given = prompt_embeds if prompt is None else prompt
+        batch_size = (1 if isinstance(given, str) else len(given)) * num_images_per_prompt
 
         self._guidance_scale = guidance_scale
         self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
         self._current_timestep = None
         self._interrupt = False
-        self._num_timesteps = len(ts) - 1
-        device = self._execution_device
+        self._num_timesteps = len(levels) - 1
+        device, dtype = self._execution_device, self.transformer.dtype  # the text encoders' dtype may be another
+        state_dtype = torch.promote_types(dtype, torch.float32)
 
         try:
-            dtype = self.transformer.dtype  # the text encoders' may be another
-            state_dtype = torch.promote_types(dtype, torch.float32)
-
             # prompt -> conditioning
-            def encode(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds) -> tuple[torch.dtype, dict[str, Any]]:
+            def encode(prompt, prompt_2, embeds, pooled) -> tuple[torch.dtype, dict[str, Any]]:
                 """The text encoders' dtype, and the transformer's arguments for one side of true CFG."""
-                prompt_embeds, pooled_prompt_embeds, text_ids = self.encode_prompt(
-                    prompt,
-                    prompt_2,
-                    device=device,
-                    num_images_per_prompt=num_images_per_prompt,
-                    prompt_embeds=prompt_embeds,
-                    pooled_prompt_embeds=pooled_prompt_embeds,
-                    max_sequence_length=max_sequence_length,
-                    lora_scale=self._joint_attention_kwargs.get("scale"),
-                )
+                texts = (prompt, prompt_2, device, num_images_per_prompt, embeds, pooled, max_sequence_length)
+                embeds, pooled, ids = self.encode_prompt(*texts, lora_scale=self._joint_attention_kwargs.get("scale"))
                 # encode_prompt repeats neither given embeddings for several images nor one text for several prompts
-                prompt_embeds, pooled_prompt_embeds = (
-                    embeds if len(embeds) == batch_size else embeds.repeat_interleave(batch_size // len(embeds), 0)
-                    for embeds in (prompt_embeds, pooled_prompt_embeds)
+                embeds, pooled = (
+                    e if len(e) == batch_size else e.repeat_interleave(batch_size // len(e), 0)
+                    for e in (embeds, pooled)
                 )
-                names = ("encoder_hidden_states", "pooled_projections", "txt_ids")
-                values = (prompt_embeds, pooled_prompt_embeds, text_ids)
-                return prompt_embeds.dtype, {name: value.to(device, dtype) for name, value in zip(names, values)}
+                named = {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": ids}
+                return embeds.dtype, {name: value.to(device, dtype) for name, value in named.items()}
 
             noise_dtype, conditional = encode(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
             unconditional = None
-            if true_cfg:
+            if true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None):
                 negative = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
                 unconditional = encode(*negative)[1]
+            images = (ip_adapter_image, ip_adapter_image_embeds)
+            negative_images = (negative_ip_adapter_image, negative_ip_adapter_image_embeds)
             image_embeds = self._image_embeds(images, negative_images, (width, height), batch_size)
             guidance = None
             if self.transformer.config.guidance_embeds:
                 guidance = torch.full([batch_size], guidance_scale, device=device, dtype=torch.float32)
 
             # generator -> noise, the stock pipeline's own
-            if comfy_seed is not None:
-                shape = (batch_size, channels // 4, 2 * rows, 2 * columns)
-                unpacked, generator = comfy_noise(comfy_seed, shape, device)
-                latents = self._pack_latents(unpacked, *shape)
+            channels = self.transformer.config.in_channels // 4
             noise, image_ids = self.prepare_latents(
-                batch_size, channels // 4, height, width, noise_dtype, device, generator, latents
+                batch_size, channels, height, width, noise_dtype, device, generator, latents
             )
 
             # conditioning -> denoiser, the only place that knows the network
-            def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            def velocity(x: torch.Tensor, t: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
                 """v = noise - x0, predicted at the packed flow latents x and t of shape (b,), with true CFG."""
+                if with_uncond and unconditional is None:
+                    raise ValueError(
+                        "`sampler`: asks for both sides of true CFG: pass `negative_prompt`, `true_cfg_scale`"
+                    )
                 self._current_timestep = t[0] * 1000
 
                 def predict(side: str, text: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -234,59 +193,40 @@ class FluxComfyPipeline(FluxPipeline):
                 if unconditional is None:
                     return v
                 negative = predict("uncond", unconditional)
-                return negative + true_cfg_scale * (v - negative)
+                guided = negative + true_cfg_scale * (v - negative)
+                return torch.stack([guided, negative]) if with_uncond else guided
 
-            def to_flow(y: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                """The flow latents x and their t of the sampler's state y and its sigma."""
-                return (y / (1 + sigma), sigma / (1 + sigma)) if ve else (y, sigma)
-
-            def denoiser(y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-                x, t = to_flow(y, sigma.view(-1, 1, 1))
-                return x - t * velocity(x, t.flatten())
+            def denoiser(y: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+                sigma = sigma.view(-1, 1, 1)
+                x, t = (y / (1 + sigma), sigma / (1 + sigma)) if ve else (y, sigma)
+                return x - t * velocity(x, t.flatten(), **kwargs)
 
             # t -> sigmas, and the noise -> y at the first of them
-            ts = ts.to(state_dtype)
+            ts = levels.to(state_dtype)
             sigmas = ve_sigmas(ts) if ve else ts
             x = (noise if latents is None else latents).to(device, state_dtype)
-            if comfy_seed is not None:
-                x = x * ts[0].item()  # ComfyUI begins with an empty latent and noise, x = 0 + t noise
-                unpacked = unpacked.to(device, state_dtype)
-                draw = comfy_noise_sampler(sampler, unpacked, ts, comfy_seed, noise_on_device)
-
-                def step_noise(*sigmas: torch.Tensor) -> torch.Tensor:
-                    """ComfyUI's, drawn before packing and at times that are t."""
-                    return self._pack_latents(draw(*(s / (1 + s) if ve else s for s in sigmas)), *shape)
-
-                sampler_kwargs.setdefault("noise_sampler", step_noise)
             y = x * (sigmas[0] / ts[0]).item() if ve else x
 
             def after_step(i, y, sigma, began, denoised) -> torch.Tensor:
-                x, t = to_flow(y, sigma)[0], to_flow(y, began)[1]
-                tensors = {"latents": x, "sigma": t, "denoised": denoised}
+                scale, t = (1 + sigma, began / (1 + began)) if ve else (1, began)
+                tensors = {"latents": y / scale, "sigma": t, "denoised": denoised}
                 tensors["prompt_embeds"] = conditional["encoder_hidden_states"]
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 returned = callback_on_step_end(self, i, t * 1000, chosen) or {}  # type: ignore
                 embeds = returned.get("prompt_embeds", tensors["prompt_embeds"])
                 conditional["encoder_hidden_states"] = embeds.to(device, dtype)
-                changed = returned.get("latents", x)
-                return y + (changed - to_flow(y, sigma)[0]) * (1 + sigma) if ve else changed  # y itself if unchanged
+                changed = returned.get("latents", tensors["latents"])
+                return y + (changed - y / scale) * scale if ve else changed  # y itself if unchanged
 
             # noise, sigmas -> latents
             after = None if callback_on_step_end is None else after_step
-            steps = math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1  # those decide themselves
-            with self.progress_bar(total=steps) as bar:
-                y, sigma = run_sampler(
-                    sampler, sampler_kwargs, denoiser, y, sigmas, generator, after, bar.update, lambda: self.interrupt
-                )
-            latents = to_flow(y, sigma)[0]
+            with self.progress_bar(total=math.inf if places_levels(sampler) else len(sigmas) - 1) as bar:
+                hooks = (after, bar.update, lambda: self.interrupt)
+                y, sigma = run_sampler(sampler, sampler_kwargs, denoiser, y, sigmas, generator, *hooks)
+            latents = y / (1 + sigma) if ve else y
 
             # latents -> images
-            image = latents
-            if output_type != "latent":
-                latents = self._unpack_latents(latents, height, width, self.vae_scale_factor)
-                latents = for_module(latents, self.vae) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-                image = self.vae.decode(latents, return_dict=False)[0]
-                image = self.image_processor.postprocess(image, output_type=output_type)
+            image = latents if output_type == "latent" else self._decode(latents, height, width, output_type)
         finally:
             self._current_timestep = None
             self.maybe_free_model_hooks()
@@ -295,48 +235,57 @@ class FluxComfyPipeline(FluxPipeline):
     def noise_levels(
         self,
         tokens: int,
-        num_inference_steps: int,
+        num_inference_steps: int | None = 28,
         sigmas: list[float] | None = None,
-        schedule: str | None = None,
+        schedule: str | Sequence[float] | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The noise levels of a call with these arguments, in FLUX's t: falling to zero, float64, on the CPU.
 
         Args:
             tokens: 2x2 patches of the latents, height / 16 * width / 16, on which the scheduler's shift depends.
         """
-        check_schedule(schedule, sigmas=sigmas)
-        if sigmas is not None:
-            check_sigmas(sigmas)
-            if max(sigmas) > 1:
-                raise ValueError(f"`sigmas` are FLUX's t, which lies in 0..1, but are {list(sigmas)}")
-            sigmas = [sigma for sigma in sigmas if sigma > 0]  # the scheduler appends the zero
-        if schedule == "vp":
-            levels = sampling.get_sigmas_vp(num_inference_steps).double()
-            return levels / (1 + levels)
+        if schedule is not None and sigmas is not None:
+            raise ValueError("`schedule` and `sigmas` both give the noise levels: pass one of them")
+        if sigmas is None and (schedule is None or isinstance(schedule, str)) and not num_inference_steps >= 1:
+            raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}")
+        for name, levels in (("sigmas", sigmas), ("schedule", schedule)):
+            if levels is not None and not isinstance(levels, str) and check_sigmas(levels, name)[0] > 1:
+                raise ValueError(f"`{name}`: FLUX's t lies in 0..1, but the first is {float(levels[0])}")
         config = self.scheduler.config
-        mu = calculate_shift(
-            tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        if schedule is not None:
+        keys = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        mu = calculate_shift(tokens, *(config.get(key, default) for key, default in keys.items()))
+        if schedule == "vp":
+            with SamplerMode():
+                levels = sampling.get_sigmas_vp(num_inference_steps)
+            return levels / (1 + levels)
+        if isinstance(schedule, str):  # between t = 1 and the lowest of 10,000 levels, shifted
             shift = config.get("flow_shift", config.get("shift", 1.0))
             if hasattr(type(self.scheduler), "shift"):  # its `set_shift` leaves the config alone
                 shift = self.scheduler.shift
             if config.get("use_dynamic_shifting"):
                 shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-            return trained_sigmas(schedule, num_inference_steps, flow_levels(shift)).double()
+            return named_sigmas(schedule, num_inference_steps, shift / (shift + 9999), 1.0)
+        if schedule is not None:
+            return check_sigmas(schedule, "schedule")
         scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
         if sigmas is None:
             sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        if config.get("use_flow_sigmas"):
-            sigmas = None
-        retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, mu=mu)
-        levels = scheduler.sigmas.double().cpu().unique_consecutive()  # Heun's scheduler lists a level twice
-        check_sigmas(levels, name=f"{type(scheduler).__name__}.sigmas")
-        return levels
+        sigmas = None if config.get("use_flow_sigmas") else [sigma for sigma in sigmas if sigma > 0]  # it appends zero
+        shifting = {"mu": mu} if config.get("use_dynamic_shifting") else {}
+        retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, **shifting)
+        levels = torch.as_tensor(scheduler.sigmas).double().cpu().clone()
+        levels[-1] = 0.0  # DEIS's ends with the lowest level
+        return check_sigmas(
+            levels.unique_consecutive(), f"{type(scheduler).__name__}.sigmas"
+        )  # Heun's lists a level twice
+
+    def _decode(self, latents: torch.Tensor, height: int, width: int, output_type: str | None) -> Any:
+        """Images of the final packed latents."""
+        latents = self._unpack_latents(latents, height, width, self.vae_scale_factor)
+        hooked = hasattr(self.vae, "_hf_hook") or hasattr(self.vae, "_diffusers_hook")
+        latents = latents.to(latents.device if hooked else self.vae.device, self.vae.dtype)
+        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return self.image_processor.postprocess(self.vae.decode(latents, return_dict=False)[0], output_type=output_type)
 
     def _image_embeds(
         self, positive: tuple[Any, Any], negative: tuple[Any, Any], size: tuple[int, int], batch_size: int
@@ -354,19 +303,6 @@ class FluxComfyPipeline(FluxPipeline):
         return prepared
 
 
-def flow_levels(shift: float) -> TrainedLevels:
-    """The 10,000 levels, in t, that ComfyUI keeps for FLUX. `shift` is diffusers' fixed shift, or exp(mu).
-
-    `normal` and `sgm_uniform` go evenly down to the lowest level and shift again, as ComfyUI does.
-    """
-
-    def shifted(t: torch.Tensor) -> torch.Tensor:
-        return shift / (shift + (1 / t - 1))
-
-    levels = shifted(torch.arange(1, 10001, device="cpu") / 10000)
-    return TrainedLevels(levels, lambda n: shifted(torch.linspace(levels[-1].item(), levels[0].item(), n)))
-
-
 def uses_ve(parameterization: str, sampler: Callable, sampler_kwargs: dict[str, Any], ts: torch.Tensor) -> bool:
     """Whether the sampler sees "ve", not "flow". See `FluxComfyPipeline`."""
     if parameterization not in ("auto", "flow", "ve"):
@@ -376,15 +312,15 @@ def uses_ve(parameterization: str, sampler: Callable, sampler_kwargs: dict[str, 
     parameters = inspect.signature(sampler).parameters
     if sampler_kwargs.get("s_churn", "s_churn" in parameters and parameters["s_churn"].default):
         return True
-    if len(ts) == 2 and ts[1] == 0 and _is_k_diffusion(sampler):
+    if len(ts) == 2 and ts[1] == 0 and is_k_diffusions(sampler):
         return False  # one step to zero is x0 either way, and this way it begins at t = 1
-    return "noise_sampler" in parameters or _first_parameters(sampler) == BY_RANGE
+    return "noise_sampler" in parameters or places_levels(sampler)
 
 
 def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
     """sigma = t / (1 - t). At t = 1, where it is infinite, the first one continues the ratio of the next two.
 
-    It is at least 15, SDXL's highest: below, the picture that noise of finite sigma still shows would be missed.
+    It is at least 15, SDXL's highest: noise of a lower sigma would hide less of the picture than pure noise does.
     """
     sigmas = ts / (1 - ts)
     if ts[0] > 0.9999:
@@ -393,28 +329,21 @@ def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
     return sigmas
 
 
-# --- shared block: the same text stands in sdxl_comfy_pipeline.py and flux_comfy_pipeline.py ---
-# What the pipeline above calls: k-diffusion without its package, samplers by name, step noise, run_sampler (the one
-# call of a sampler), noise levels by name, checks of the arguments, ComfyUI's noise.
+# --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
+# k-diffusion without its package, samplers and noise levels by name, step noise, the call of a sampler.
 
 
 def _k_diffusion(*submodules: str) -> list[ModuleType]:
-    """`k_diffusion.sampling` and its kind, without the package's `__init__`.
+    """`k_diffusion.sampling` and its kind, without the package's `__init__`, which imports the training code.
 
-    That one imports the training code, whose dependencies no longer install. An empty module stands in for the package
-    while the submodules are imported, then all of it leaves `sys.modules`, so that a later `import k_diffusion` by
-    anyone else does what it always did.
+    All of k_diffusion leaves `sys.modules` then: a later `import k_diffusion` by anyone does what it always did.
     """
-    names = [f"k_diffusion.{name}" for name in submodules]
-    if all(name in sys.modules for name in names):
-        return [sys.modules[name] for name in names]
-    spec = importlib.util.find_spec("k_diffusion")
-    if spec is None:
+    if (spec := importlib.util.find_spec("k_diffusion")) is None:
         raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "k_diffusion"}
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "k_diffusion"}
     sys.modules["k_diffusion"] = importlib.util.module_from_spec(spec)
     try:
-        return [importlib.import_module(name) for name in names]
+        return [importlib.import_module(f"k_diffusion.{name}") for name in submodules]
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "k_diffusion"]:
             del sys.modules[name]
@@ -422,165 +351,81 @@ def _k_diffusion(*submodules: str) -> list[ModuleType]:
 
 
 sampling, external = _k_diffusion("sampling", "external")
-
-BY_LEVELS = ("model", "x", "sigmas")
-BY_RANGE = ("model", "x", "sigma_min", "sigma_max")  # dpm_fast and dpm_adaptive place their own levels in log sigma
-GIVEN = {*BY_LEVELS, *BY_RANGE, "n", "extra_args", "callback", "disable"}
+SCHEDULES = ("karras", "exponential", "polyexponential", "vp")
+GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
 
 
 def sampler_names() -> list[str]:
     """The samplers of the installed k-diffusion, without `sample_`, in the order of its source."""
-    functions = {name: value for name, value in vars(sampling).items() if name.startswith("sample_")}
-    return [name[7:] for name, value in functions.items() if callable(value) and _first_parameters(value)]
-
-
-def _first_parameters(function: Callable) -> tuple[str, ...] | None:
-    """`BY_LEVELS` or `BY_RANGE`, by the names of the function's first parameters; None if they are others."""
-    names = tuple(inspect.signature(function).parameters)
-    return next((first for first in (BY_LEVELS, BY_RANGE) if names[: len(first)] == first), None)
-
-
-def _unknown(argument: str, name: Any, known: Sequence[str]) -> ValueError:
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-    return ValueError(f"`{argument}`: there is no {name!r}; {hint}")
+    return [name[7:] for name, value in vars(sampling).items() if name.startswith("sample_") and callable(value)]
 
 
 def find_sampler(sampler: str | Callable) -> Callable:
-    """The sampler of this name, with or without `sample_`. A callable with k-diffusion's signature comes back as it is.
-
-    ComfyUI's names are known too: its `ddim` is Euler's method, its `dpmpp_*_sde_gpu` the samplers without `_gpu`.
-
-    Raises:
-        ValueError: no sampler of k-diffusion has this name.
-        TypeError: not a name, and not callable as `sampler(model, x, sigmas, ...)`.
-    """
+    """The sampler of this name, with or without `sample_`, or the callable. ValueError, TypeError: there is none."""
+    signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
     if isinstance(sampler, str):
-        name = sampler.removeprefix("sample_")
-        name = "euler" if name == "ddim" else name.removesuffix("_gpu") if name.endswith("_sde_gpu") else name
-        function = getattr(sampling, f"sample_{name}", None)
-        if callable(function) and _first_parameters(function):
-            return function
-        raise ValueError(
-            f"{_unknown('sampler', sampler, sampler_names())}. One that ComfyUI alone has can be passed as a function,"
-            f" sampler=comfy.samplers.sampler_object({name!r}).sampler_function"
-        )
+        name, names = sampler.removeprefix("sample_"), sampler_names()
+        if name in names:
+            return getattr(sampling, f"sample_{name}")
+        near = difflib.get_close_matches(name.lower(), names, cutoff=0.7)  # "lcm" is not near "lms"
+        near = near[:1] if name.lower() in near else near
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, or pass {signature}"
+        raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
     try:
-        if _first_parameters(sampler) is None:
-            inspect.signature(sampler).bind("model", "x", "sigmas")
+        places_levels(sampler) or inspect.signature(sampler).bind("model", "x", "sigmas")
     except (TypeError, ValueError):
-        raise TypeError(
-            "`sampler` has to be a name or a callable with k-diffusion's signature, sampler(model, x, sigmas,"
-            f" extra_args=None, callback=None, disable=None, ...), but is {sampler!r}"
-        ) from None
+        raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
     return sampler
 
 
+def places_levels(sampler: Callable) -> bool:
+    """Whether it takes a range and places its own noise levels, in log sigma: dpm_fast and dpm_adaptive."""
+    return {"sigma_min", "sigma_max"} <= set(inspect.signature(sampler).parameters)
+
+
+def is_k_diffusions(sampler: Callable) -> bool:
+    """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
+    return any(getattr(sampler, "func", sampler) is value for value in vars(sampling).values())
+
+
 def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """A copy of the sampler's options. Raises a ValueError, with those it takes, for another and for one it lacks."""
+    """A copy of the sampler's options. ValueError, with those it takes: another one, or one that it lacks."""
     options, parameters = dict(sampler_kwargs or {}), list(inspect.signature(sampler).parameters.values())
-    named = [p for p in parameters[3:] if p.kind is p.POSITIONAL_OR_KEYWORD]  # after model, x, sigmas
-    named = [p for p in named + [p for p in parameters if p.kind is p.KEYWORD_ONLY] if p.name not in GIVEN]
-    known, name = ", ".join(p.name for p in named) or "none", getattr(sampler, "__name__", repr(sampler))
-    unknown = ", ".join(option for option in options if option not in [p.name for p in named])
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise ValueError(f"`sampler_kwargs`: {name} takes no {unknown}; it takes {known}")
-    missing = ", ".join(p.name for p in named if p.default is p.empty and p.name not in options)
-    if missing:
-        raise ValueError(f"`sampler_kwargs`: {name} needs {missing}; it takes {known}")
+    # the first three are model, x and sigmas, whatever their names
+    named = [p for p in parameters[3:] if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unknown = [name for name in options if name not in [p.name for p in named]]
+    missing = [p.name for p in named if p.default is p.empty and p.name not in options]
+    if missing or (unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters)):
+        wrong = f"needs {', '.join(missing)}" if missing else f"takes no {', '.join(unknown)}"
+        known, name = ", ".join(p.name for p in named) or "none", getattr(sampler, "__name__", repr(sampler))
+        raise ValueError(f"`sampler_kwargs`: {name} {wrong}; it takes {known}")
+    if any(name in ("rtol", "atol") and not value > 0 for name, value in options.items()):
+        raise ValueError("`sampler_kwargs`: rtol and atol have to be above 0, or the steps never end")
     return options
 
 
-def check_sigmas(sigmas: Any, name: str = "sigmas") -> None:
-    """Raises a ValueError unless `sigmas` (any scale) are finite, positive up to a last zero, and fall strictly."""
-    levels = torch.as_tensor(sigmas, dtype=torch.float64).flatten()
-    if levels.numel() == 0 or not levels.isfinite().all():
-        raise ValueError(f"`{name}` have to be finite numbers, at least one, but are {levels.tolist()}")
-    if levels[0] <= 0 or levels[-1] < 0 or not (levels.diff() < 0).all():
-        raise ValueError(f"`{name}` have to fall from a positive number to zero or above, but are {levels.tolist()}")
+def check_sigmas(sigmas: Any, name: str = "sigmas") -> torch.Tensor:
+    """`sigmas` (any scale) in float64 on the CPU. ValueError: not finite, not falling, not positive to a last zero."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
+    if not len(levels) or not levels.isfinite().all() or not levels[0] > 0 <= levels[-1] or (levels.diff() >= 0).any():
+        raise ValueError(f"`{name}` have to be finite and fall from a positive number to zero or above: {sigmas}")
+    return levels
 
 
-class _SamplerMode(TorchFunctionMode):
-    """Two torch calls that samplers make, answered differently while one runs, in this thread and outside the network.
+def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
+    """k-diffusion's noise levels of this name, n from sigma_max down to sigma_min, then zero; float64, on the CPU.
 
-    `torch.randn_like`, the noise of `s_churn` and of callables, draws from the caller's generators. And a sigma that is
-    spread over the latents' dimensions stays a number: a number on the CPU combines with tensors on any device, where a
-    CPU tensor of shape (1, 1, 1, 1) does not.
+    "vp" gets the betas that make it begin and end there. "polyexponential" is "exponential", its default rho being 1.
     """
-
-    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor]):
-        super().__init__()
-        self.draw = draw
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.randn_like:
-            return self.draw(torch.empty_like(*args, **(kwargs or {})))
-        if func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
-            index = args[1] if isinstance(args[1], tuple) else ()
-            if index and index[0] is ... and all(i is None for i in index[1:]):  # k-diffusion's append_dims
-                return args[0]
-        return func(*args, **(kwargs or {}))
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """For what is not the sampler's: the network, the callbacks and the noise that is drawn here."""
-        self.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self.__enter__()
-
-
-class _Interrupted(Exception):
-    """Carries the state and its sigma out of a sampler."""
-
-
-def _function(sampler: Callable) -> Callable:
-    """What a `functools.partial` calls, or the sampler itself."""
-    return sampler.func if isinstance(sampler, functools.partial) else sampler
-
-
-def _is_k_diffusion(sampler: Callable) -> bool:
-    return getattr(_function(sampler), "__module__", None) == sampling.__name__
-
-
-def _name(sampler: Callable) -> str:
-    return getattr(_function(sampler), "__name__", "")
-
-
-def brownian_weights(sigma: float) -> dict[int, float]:
-    """W(sigma) of a Brownian motion from W(2^-64) = 0, as a sum of independent standard normals: {node: weight}.
-
-    Levy's construction. Node 0 is W(2^64). Node 1 is how far W is, in the middle of the whole interval by log sigma,
-    from the line between its ends; nodes 2 n and 2 n + 1 are the same for the halves of node n's interval. After 20
-    halvings an interval is 0.01 % of sigma wide, and its node how far W(sigma) itself is from the line (Jelincic et al.
-    2024, arXiv:2405.06464). That is exact for any sigmas of which no two lie in one such interval.
-    """
-    low, high, node = 2.0**-64, 2.0**64, 1
-    weights = {0: (sigma - low) / math.sqrt(high - low)}
-    for _ in range(20):
-        middle = math.sqrt(low * high)
-        deviation = math.sqrt((middle - low) * (high - middle) / (high - low))
-        if sigma < middle:
-            weights[node] = deviation * (sigma - low) / (middle - low)
-            high, node = middle, 2 * node
-        else:
-            weights[node] = deviation * (high - sigma) / (high - middle)
-            low, node = middle, 2 * node + 1
-    return {**weights, node: math.sqrt((sigma - low) * (high - sigma) / (high - low))}
-
-
-def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Noise on another device. The CPU does not wait for a GPU to take it, as it would with memory not pinned."""
-    if noise.device.type == "cpu" and device.type == "cuda":
-        return noise.pin_memory().to(device, non_blocking=True)
-    return noise.to(device)
-
-
-def for_module(x: torch.Tensor, module: Any) -> torch.Tensor:
-    """x in the module's dtype and on the device of its input: components may be placed on several by hand."""
-    device_of = getattr(torch_utils, "get_module_execution_device", lambda module: x.device)  # diffusers 0.42
-    return x.to(device_of(module), module.dtype)
+    arguments = {"sigma_min": sigma_min, "sigma_max": sigma_max}
+    if schedule == "vp":
+        eps, low, high = 1e-3, math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+        beta_min = (low - high * eps**2) / (eps - eps**2)
+        arguments = {"beta_d": 2 * (high - beta_min), "beta_min": beta_min, "eps_s": eps}
+    elif schedule not in SCHEDULES:
+        raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}, or pass the levels")
+    with SamplerMode():
+        return getattr(sampling, f"get_sigmas_{schedule}")(n, **arguments)
 
 
 def white_noise(x: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
@@ -589,27 +434,44 @@ def white_noise(x: torch.Tensor, generator: torch.Generator | list[torch.Generat
     return _sent(randn_tensor(x.shape, generator, first.device if first else x.device, x.dtype), x.device)
 
 
+def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Noise on the latents' device. From pinned memory, so that the CPU does not wait for a GPU to take it."""
+    pinned = noise.device.type == "cpu" and device.type == "cuda"
+    return noise.pin_memory().to(device, non_blocking=True) if pinned else noise.to(device)
+
+
 def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device | str) -> Callable:
     """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
 
-    In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels. The
-    normals are drawn on `device`; those of the last level are kept, so that the next one makes about 13 draws.
+    In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels: Levy's
+    construction, from W(2^-64) = 0. Normal 0 gives W(2^64), normal 1 how far W is from the line between the ends in
+    their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
+    itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
     """
-    generator = torch.Generator(device)
-    nodes = [-1] * len(brownian_weights(1.0))  # whose normals are kept: one of each depth
+    generator, nodes = (
+        torch.Generator(device),
+        [-1] * 22,
+    )  # the last level's are kept, so that a next one draws about 13
     normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
+
+    def normal(depth: int, node: int) -> torch.Tensor:
+        for image, seed in zip(normals[depth], seeds if nodes[depth] != node else ()):
+            # the CPU's generator reads 32 bits of its seed: odd factors differ between the nodes of a path
+            image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
+        nodes[depth] = node
+        return normals[depth]
 
     @functools.lru_cache(2)  # a step begins where another ended
     def w(sigma: float) -> torch.Tensor:
-        total = torch.zeros(x.shape, dtype=x.dtype, device=device)
-        for i, (node, weight) in enumerate(brownian_weights(sigma).items()):
-            if nodes[i] != node:
-                nodes[i] = node
-                for image, seed in zip(normals[i], seeds):
-                    # the CPU's generator reads 32 bits of its seed: odd factors differ between the nodes of a path
-                    image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
-            total.add_(normals[i], alpha=weight)
-        return total
+        low, high, node = 2.0**-64, 2.0**64, 1
+        total = normal(0, 0) * ((sigma - low) / math.sqrt(high - low))
+        for depth in range(1, 21):
+            middle = math.sqrt(low * high)
+            weight = math.sqrt((middle - low) * (high - middle) / (high - low))
+            weight *= (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
+            total.add_(normal(depth, node), alpha=weight)
+            low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
+        return total.add_(normal(21, node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
         before, after = w(float(sigma)), w(float(sigma_next))
@@ -618,48 +480,70 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     return noise_sampler
 
 
-def _adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
+def adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
     """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
     parameters = inspect.signature(sampler).parameters.items()
     amounts = [sampler_kwargs.get(name, p.default) for name, p in parameters if name in ("s_churn", "eta")]
-    return any(amounts) or not _is_k_diffusion(sampler)
+    return any(amounts) or not is_k_diffusions(sampler)
 
 
-def _noise_sampler(
-    sampler: Callable, x: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
-) -> Callable:
-    """Step noise of unit variance and x's shape: Brownian for `*_sde`, with a seed for each image; white for others.
-
-    A `*_sde` of one's own gets it too: dpmpp_sde asks for intervals that overlap, for which white noise is wrong.
-    """
-    if not _name(sampler).endswith("_sde"):
+def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
+    """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
+    name = getattr(getattr(sampler, "func", sampler), "__name__", "")
+    if not ("dpmpp" in name and name.endswith("_sde")):
         return lambda sigma, sigma_next: white_noise(x, generator)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
     seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
     return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
 
 
-def for_levels(sampler: Callable, sigmas: torch.Tensor) -> Callable:
-    """The sampler, or for one step to zero Euler's: that is `denoised` in all of k-diffusion's, and some fail on it."""
-    return sampling.sample_euler if len(sigmas) == 2 and sigmas[1] == 0 and _is_k_diffusion(sampler) else sampler
+class SamplerMode(TorchFunctionMode):
+    """What torch does otherwise while a sampler runs, in this thread, but not `outside` of it: in the network.
+
+    `torch.randn_like`, the noise of `s_churn` and of callables, is `draw(like)`. A sigma spread over the latents'
+    dimensions stays a number, which goes with tensors on any device. Without `draw` levels are made, as float64.
+    """
+
+    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        super().__init__()
+        self.draw, self.active = draw, True
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.draw is None and func is torch.linspace:
+            kwargs = {**kwargs, "dtype": torch.float64, "device": "cpu"}
+        elif self.active and self.draw and func is torch.randn_like:
+            return self.draw(torch.empty_like(*args, **kwargs))
+        elif self.active and func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
+            if isinstance(args[1], tuple) and args[1][:1] == (...,) and not any(args[1][1:]):  # (..., None, None)
+                return args[0]
+        return func(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        before, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = before
 
 
-def _call(
+def call_sampler(
     sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, arguments: dict[str, Any]
 ) -> torch.Tensor:
     """Calls a sampler of either signature with those of the arguments that it takes.
 
-    A sampler by range stops at the lowest positive level. Where the levels end at zero, the step to it, Euler's, is
-    taken here; dpm_fast counts it among its evaluations.
+    One step to zero is `denoised` in all of k-diffusion's, but some fail on it: it is Euler's. A sampler by range stops
+    at the lowest positive level: Euler's step from there to zero is taken here, and counted by dpm_fast.
     """
-    positive = sigmas[sigmas > 0]
-    parameters = inspect.signature(sampler).parameters
+    if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
+        sampler = sampling.sample_euler
+    parameters, positive = inspect.signature(sampler).parameters, sigmas[sigmas > 0]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters}
-    if _first_parameters(sampler) != BY_RANGE:
+    if not places_levels(sampler):
         return sampler(model, x, sigmas, **arguments)
-    if "n" in parameters:
-        arguments["n"] = max(len(positive) - 1, 1)
+    arguments |= {"n": max(len(positive) - 1, 1)} if "n" in parameters else {}
     if 0 < arguments.get("eta", 0) < 1e-3:
         arguments["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
     if len(positive) > 1:
@@ -668,43 +552,45 @@ def _call(
     return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
 
 
-def _step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor, arguments: dict[str, Any]) -> dict[int, int]:
-    """Which evaluation of the model begins which step: {evaluation: step}, found by a run on a one-element tensor.
+def step_starts(
+    sampler: Callable, ndim: int, sigmas: torch.Tensor, arguments: dict[str, Any]
+) -> tuple[list[float], dict[int, int]]:
+    """The level of each evaluation, and which of them begins which step, {evaluation: step}: by a trial on one element.
 
-    A sampler of k-diffusion calls back after the first evaluation of a step, with what it gave to the model. Empty for
-    one whose steps depend on its error, which can't be known beforehand, and for a callable that does otherwise or
-    can't run on one element.
+    Both are empty where that can't be run, and for dpm_adaptive; the second where a callback has not the model's x.
     """
-    parameters = inspect.signature(sampler).parameters
-    if "rtol" in parameters:
-        return {}
-    inputs, starts = list[torch.Tensor](), dict[int, int]()
+    inputs, levels, starts, x = [], list[float](), dict[int, int](), torch.ones([1] * ndim, dtype=sigmas.dtype)
 
-    def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
         inputs.append(x)
-        return torch.zeros_like(x)
+        levels.append(float(sigma))
+        return x.new_zeros([2, *x.shape] if with_uncond else x.shape)
 
     def callback(info: dict[str, Any]) -> None:
-        if info["x"] is not inputs[-1]:
-            raise ValueError("the step does not begin at the evaluation that was just made")
-        starts[len(inputs) - 1] = info["i"]
+        starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
 
-    x = torch.ones([1] * ndim, dtype=sigmas.dtype)
-    dry: dict[str, Any] = {"callback": callback}
-    if "noise_sampler" in parameters:
-        dry["noise_sampler"] = lambda sigma, sigma_next: torch.zeros_like(x)
+    parameters = inspect.signature(sampler).parameters  # nothing is drawn from what the caller gave
+    mine = {"callback": callback, "noise_sampler": lambda *_: torch.zeros_like(x)}
+    mine = {name: value for name, value in mine.items() if name in {*parameters, *arguments, "callback"}}
     try:
-        with _SamplerMode(torch.zeros_like):
-            _call(sampler, model, x, sigmas, {**arguments, **dry})
+        with SamplerMode(torch.zeros_like):
+            "rtol" in parameters or call_sampler(sampler, model, x, sigmas, {**arguments, **mine})
     except Exception:
-        return {}
-    return starts
+        return [], {}
+    return levels, {} if -1 in starts else starts
+
+
+# --- the block's last part, for the pipelines alone ---
+
+
+class _Interrupted(Exception):
+    """Carries the state and its sigma out of a sampler."""
 
 
 def run_sampler(
     sampler: Callable,
     sampler_kwargs: dict[str, Any],
-    denoiser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    denoiser: Callable[..., torch.Tensor],
     x: torch.Tensor,
     sigmas: torch.Tensor,
     generator: torch.Generator | list[torch.Generator] | None = None,
@@ -712,271 +598,73 @@ def run_sampler(
     on_step: Callable[[], Any] = lambda: None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One call of a k-diffusion sampler, `sampler(denoiser, x, sigmas)`, with the caller's randomness and callbacks.
+    """One call of a sampler, `sampler(denoiser, x, sigmas)`, with the caller's randomness and callbacks.
 
     Args:
         denoiser: `denoiser(x, sigma) -> denoised`; x and denoised of shape (b, ...), sigma of shape (b,).
         x: the state at sigmas[0], float32 or float64.
-        sigmas: on the CPU, 1-D, falling. They stay there: to compare sigmas on a GPU, the sampler would wait for it.
-        after_step: `after_step(i, x, sigma, began, denoised) -> x` gets the state that step i ended with and its sigma,
+        sigmas: 1-D, falling, on the CPU: to compare sigmas on a GPU, the sampler would wait for it.
+        after_step: `after_step(i, x, sigma, began, denoised) -> x` gets the state that step i ended with, its sigma,
             the sigma that the step began at and what was predicted there. The sampler goes on from what it returns.
-            Where it can't be known which evaluation begins a step, as in dpm_adaptive, both sigmas are that of x, and
-            another x is a ValueError.
-        on_step: called in every step.
-        interrupted: asked in every step; the run ends there if it answers True.
+            Where `step_starts` is empty, both sigmas are that of x, and another x is a ValueError.
+        on_step, interrupted: called in every step. The run ends there if the second returns True.
 
     Returns:
-        The state at the end and its sigma, which is sigmas[-1] unless interrupted.
+        The state at the end and its sigma, which is sigmas[-1] unless interrupted. TypeError: no tensor of x's shape.
     """
-    sampler = for_levels(sampler, sigmas)
-    evaluations, ended = 0, None  # the step that waits for its end: its number, sigma and prediction
+    evaluations, ended, last = 0, None, (x, sigmas[:1], x)  # the step that waits for its end; what was last evaluated
     arguments = {"disable": True, **sampler_kwargs}
-    starts = _step_starts(sampler, x.ndim, sigmas, arguments) if after_step else {}
-    noisy = _adds_noise(sampler, sampler_kwargs)
-
-    def draw(like: torch.Tensor) -> torch.Tensor:
-        return white_noise(like, generator) if noisy else like.new_zeros(())
-
-    parameters, given = inspect.signature(sampler).parameters, arguments.get("noise_sampler") is not None
-    # makes neither of the mode's calls
-    plain = _is_k_diffusion(sampler) and x.device.type == "cpu" and "s_churn" not in parameters and not given
-    mode = _SamplerMode(draw)
-    paused = contextlib.nullcontext if plain else mode.paused
+    starts = step_starts(sampler, x.ndim, sigmas, arguments)[1] if after_step else {}
+    noisy, own, parameters = adds_noise(sampler, sampler_kwargs), is_k_diffusions(sampler), inspect.signature(sampler)
+    mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()))
+    given = arguments.get("noise_sampler") is not None
+    # k-diffusion's make neither of the mode's calls here
+    plain = own and x.device.type == "cpu" and not given and not arguments.get("s_churn")
+    outside = contextlib.nullcontext if plain else mode.outside
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        nonlocal evaluations, ended
-        begins, evaluations = evaluations in starts, evaluations + 1
-        with paused():
-            if after_step and begins and ended:
+        nonlocal evaluations, ended, last
+        with outside():
+            if after_step and evaluations in starts and ended:
                 # the tensors are the sampler's own; the caller gets others, to keep or to write on
                 (i, *of_step), ended = ended, None
                 x.copy_(after_step(i, x.clone(), sigma[0], *of_step))
                 if interrupted():
                     raise _Interrupted(x, sigma[0].cpu())
-            return denoiser(x, sigma)
+            evaluations += 1
+            denoised = denoiser(x, sigma, **kwargs)
+            last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
+            return denoised
 
     def callback(info: dict[str, Any]) -> None:
         nonlocal ended
         on_step()
-        i, x, sigma, denoised = (info[key] for key in ("i", "x", "sigma", "denoised"))
+        # others' may call back with a state that is not the step's
+        x, sigma, denoised = (info["x"], info["sigma"], info["denoised"]) if own else last
         if starts:
-            ended = i, sigma.clone(), denoised.clone()
+            ended = info["i"], sigma.clone(), denoised.clone()
         elif after_step:
-            with paused():
-                changed = after_step(i, x.clone(), sigma, sigma.clone(), denoised.clone())
+            with outside():
+                changed = after_step(info["i"], x.clone(), sigma, sigma.clone(), denoised.clone())
             if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
                 name = getattr(sampler, "__name__", sampler)
                 raise ValueError(f"a callback can't change the latents: {name} does not say where its steps begin")
         if interrupted():
-            raise _Interrupted(x, info.get("sigma_hat", sigma).cpu())
-
-    def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        with paused():
-            return noise(sigma, sigma_next)
+            raise _Interrupted(x, (info.get("sigma_hat", sigma) if own else sigma).cpu())
 
     arguments["callback"] = callback
-    if "noise_sampler" in parameters and not given:
-        noise = _noise_sampler(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
-        arguments["noise_sampler"] = noise_sampler
+    if "noise_sampler" in parameters.parameters and not given:
+        noise = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
+        arguments["noise_sampler"] = noise if plain else mode.outside()(noise)
     try:
         with contextlib.nullcontext() if plain else mode:
-            x = _call(sampler, model, x, sigmas, arguments)
+            end = call_sampler(sampler, model, x, sigmas, arguments)
     except _Interrupted as stopped:
         return stopped.args
-    if after_step and ended:
-        i, *of_step = ended
-        x = after_step(i, x, sigmas[-1], *of_step)
-    return x, sigmas[-1]
-
-
-def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
-    """k-diffusion's noise levels of this name: n from sigma_max down to sigma_min, then zero.
-
-    `vp` gets the betas that make it begin and end at the same levels.
-    """
-    if schedule == "vp":
-        eps, low, high = 1e-3, math.log1p(sigma_min**2), math.log1p(sigma_max**2)
-        beta_min = (low - high * eps**2) / (eps - eps**2)
-        return sampling.get_sigmas_vp(n, beta_d=2 * (high - beta_min), beta_min=beta_min, eps_s=eps)
-    return getattr(sampling, f"get_sigmas_{schedule}")(n, sigma_min, sigma_max)
-
-
-class TrainedLevels(NamedTuple):
-    """The noise levels that a network was trained with, as ComfyUI keeps them: float32, on the CPU."""
-
-    sigmas: torch.Tensor
-    """Rising."""
-    evenly: Callable[[int], torch.Tensor]
-    """`evenly(n)`: n levels from the highest to the lowest, even in the network's own time."""
-
-
-def _beta(n: int, trained: TrainedLevels) -> torch.Tensor:
-    """Quantiles of Beta(0.6, 0.6), Lee et al. 2024. With many steps some round to the same level."""
-    from scipy.special import betaincinv
-
-    places = betaincinv(0.6, 0.6, 1 - torch.arange(n, dtype=torch.float64).numpy() / n) * (len(trained.sigmas) - 1)
-    return trained.sigmas[torch.as_tensor(places).round().long()]
-
-
-def _linear_quadratic(n: int, trained: TrainedLevels, threshold: float = 0.025) -> torch.Tensor:
-    """A line from 1 to 1 - threshold in the first half of the steps, then the parabola that goes on smoothly to 0."""
-    half, i = n // 2, torch.arange(n, dtype=torch.float64)
-    slope = threshold / max(half, 1)
-    share = 1 - slope * i - (1 - slope * n) * ((i - half).clamp(min=0) / (n - half)) ** 2
-    return share.float() * trained.sigmas[-1]
-
-
-def _kl_optimal(n: int, trained: TrainedLevels) -> torch.Tensor:
-    """Even in atan(sigma), Sabour et al. 2024. One step, for which ComfyUI has NaN, begins at the highest level."""
-    share = torch.arange(n) / max(n - 1, 1)
-    low, high = trained.sigmas[0].item(), trained.sigmas[-1].item()
-    return (share * math.atan(low) + (1 - share) * math.atan(high)).tan()
-
-
-# ComfyUI's noise levels by its names, falling, without the zero at their end. It takes karras and exponential from
-# k-diffusion, as is done here.
-COMFY_SCHEDULES: dict[str, Callable[[int, TrainedLevels], torch.Tensor]] = {
-    # n of the table, at an even stride from the top
-    "simple": lambda n, trained: trained.sigmas.flip(0)[[int(i * (len(trained.sigmas) / n)) for i in range(n)]],
-    "normal": lambda n, trained: trained.evenly(n),
-    "sgm_uniform": lambda n, trained: trained.evenly(n + 1)[:-1],
-    # at an even stride from the second lowest up; more than n where n does not divide the table
-    "ddim_uniform": lambda n, trained: trained.sigmas[1 :: max(len(trained.sigmas) // n, 1)].flip(0),
-    "beta": _beta,
-    "linear_quadratic": _linear_quadratic,
-    "kl_optimal": _kl_optimal,
-}
-SCHEDULES = ("karras", "exponential", "polyexponential", "vp", *COMFY_SCHEDULES)
-
-
-def trained_sigmas(schedule: str, n: int, trained: TrainedLevels) -> torch.Tensor:
-    """The noise levels of this name, one of `SCHEDULES`, for n steps: falling, then zero; float32.
-
-    They equal ComfyUI's to its float32. `beta` and `ddim_uniform` may have a few less or more than n steps, as there.
-    """
-    with torch.device("cpu"):  # whatever the default device
-        if schedule in COMFY_SCHEDULES:
-            return sampling.append_zero(COMFY_SCHEDULES[schedule](n, trained).unique_consecutive())
-        return named_sigmas(schedule, n, trained.sigmas[0].item(), trained.sigmas[-1].item())
-
-
-def check_call(
-    num_inference_steps: int,
-    num_images_per_prompt: int | None,
-    images: int,
-    generator: torch.Generator | list[torch.Generator] | None,
-    **tensors: tuple[torch.Tensor | None, tuple[int | None, ...]],
-) -> None:
-    """Raises a ValueError for counts below 1, too few generators, or a tensor that is not of the shape beside it.
-
-    None in a shape stands for any number. What is no generator at all is a TypeError.
-    """
-    counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
-    for name, count in counts.items():
-        if not isinstance(count, numbers.Integral) or count < 1:
-            raise ValueError(f"`{name}` has to be a whole number, at least 1, but is {count!r}")
-    generators = generator if isinstance(generator, list) else [generator] * images
-    if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
-        raise TypeError(f"`generator` has to be a torch.Generator or a list of them, but is {generator!r}")
-    if len(generators) != images:
-        raise ValueError(f"`generator` has to have one generator an image, {images}, but has {len(generators)}")
-    for name, (tensor, shape) in tensors.items():
-        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
-        fits = len(found) == len(shape) and all(n in (None, m) for n, m in zip(shape, found))
-        if tensor is not None and not fits:
-            wanted, found = str(shape).replace("None", "any"), found or type(tensor)
-            raise ValueError(f"`{name}` have to be of shape {wanted}, but are {found}")
-
-
-def per_prompt(count: int, *texts: str | list[str] | None) -> list[list[str] | None]:
-    """prompt, prompt_2 and their negatives as lists of `count`: a single text goes to every prompt.
-
-    Raises a ValueError for a list of another length or of other things than texts.
-    """
-    lists = [[text] * count if isinstance(text, str) else text for text in texts]
-    for name, texts in zip(("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"), lists):
-        fits = isinstance(texts, list) and len(texts) == count > 0 and all(isinstance(text, str) for text in texts)
-        if texts is not None and not fits:
-            raise ValueError(
-                f"`{name}` has to be a text, or a list of one for each of {count} prompts, but is {texts!r}"
-            )
-    return lists
-
-
-def check_ip_adapter(network: torch.nn.Module, *images: Any) -> None:
-    """Raises a ValueError for images (or embeddings) that the network has no adapter for, and for a list of none."""
-    given = [image for image in images if image is not None]
-    if given and getattr(network, "encoder_hid_proj", None) is None:
-        raise ValueError("`ip_adapter_image`: there is no IP-adapter, call load_ip_adapter first")
-    if any(isinstance(image, list) and not image for image in given):
-        raise ValueError("`ip_adapter_image` and `ip_adapter_image_embeds` have to be None or one for each IP-adapter")
-
-
-def check_comfy_seed(comfy_seed: int | list[int] | None, batch_size: int, **instead: Any) -> None:
-    """Raises a ValueError unless it is a seed, or one for every image, and no other argument gives noise too."""
-    if comfy_seed is None:
-        return
-    given = [name for name, value in instead.items() if value is not None]
-    if given:
-        raise ValueError(f"`comfy_seed` and `{given[0]}` both give the noise: pass one of them")
-    seeds = comfy_seed if isinstance(comfy_seed, list) else [comfy_seed]
-    if not all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds):  # torch takes neither bools nor numpy's
-        raise ValueError(
-            f"`comfy_seed` has to be a whole number in 0..2^64 - 1, or a list of them, but is {comfy_seed}"
-        )
-    if isinstance(comfy_seed, list) and len(seeds) != batch_size:
-        raise ValueError(f"`comfy_seed` has to have one seed an image, {batch_size}, but has {len(seeds)}")
-
-
-def _seeded(seed: int | list[int], device: torch.device | str) -> torch.Generator | list[torch.Generator]:
-    if isinstance(seed, list):
-        return [torch.Generator(device).manual_seed(one) for one in seed]
-    return torch.Generator(device).manual_seed(seed)
-
-
-def comfy_noise(
-    seed: int | list[int], shape: tuple[int, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Generator | list[torch.Generator]]:
-    """ComfyUI's initial noise, float32 on the CPU, and the generator that its `s_churn` draws from on this device.
-
-    A seed draws the whole batch, as there; a list draws each image as if it were alone.
-    """
-    generator = _seeded(seed, "cpu")
-    noise = randn_tensor(shape, generator, torch.device("cpu"), torch.float32)
-    return noise, generator if device.type == "cpu" else _seeded(seed, device)
-
-
-def comfy_noise_sampler(
-    sampler: Callable, x: torch.Tensor, sigmas: torch.Tensor, seed: int | list[int], on_device: bool = False
-) -> Callable:
-    """ComfyUI's step noise, float32: for `*_sde` a Brownian tree's, for others white on x's device.
-
-    The tree draws on the CPU, or, as in ComfyUI for the names that end in `_gpu`, on x's device.
-    """
-    if _name(sampler).startswith("sample_dpmpp") and _name(sampler).endswith("_sde"):
-        ends = sigmas[sigmas > 0].min().float(), sigmas.max().float()
-        tree = sampling.BrownianTreeNoiseSampler((x if on_device else x.cpu()).float(), *ends, seed)
-        # torchsde rounds the ends to 1e-6 and warns of a time beyond them, which it takes for the end
-        inside = [round(end.item(), 6) for end in ends]
-
-        def from_tree(*sigmas: torch.Tensor) -> torch.Tensor:
-            drawn = tree(*(torch.as_tensor(sigma).double().clamp(*inside) for sigma in sigmas))
-            return _sent(drawn, x.device).to(x.dtype)
-
-        return from_tree
-    generator = _seeded(seed, x.device)
-    return lambda sigma, sigma_next: randn_tensor(x.shape, generator, x.device, torch.float32).to(x)
-
-
-def check_schedule(schedule: str | None, **instead: Any) -> None:
-    """Raises a ValueError for an unknown name, or for one beside the arguments that also give noise levels."""
-    if schedule is None:
-        return
-    given = [name for name, value in instead.items() if value is not None]
-    if given:
-        raise ValueError(f"`schedule` and `{given[0]}` both give the noise levels: pass one of them")
-    if schedule not in SCHEDULES:
-        raise _unknown("schedule", schedule, SCHEDULES)
+    if not isinstance(end, torch.Tensor) or end.shape != x.shape:
+        what = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
+        raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {what}")
+    return after_step(ended[0], end, sigmas[-1], *ended[1:]) if after_step and ended else end, sigmas[-1]
 
 
 # --- end of the shared block ---

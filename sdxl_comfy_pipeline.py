@@ -16,11 +16,10 @@ import importlib
 import importlib.util
 import inspect
 import math
-import numbers
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -28,7 +27,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg, retrieve_timesteps
-from diffusers.utils import torch_utils
 from diffusers.utils.torch_utils import randn_tensor
 from torch.overrides import TorchFunctionMode
 
@@ -38,6 +36,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
 
     Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler says which betas the network
     was trained with and, when the caller names no schedule, which noise levels to use; its `step` is never called.
+    A pipeline serves one call at a time, as the parent does: for a second thread make another with `from_pipe`.
     """
 
     _callback_tensor_inputs = [*StableDiffusionXLPipeline._callback_tensor_inputs, "denoised", "sigma"]
@@ -53,7 +52,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         prompt_2: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = 50,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         denoising_end: float | None = None,
@@ -86,9 +85,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         *,
         sampler: str | Callable = "euler",
         sampler_kwargs: dict[str, Any] | None = None,
-        schedule: str | None = None,
+        schedule: str | Sequence[float] | torch.Tensor | None = None,
         quantize_timesteps: bool = False,
-        comfy_seed: int | list[int] | None = None,
     ) -> StableDiffusionXLPipelineOutput | tuple:
         """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
 
@@ -96,84 +94,48 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
                 callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
                 Its noise comes from `generator` if it draws with `noise_sampler(sigma, sigma_next)`, an argument that
-                it may have, or with `torch.randn_like`.
+                it may have, or with `torch.randn_like`. `model(x, sigma)` returns the denoised x;
+                `model(x, sigma, with_uncond=True)` a stack of that and what it is without the prompt.
             sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
             schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", between
-                the lowest and the highest level that the network was trained with, and ComfyUI's "simple", "normal",
-                "sgm_uniform", "ddim_uniform", "beta", "linear_quadratic" and "kl_optimal". None: the scheduler's own.
+                the lowest and the highest level that the network was trained with. Or the levels, falling sigmas, of
+                which nothing is changed: `latents` beside them are x0 + sigma noise. None: the scheduler's own.
             quantize_timesteps: give the network the nearest trained timestep, as DPMSolverMultistepScheduler does, and
-                not an interpolated one, as EulerDiscreteScheduler does. ComfyUI does too.
-            comfy_seed: ComfyUI's seed, or one for each image, in place of `generator` and `latents`: the noise that
-                ComfyUI draws, its start and its step noise. With one of its schedules and `quantize_timesteps=True`
-                the latents are ComfyUI's.
+                not an interpolated one, as EulerDiscreteScheduler does.
 
-        `sigmas` and the callback's `sigma` are noise levels of the variance-exploding process x = x0 + sigma noise, in
-        which `latents` live too; `timesteps` are the trained ones. The state is float32 (float64 for a float64 network)
-        whatever the network's dtype; `latents` that are given are scaled to the first level, as in the parent.
+        `sigmas` and the callback's `sigma` are noise levels of the process x = x0 + sigma noise; `timesteps` are the
+        trained ones. Other `latents`, in and out, have the scheduler's scale as in the parent (see `latents_scale`):
+        given ones are noise for the first level. The state is float32 or more whatever the network's dtype.
 
         `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that it ended with
         and the timestep that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the x0
         that was predicted there, and `sigma`, the level. The next step starts from what it returns. Before the run the
         sampler is called once on a single number, to learn which evaluations begin a step. Where that can't be learned
-        (see below) it is called as the sampler calls back, with the latents, timestep and level of that moment.
+        it is called as the sampler calls back, with the latents, timestep and level of that moment.
 
         Raises:
-            ValueError, TypeError: for arguments that do not fit, before any network runs; and where a callback changes
-                the latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables.
+            ValueError, TypeError: for arguments that do not fit, before any network runs; where a callback changes the
+                latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables; and where
+                a callable does not return latents.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         height = height or self.default_sample_size * self.vae_scale_factor
         width = width or self.default_sample_size * self.vae_scale_factor
-        original_size = original_size or (height, width)
-        target_size = target_size or (height, width)
-
-        check_ip_adapter(self.unet, ip_adapter_image, ip_adapter_image_embeds)
+        embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
+        images = (ip_adapter_image, ip_adapter_image_embeds)
+        rest = (negative_prompt, negative_prompt_2, *embeds, *images, callback_on_step_end_tensor_inputs)
+        self.check_inputs(prompt, prompt_2, height, width, None, *rest)
         if eta:
             raise ValueError("`eta` is an option of the sampler here: pass sampler_kwargs={'eta': ...}")
-        if min(height, width) < 1:
-            raise ValueError(f"`height` and `width` have to be positive, but are {height} and {width}")
-        given = prompt_embeds if prompt is None else prompt
-        prompts = 1 if isinstance(given, str) else 0 if given is None else len(given)
-        batch_size = prompts * (num_images_per_prompt or 0)
-        channels = self.unet.config.in_channels
-        projection_dim = self.unet.add_embedding.linear_1.in_features - 6 * self.unet.config.addition_time_embed_dim
-        tokens = self.tokenizer_2.model_max_length if prompt_embeds is None else None
-        check_call(
-            num_inference_steps,
-            num_images_per_prompt,
-            batch_size,
-            generator,
-            latents=(latents, (batch_size, channels, None, None)),
-            prompt_embeds=(prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
-            negative_prompt_embeds=(negative_prompt_embeds, (prompts, tokens, self.unet.config.cross_attention_dim)),
-            pooled_prompt_embeds=(pooled_prompt_embeds, (prompts, projection_dim)),
-            negative_pooled_prompt_embeds=(negative_pooled_prompt_embeds, (prompts, projection_dim)),
-        )
-        negative = (negative_prompt, negative_prompt_2)
-        embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
-        rest = (ip_adapter_image, ip_adapter_image_embeds, callback_on_step_end_tensor_inputs)
-        self.check_inputs(prompt, prompt_2, height, width, None, *negative, *embeds, *rest)
-        texts = per_prompt(prompts, prompt, prompt_2, negative_prompt, negative_prompt_2)
-        prompt, prompt_2, negative_prompt, negative_prompt_2 = texts
-        if clip_skip is not None and prompt is not None:
-            layers = min(e.config.num_hidden_layers for e in (self.text_encoder, self.text_encoder_2) if e is not None)
-            if not -1 <= clip_skip < layers:
-                raise ValueError(f"`clip_skip` has to be below the text encoders' {layers} layers, but is {clip_skip}")
-        sizes = (original_size, crops_coords_top_left, target_size)
-        negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
-        if negative_original_size is None or negative_target_size is None:
-            negative_sizes = sizes
-        dtype = self.unet.dtype  # the text encoders' may be another
-        time_ids, negative_time_ids = (
-            self._get_add_time_ids(*s, dtype, projection_dim).repeat(batch_size, 1) for s in (sizes, negative_sizes)
-        )
-        check_comfy_seed(comfy_seed, batch_size, generator=generator, latents=latents)
-        noise_on_device = str(sampler).endswith("_gpu")
         sampler = find_sampler(sampler)
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
-        denoiser_class, alphas_cumprod = self._trained_with(schedule)
-        sigmas, start = self.noise_levels(num_inference_steps, timesteps, sigmas, schedule, denoising_end)
+        denoiser_class, alphas_cumprod = self._trained_with()
+        levels = self.noise_levels(num_inference_steps, timesteps, sigmas, schedule, denoising_end)
+        given = prompt_embeds if prompt is None else prompt
+        batch_size = (1 if isinstance(given, str) else len(given)) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator`: has to be one or {batch_size}, one an image, but is {len(generator)}")
 
         self._guidance_scale = guidance_scale
         self._guidance_rescale = guidance_rescale
@@ -181,8 +143,9 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         self._cross_attention_kwargs = cross_attention_kwargs
         self._denoising_end = denoising_end
         self._interrupt = False
-        self._num_timesteps = len(sigmas) - 1
-        device = self._execution_device
+        self._num_timesteps = len(levels) - 1
+        device, dtype = self._execution_device, self.unet.dtype  # the text encoders' dtype may be another
+        state_dtype = torch.promote_types(dtype, torch.float32)
 
         try:
             # prompt -> conditioning
@@ -198,53 +161,42 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 negative_prompt_embeds=negative_prompt_embeds,
                 pooled_prompt_embeds=pooled_prompt_embeds,
                 negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-                lora_scale=dict(cross_attention_kwargs or {}).get("scale"),
+                lora_scale=(cross_attention_kwargs or {}).get("scale"),
                 clip_skip=clip_skip,
             )
-            noise_dtype, state_dtype = embeds[0].dtype, torch.promote_types(dtype, torch.float32)
-
-            def both(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-                """The two sides of classifier-free guidance in one batch, the negative one first."""
-                joined = torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive
-                return joined.to(device, dtype)
-
-            conditioning = {
-                "prompt_embeds": both(*embeds[:2]),
-                "add_text_embeds": both(*embeds[2:]),
-                "add_time_ids": both(time_ids, negative_time_ids),
-            }
+            noise_dtype = embeds[0].dtype
+            sizes = (original_size or (height, width), crops_coords_top_left, target_size or (height, width))
+            negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
+            if negative_original_size is None or negative_target_size is None:
+                negative_sizes = sizes
+            projection_dim = self.unet.add_embedding.linear_1.in_features - 6 * self.unet.config.addition_time_embed_dim
+            time_ids = (
+                self._get_add_time_ids(*s, dtype, projection_dim).repeat(batch_size, 1) for s in (sizes, negative_sizes)
+            )
+            pairs = {"prompt_embeds": embeds[:2], "add_text_embeds": embeds[2:], "add_time_ids": tuple(time_ids)}
             del embeds  # not to be kept beside their copies
+            guided = self.do_classifier_free_guidance  # then the negative half of the batch comes first
+            conditioning = {
+                name: (torch.cat([negative, positive]) if guided else positive).to(device, dtype)
+                for name, (positive, negative) in pairs.items()
+            }
             image_embeds = {}
-            if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
-                image_embeds["image_embeds"] = self.prepare_ip_adapter_image_embeds(
-                    ip_adapter_image, ip_adapter_image_embeds, device, batch_size, self.do_classifier_free_guidance
-                )
+            if any(image is not None for image in images):
+                image_embeds["image_embeds"] = self.prepare_ip_adapter_image_embeds(*images, device, batch_size, guided)
             timestep_cond = None
             if self.unet.config.time_cond_proj_dim is not None:
                 timestep_cond = self.get_guidance_scale_embedding(
                     torch.tensor(guidance_scale - 1.0).repeat(batch_size), self.unet.config.time_cond_proj_dim
                 ).to(device, dtype)
 
-            # generator -> noise, the stock pipeline's own
-            shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
-            if comfy_seed is not None:
-                latents, generator = comfy_noise(comfy_seed, shape, device)
-                # ComfyUI begins with nothing but noise, x / sqrt(sigma^2 + 1), at the highest level, and below it with
-                # an empty latent and noise, x = 0 + sigma noise
-                at_highest = sigmas[0] ** 2 >= (1 / alphas_cumprod[-1] - 1) * (1 - 2e-5)
-                start = (sigmas[0] ** 2 + 1).sqrt() if at_highest else sigmas[0]
-            elif latents is None:
-                latents = randn_tensor(shape, generator, device, noise_dtype)
-            latents = latents.to(device, state_dtype) * start.item()
-            sigmas = sigmas.to(state_dtype)
-            if comfy_seed is not None:
-                step_noise = comfy_noise_sampler(sampler, latents, sigmas, comfy_seed, noise_on_device)
-                sampler_kwargs.setdefault("noise_sampler", step_noise)
-
             # conditioning -> denoiser, the only place that knows the network
-            def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            def predict(x: torch.Tensor, timestep: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
                 """Epsilon or v of the input x / sqrt(sigma^2 + 1) at a timestep of shape (b,), with guidance."""
                 guided = self.do_classifier_free_guidance
+                if with_uncond and not guided:
+                    raise ValueError(
+                        "`sampler`: asks for both sides of guidance, so `guidance_scale` has to be above 1"
+                    )
                 if guided:
                     x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
                 prediction = self.unet(
@@ -266,34 +218,42 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 prediction = unconditional + self.guidance_scale * (conditional - unconditional)
                 if self.guidance_rescale > 0:
                     prediction = rescale_noise_cfg(prediction, conditional, guidance_rescale=self.guidance_rescale)
-                return prediction
+                return torch.stack([prediction, unconditional]) if with_uncond else prediction
 
             denoiser = denoiser_class(predict, alphas_cumprod.to(device, state_dtype), quantize_timesteps)
 
+            # generator -> noise, the stock pipeline's own -> x at the first level
+            first = levels[0]
+            if schedule is not None and not isinstance(schedule, str):
+                start = first if latents is None else 1.0
+            elif self.latents_scale(first) == 1 and (
+                schedule is not None or self.scheduler.config.get("timestep_spacing") in ("linspace", "trailing")
+            ):
+                start = first  # as the schedulers' init_noise_sigma
+            else:
+                start = (first**2 + 1).sqrt()
+            if latents is None:
+                shape = (self.unet.config.in_channels, *(side // self.vae_scale_factor for side in (height, width)))
+                latents = randn_tensor((batch_size, *shape), generator, device, noise_dtype)
+            x = latents.to(device, state_dtype) * float(start)
+
             def after_step(i, x, sigma, began, denoised) -> torch.Tensor:
                 timestep = denoiser.sigma_to_t(began.to(device, non_blocking=True).reshape(1))[0]
-                tensors = {"latents": x, "sigma": began, "denoised": denoised, **conditioning}
+                scale = self.latents_scale(sigma)
+                tensors = {"latents": x / scale, "sigma": began, "denoised": denoised, **conditioning}
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 returned = callback_on_step_end(self, i, timestep, chosen) or {}  # type: ignore
                 for name in conditioning.keys() & returned.keys():
                     conditioning[name] = returned[name].to(device, dtype)
-                return returned.get("latents", x)
+                changed = returned.get("latents")
+                return x if changed is None else changed * scale
 
-            # noise, sigmas -> latents
+            # noise, levels -> latents
             after = None if callback_on_step_end is None else after_step
-            steps = math.inf if _first_parameters(sampler) == BY_RANGE else len(sigmas) - 1  # those decide themselves
-            with self.progress_bar(total=steps) as bar:
-                latents, _ = run_sampler(
-                    sampler,
-                    sampler_kwargs,
-                    denoiser,
-                    latents,
-                    sigmas,
-                    generator,
-                    after,
-                    bar.update,
-                    lambda: self.interrupt,
-                )
+            with self.progress_bar(total=math.inf if places_levels(sampler) else len(levels) - 1) as bar:
+                hooks = (after, bar.update, lambda: self.interrupt)
+                x, sigma = run_sampler(sampler, sampler_kwargs, denoiser, x, levels.to(state_dtype), generator, *hooks)
+            latents = x / self.latents_scale(sigma)
 
             # latents -> images
             image = latents if output_type == "latent" else self._decode(latents, output_type)
@@ -301,93 +261,81 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             self.maybe_free_model_hooks()
         return StableDiffusionXLPipelineOutput(images=image) if return_dict else (image,)
 
-    def _trained_with(self, schedule: str | None = None) -> tuple[type, torch.Tensor]:
-        """k-diffusion's wrapper for the network's prediction, and the alphas_cumprod it was trained with, float64.
+    def latents_scale(self, sigma: torch.Tensor) -> torch.Tensor | float:
+        """What latents of the scheduler have to be multiplied by to be x0 + sigma noise.
 
-        Named noise levels get them from the betas in float64, as ComfyUI computes them; the scheduler's own levels get
-        the scheduler's, which are float32 (its lowest sigma is off by 1e-5).
+        1 for those that keep that, as Euler's. DDIM, DPM-Solver, UniPC and others keep it divided by sqrt(1 + sigma^2).
         """
-        wrappers = {
-            "epsilon": external.DiscreteEpsDDPMDenoiser,
-            "v_prediction": external.DiscreteVDDPMDenoiser,
-        }
-        prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
-        if prediction_type not in wrappers or not hasattr(self.scheduler, "alphas_cumprod"):
-            raise ValueError(
-                f"`scheduler`: needs betas and prediction_type 'epsilon' or 'v_prediction', but is"
-                f" {type(self.scheduler).__name__} with {prediction_type!r}"
-            )
-        if schedule is None:
-            # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
-            return wrappers[prediction_type], self.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
-        scheduler, rescaled = self.scheduler, self.scheduler.config.get("rescale_betas_zero_snr", False)
-        if rescaled:
-            scheduler = type(scheduler).from_config(scheduler.config, rescale_betas_zero_snr=False)
-        alphas_cumprod = (1 - scheduler.betas.double().cpu()).cumprod(0)
-        if rescaled:  # Lin et al. 2024, algorithm 1, on the betas before scheduler and float32 had them
-            alphas = alphas_cumprod.sqrt()
-            alphas_cumprod = ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
-        # ComfyUI takes this for the zero, which makes the highest sigma 4518.76
-        return wrappers[prediction_type], alphas_cumprod.where(alphas_cumprod > 0, 4.8973451890853435e-08)
+        return (1 + sigma**2).sqrt() if float(self.scheduler.init_noise_sigma) == 1 else 1.0
+
+    def _trained_with(self) -> tuple[type, torch.Tensor]:
+        """k-diffusion's wrapper for the network's prediction, and the alphas_cumprod it was trained with, float64."""
+        wrappers = {"epsilon": external.DiscreteEpsDDPMDenoiser, "v_prediction": external.DiscreteVDDPMDenoiser}
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        if kind not in wrappers or not hasattr(self.scheduler, "alphas_cumprod"):
+            name = f"{type(self.scheduler).__name__} with {kind!r}"
+            raise ValueError(f"`scheduler`: needs betas and 'epsilon' or 'v_prediction', but is {name}")
+        # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
+        return wrappers[kind], self.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
 
     def noise_levels(
         self,
-        num_inference_steps: int,
+        num_inference_steps: int | None = 50,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        schedule: str | None = None,
+        schedule: str | Sequence[float] | torch.Tensor | None = None,
         denoising_end: float | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The noise levels of a call with these arguments, and the factor that takes unit noise to the first of them.
+    ) -> torch.Tensor:
+        """The noise levels of a call with these arguments: sigmas, falling, of shape (steps + 1,), float64, on the CPU.
 
-        Returns:
-            sigmas of shape (steps + 1,), falling, and a number; float64, on the CPU. `denoising_end`, "beta" and
-            "ddim_uniform" give other numbers of steps than asked for.
+        `denoising_end` gives fewer steps than asked for, and may end above zero, as levels in `schedule` may.
         """
-        alphas_cumprod = self._trained_with(schedule)[1]
-        check_schedule(schedule, sigmas=sigmas, timesteps=timesteps)
-        if sigmas is not None:
-            check_sigmas(sigmas)
+        alphas_cumprod = self._trained_with()[1]
         trained = external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
-        if schedule is not None:
-            table = external.DiscreteSchedule(trained.sigmas.float(), quantize=False)
-            kept = TrainedLevels(table.sigmas, lambda n: table.get_sigmas(n)[:-1])
-            levels = trained_sigmas(schedule, num_inference_steps, kept).double()
-            start = levels[0]
+        given = [f"`{name}`" for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None]
+        if schedule is not None and given:
+            raise ValueError(f"`schedule` and {given[0]} both give the noise levels: pass one of them")
+        if not given and (schedule is None or isinstance(schedule, str)) and not num_inference_steps >= 1:
+            raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}")
+        if isinstance(schedule, str):
+            levels = named_sigmas(schedule, num_inference_steps, trained.sigma_min.item(), trained.sigma_max.item())
+        elif schedule is not None:
+            levels = check_sigmas(schedule, "schedule")
         else:
             scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
+            if sigmas is not None:
+                check_sigmas(sigmas)
+                if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+                    name = type(scheduler).__name__
+                    raise ValueError(f"`sigmas`: {name} takes none; schedule=[...] takes levels whatever the scheduler")
             retrieve_timesteps(scheduler, num_inference_steps, "cpu", timesteps, sigmas)
             if hasattr(scheduler, "sigmas"):
-                levels = scheduler.sigmas.double().cpu()
+                levels = torch.as_tensor(scheduler.sigmas).double().cpu().clone()
+                levels[-1] = 0.0  # DEIS and others end with the lowest level
             else:
                 levels = trained.t_to_sigma(scheduler.timesteps.cpu()).double()
                 levels = torch.cat([levels, levels.new_zeros(1)])
             levels = levels.unique_consecutive()  # Heun's and KDPM2's schedulers list a level twice
-            if timesteps is None and sigmas is None and len(levels) <= num_inference_steps > len(alphas_cumprod):
-                raise ValueError(
-                    f"`num_inference_steps`: of {num_inference_steps} the scheduler makes {len(levels) - 1}, since the"
-                    f" network was trained with {len(alphas_cumprod)}; name a `schedule` or ask for fewer"
-                )
-            check_sigmas(levels, name=f"{type(scheduler).__name__}.sigmas")
-            # a tensor, but 1.0 for those that keep alpha x: their unit noise is sqrt(sigma^2 + 1) noise here
-            start = scheduler.init_noise_sigma
-            start = start.double().cpu() if isinstance(start, torch.Tensor) else (levels[0] ** 2 + 1).sqrt()
+            if not given and len(levels) <= num_inference_steps:
+                made = f"the scheduler makes {len(levels) - 1} of {num_inference_steps} steps"
+                raise ValueError(f"`num_inference_steps`: {made}; name a `schedule` or ask for fewer")
+            check_sigmas(levels, f"{type(scheduler).__name__}.sigmas")
         if denoising_end is not None and 0 < denoising_end < 1:
             count = self.scheduler.config.num_train_timesteps
             # sigma_to_t misses a timestep by a rounding of the scheduler's float32 sigmas
             reached = trained.sigma_to_t(levels[:-1]) > round(count - denoising_end * count) - 1e-3
             levels = levels[: int(reached.sum()) + 1]
-        return levels, start
+        return levels
 
     def _decode(self, latents: torch.Tensor, output_type: str | None) -> Any:
         """Images of the final latents, with the VAE in float32 where it would overflow in float16."""
-        vae_dtype = self.vae.dtype
-        config = self.vae.config
+        config, vae_dtype = self.vae.config, self.vae.dtype
         upcast = vae_dtype == torch.float16 and config.force_upcast
         if upcast:
             self.vae.to(dtype=torch.float32)
         try:
-            latents = for_module(latents, self.vae) / config.scaling_factor
+            hooked = hasattr(self.vae, "_hf_hook") or hasattr(self.vae, "_diffusers_hook")
+            latents = latents.to(latents.device if hooked else self.vae.device, self.vae.dtype) / config.scaling_factor
             mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
             if mean is not None and std is not None:
                 mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
@@ -401,28 +349,21 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         return self.image_processor.postprocess(image, output_type=output_type)
 
 
-# --- shared block: the same text stands in sdxl_comfy_pipeline.py and flux_comfy_pipeline.py ---
-# What the pipeline above calls: k-diffusion without its package, samplers by name, step noise, run_sampler (the one
-# call of a sampler), noise levels by name, checks of the arguments, ComfyUI's noise.
+# --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
+# k-diffusion without its package, samplers and noise levels by name, step noise, the call of a sampler.
 
 
 def _k_diffusion(*submodules: str) -> list[ModuleType]:
-    """`k_diffusion.sampling` and its kind, without the package's `__init__`.
+    """`k_diffusion.sampling` and its kind, without the package's `__init__`, which imports the training code.
 
-    That one imports the training code, whose dependencies no longer install. An empty module stands in for the package
-    while the submodules are imported, then all of it leaves `sys.modules`, so that a later `import k_diffusion` by
-    anyone else does what it always did.
+    All of k_diffusion leaves `sys.modules` then: a later `import k_diffusion` by anyone does what it always did.
     """
-    names = [f"k_diffusion.{name}" for name in submodules]
-    if all(name in sys.modules for name in names):
-        return [sys.modules[name] for name in names]
-    spec = importlib.util.find_spec("k_diffusion")
-    if spec is None:
+    if (spec := importlib.util.find_spec("k_diffusion")) is None:
         raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "k_diffusion"}
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "k_diffusion"}
     sys.modules["k_diffusion"] = importlib.util.module_from_spec(spec)
     try:
-        return [importlib.import_module(name) for name in names]
+        return [importlib.import_module(f"k_diffusion.{name}") for name in submodules]
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "k_diffusion"]:
             del sys.modules[name]
@@ -430,165 +371,81 @@ def _k_diffusion(*submodules: str) -> list[ModuleType]:
 
 
 sampling, external = _k_diffusion("sampling", "external")
-
-BY_LEVELS = ("model", "x", "sigmas")
-BY_RANGE = ("model", "x", "sigma_min", "sigma_max")  # dpm_fast and dpm_adaptive place their own levels in log sigma
-GIVEN = {*BY_LEVELS, *BY_RANGE, "n", "extra_args", "callback", "disable"}
+SCHEDULES = ("karras", "exponential", "polyexponential", "vp")
+GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
 
 
 def sampler_names() -> list[str]:
     """The samplers of the installed k-diffusion, without `sample_`, in the order of its source."""
-    functions = {name: value for name, value in vars(sampling).items() if name.startswith("sample_")}
-    return [name[7:] for name, value in functions.items() if callable(value) and _first_parameters(value)]
-
-
-def _first_parameters(function: Callable) -> tuple[str, ...] | None:
-    """`BY_LEVELS` or `BY_RANGE`, by the names of the function's first parameters; None if they are others."""
-    names = tuple(inspect.signature(function).parameters)
-    return next((first for first in (BY_LEVELS, BY_RANGE) if names[: len(first)] == first), None)
-
-
-def _unknown(argument: str, name: Any, known: Sequence[str]) -> ValueError:
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-    return ValueError(f"`{argument}`: there is no {name!r}; {hint}")
+    return [name[7:] for name, value in vars(sampling).items() if name.startswith("sample_") and callable(value)]
 
 
 def find_sampler(sampler: str | Callable) -> Callable:
-    """The sampler of this name, with or without `sample_`. A callable with k-diffusion's signature comes back as it is.
-
-    ComfyUI's names are known too: its `ddim` is Euler's method, its `dpmpp_*_sde_gpu` the samplers without `_gpu`.
-
-    Raises:
-        ValueError: no sampler of k-diffusion has this name.
-        TypeError: not a name, and not callable as `sampler(model, x, sigmas, ...)`.
-    """
+    """The sampler of this name, with or without `sample_`, or the callable. ValueError, TypeError: there is none."""
+    signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
     if isinstance(sampler, str):
-        name = sampler.removeprefix("sample_")
-        name = "euler" if name == "ddim" else name.removesuffix("_gpu") if name.endswith("_sde_gpu") else name
-        function = getattr(sampling, f"sample_{name}", None)
-        if callable(function) and _first_parameters(function):
-            return function
-        raise ValueError(
-            f"{_unknown('sampler', sampler, sampler_names())}. One that ComfyUI alone has can be passed as a function,"
-            f" sampler=comfy.samplers.sampler_object({name!r}).sampler_function"
-        )
+        name, names = sampler.removeprefix("sample_"), sampler_names()
+        if name in names:
+            return getattr(sampling, f"sample_{name}")
+        near = difflib.get_close_matches(name.lower(), names, cutoff=0.7)  # "lcm" is not near "lms"
+        near = near[:1] if name.lower() in near else near
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, or pass {signature}"
+        raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
     try:
-        if _first_parameters(sampler) is None:
-            inspect.signature(sampler).bind("model", "x", "sigmas")
+        places_levels(sampler) or inspect.signature(sampler).bind("model", "x", "sigmas")
     except (TypeError, ValueError):
-        raise TypeError(
-            "`sampler` has to be a name or a callable with k-diffusion's signature, sampler(model, x, sigmas,"
-            f" extra_args=None, callback=None, disable=None, ...), but is {sampler!r}"
-        ) from None
+        raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
     return sampler
 
 
+def places_levels(sampler: Callable) -> bool:
+    """Whether it takes a range and places its own noise levels, in log sigma: dpm_fast and dpm_adaptive."""
+    return {"sigma_min", "sigma_max"} <= set(inspect.signature(sampler).parameters)
+
+
+def is_k_diffusions(sampler: Callable) -> bool:
+    """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
+    return any(getattr(sampler, "func", sampler) is value for value in vars(sampling).values())
+
+
 def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """A copy of the sampler's options. Raises a ValueError, with those it takes, for another and for one it lacks."""
+    """A copy of the sampler's options. ValueError, with those it takes: another one, or one that it lacks."""
     options, parameters = dict(sampler_kwargs or {}), list(inspect.signature(sampler).parameters.values())
-    named = [p for p in parameters[3:] if p.kind is p.POSITIONAL_OR_KEYWORD]  # after model, x, sigmas
-    named = [p for p in named + [p for p in parameters if p.kind is p.KEYWORD_ONLY] if p.name not in GIVEN]
-    known, name = ", ".join(p.name for p in named) or "none", getattr(sampler, "__name__", repr(sampler))
-    unknown = ", ".join(option for option in options if option not in [p.name for p in named])
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise ValueError(f"`sampler_kwargs`: {name} takes no {unknown}; it takes {known}")
-    missing = ", ".join(p.name for p in named if p.default is p.empty and p.name not in options)
-    if missing:
-        raise ValueError(f"`sampler_kwargs`: {name} needs {missing}; it takes {known}")
+    # the first three are model, x and sigmas, whatever their names
+    named = [p for p in parameters[3:] if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unknown = [name for name in options if name not in [p.name for p in named]]
+    missing = [p.name for p in named if p.default is p.empty and p.name not in options]
+    if missing or (unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters)):
+        wrong = f"needs {', '.join(missing)}" if missing else f"takes no {', '.join(unknown)}"
+        known, name = ", ".join(p.name for p in named) or "none", getattr(sampler, "__name__", repr(sampler))
+        raise ValueError(f"`sampler_kwargs`: {name} {wrong}; it takes {known}")
+    if any(name in ("rtol", "atol") and not value > 0 for name, value in options.items()):
+        raise ValueError("`sampler_kwargs`: rtol and atol have to be above 0, or the steps never end")
     return options
 
 
-def check_sigmas(sigmas: Any, name: str = "sigmas") -> None:
-    """Raises a ValueError unless `sigmas` (any scale) are finite, positive up to a last zero, and fall strictly."""
-    levels = torch.as_tensor(sigmas, dtype=torch.float64).flatten()
-    if levels.numel() == 0 or not levels.isfinite().all():
-        raise ValueError(f"`{name}` have to be finite numbers, at least one, but are {levels.tolist()}")
-    if levels[0] <= 0 or levels[-1] < 0 or not (levels.diff() < 0).all():
-        raise ValueError(f"`{name}` have to fall from a positive number to zero or above, but are {levels.tolist()}")
+def check_sigmas(sigmas: Any, name: str = "sigmas") -> torch.Tensor:
+    """`sigmas` (any scale) in float64 on the CPU. ValueError: not finite, not falling, not positive to a last zero."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
+    if not len(levels) or not levels.isfinite().all() or not levels[0] > 0 <= levels[-1] or (levels.diff() >= 0).any():
+        raise ValueError(f"`{name}` have to be finite and fall from a positive number to zero or above: {sigmas}")
+    return levels
 
 
-class _SamplerMode(TorchFunctionMode):
-    """Two torch calls that samplers make, answered differently while one runs, in this thread and outside the network.
+def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
+    """k-diffusion's noise levels of this name, n from sigma_max down to sigma_min, then zero; float64, on the CPU.
 
-    `torch.randn_like`, the noise of `s_churn` and of callables, draws from the caller's generators. And a sigma that is
-    spread over the latents' dimensions stays a number: a number on the CPU combines with tensors on any device, where a
-    CPU tensor of shape (1, 1, 1, 1) does not.
+    "vp" gets the betas that make it begin and end there. "polyexponential" is "exponential", its default rho being 1.
     """
-
-    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor]):
-        super().__init__()
-        self.draw = draw
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.randn_like:
-            return self.draw(torch.empty_like(*args, **(kwargs or {})))
-        if func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
-            index = args[1] if isinstance(args[1], tuple) else ()
-            if index and index[0] is ... and all(i is None for i in index[1:]):  # k-diffusion's append_dims
-                return args[0]
-        return func(*args, **(kwargs or {}))
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """For what is not the sampler's: the network, the callbacks and the noise that is drawn here."""
-        self.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self.__enter__()
-
-
-class _Interrupted(Exception):
-    """Carries the state and its sigma out of a sampler."""
-
-
-def _function(sampler: Callable) -> Callable:
-    """What a `functools.partial` calls, or the sampler itself."""
-    return sampler.func if isinstance(sampler, functools.partial) else sampler
-
-
-def _is_k_diffusion(sampler: Callable) -> bool:
-    return getattr(_function(sampler), "__module__", None) == sampling.__name__
-
-
-def _name(sampler: Callable) -> str:
-    return getattr(_function(sampler), "__name__", "")
-
-
-def brownian_weights(sigma: float) -> dict[int, float]:
-    """W(sigma) of a Brownian motion from W(2^-64) = 0, as a sum of independent standard normals: {node: weight}.
-
-    Levy's construction. Node 0 is W(2^64). Node 1 is how far W is, in the middle of the whole interval by log sigma,
-    from the line between its ends; nodes 2 n and 2 n + 1 are the same for the halves of node n's interval. After 20
-    halvings an interval is 0.01 % of sigma wide, and its node how far W(sigma) itself is from the line (Jelincic et al.
-    2024, arXiv:2405.06464). That is exact for any sigmas of which no two lie in one such interval.
-    """
-    low, high, node = 2.0**-64, 2.0**64, 1
-    weights = {0: (sigma - low) / math.sqrt(high - low)}
-    for _ in range(20):
-        middle = math.sqrt(low * high)
-        deviation = math.sqrt((middle - low) * (high - middle) / (high - low))
-        if sigma < middle:
-            weights[node] = deviation * (sigma - low) / (middle - low)
-            high, node = middle, 2 * node
-        else:
-            weights[node] = deviation * (high - sigma) / (high - middle)
-            low, node = middle, 2 * node + 1
-    return {**weights, node: math.sqrt((sigma - low) * (high - sigma) / (high - low))}
-
-
-def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Noise on another device. The CPU does not wait for a GPU to take it, as it would with memory not pinned."""
-    if noise.device.type == "cpu" and device.type == "cuda":
-        return noise.pin_memory().to(device, non_blocking=True)
-    return noise.to(device)
-
-
-def for_module(x: torch.Tensor, module: Any) -> torch.Tensor:
-    """x in the module's dtype and on the device of its input: components may be placed on several by hand."""
-    device_of = getattr(torch_utils, "get_module_execution_device", lambda module: x.device)  # diffusers 0.42
-    return x.to(device_of(module), module.dtype)
+    arguments = {"sigma_min": sigma_min, "sigma_max": sigma_max}
+    if schedule == "vp":
+        eps, low, high = 1e-3, math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+        beta_min = (low - high * eps**2) / (eps - eps**2)
+        arguments = {"beta_d": 2 * (high - beta_min), "beta_min": beta_min, "eps_s": eps}
+    elif schedule not in SCHEDULES:
+        raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}, or pass the levels")
+    with SamplerMode():
+        return getattr(sampling, f"get_sigmas_{schedule}")(n, **arguments)
 
 
 def white_noise(x: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
@@ -597,27 +454,44 @@ def white_noise(x: torch.Tensor, generator: torch.Generator | list[torch.Generat
     return _sent(randn_tensor(x.shape, generator, first.device if first else x.device, x.dtype), x.device)
 
 
+def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Noise on the latents' device. From pinned memory, so that the CPU does not wait for a GPU to take it."""
+    pinned = noise.device.type == "cpu" and device.type == "cuda"
+    return noise.pin_memory().to(device, non_blocking=True) if pinned else noise.to(device)
+
+
 def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device | str) -> Callable:
     """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
 
-    In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels. The
-    normals are drawn on `device`; those of the last level are kept, so that the next one makes about 13 draws.
+    In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels: Levy's
+    construction, from W(2^-64) = 0. Normal 0 gives W(2^64), normal 1 how far W is from the line between the ends in
+    their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
+    itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
     """
-    generator = torch.Generator(device)
-    nodes = [-1] * len(brownian_weights(1.0))  # whose normals are kept: one of each depth
+    generator, nodes = (
+        torch.Generator(device),
+        [-1] * 22,
+    )  # the last level's are kept, so that a next one draws about 13
     normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
+
+    def normal(depth: int, node: int) -> torch.Tensor:
+        for image, seed in zip(normals[depth], seeds if nodes[depth] != node else ()):
+            # the CPU's generator reads 32 bits of its seed: odd factors differ between the nodes of a path
+            image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
+        nodes[depth] = node
+        return normals[depth]
 
     @functools.lru_cache(2)  # a step begins where another ended
     def w(sigma: float) -> torch.Tensor:
-        total = torch.zeros(x.shape, dtype=x.dtype, device=device)
-        for i, (node, weight) in enumerate(brownian_weights(sigma).items()):
-            if nodes[i] != node:
-                nodes[i] = node
-                for image, seed in zip(normals[i], seeds):
-                    # the CPU's generator reads 32 bits of its seed: odd factors differ between the nodes of a path
-                    image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
-            total.add_(normals[i], alpha=weight)
-        return total
+        low, high, node = 2.0**-64, 2.0**64, 1
+        total = normal(0, 0) * ((sigma - low) / math.sqrt(high - low))
+        for depth in range(1, 21):
+            middle = math.sqrt(low * high)
+            weight = math.sqrt((middle - low) * (high - middle) / (high - low))
+            weight *= (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
+            total.add_(normal(depth, node), alpha=weight)
+            low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
+        return total.add_(normal(21, node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
         before, after = w(float(sigma)), w(float(sigma_next))
@@ -626,48 +500,70 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     return noise_sampler
 
 
-def _adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
+def adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
     """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
     parameters = inspect.signature(sampler).parameters.items()
     amounts = [sampler_kwargs.get(name, p.default) for name, p in parameters if name in ("s_churn", "eta")]
-    return any(amounts) or not _is_k_diffusion(sampler)
+    return any(amounts) or not is_k_diffusions(sampler)
 
 
-def _noise_sampler(
-    sampler: Callable, x: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
-) -> Callable:
-    """Step noise of unit variance and x's shape: Brownian for `*_sde`, with a seed for each image; white for others.
-
-    A `*_sde` of one's own gets it too: dpmpp_sde asks for intervals that overlap, for which white noise is wrong.
-    """
-    if not _name(sampler).endswith("_sde"):
+def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
+    """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
+    name = getattr(getattr(sampler, "func", sampler), "__name__", "")
+    if not ("dpmpp" in name and name.endswith("_sde")):
         return lambda sigma, sigma_next: white_noise(x, generator)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
     seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
     return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
 
 
-def for_levels(sampler: Callable, sigmas: torch.Tensor) -> Callable:
-    """The sampler, or for one step to zero Euler's: that is `denoised` in all of k-diffusion's, and some fail on it."""
-    return sampling.sample_euler if len(sigmas) == 2 and sigmas[1] == 0 and _is_k_diffusion(sampler) else sampler
+class SamplerMode(TorchFunctionMode):
+    """What torch does otherwise while a sampler runs, in this thread, but not `outside` of it: in the network.
+
+    `torch.randn_like`, the noise of `s_churn` and of callables, is `draw(like)`. A sigma spread over the latents'
+    dimensions stays a number, which goes with tensors on any device. Without `draw` levels are made, as float64.
+    """
+
+    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        super().__init__()
+        self.draw, self.active = draw, True
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.draw is None and func is torch.linspace:
+            kwargs = {**kwargs, "dtype": torch.float64, "device": "cpu"}
+        elif self.active and self.draw and func is torch.randn_like:
+            return self.draw(torch.empty_like(*args, **kwargs))
+        elif self.active and func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
+            if isinstance(args[1], tuple) and args[1][:1] == (...,) and not any(args[1][1:]):  # (..., None, None)
+                return args[0]
+        return func(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        before, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = before
 
 
-def _call(
+def call_sampler(
     sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, arguments: dict[str, Any]
 ) -> torch.Tensor:
     """Calls a sampler of either signature with those of the arguments that it takes.
 
-    A sampler by range stops at the lowest positive level. Where the levels end at zero, the step to it, Euler's, is
-    taken here; dpm_fast counts it among its evaluations.
+    One step to zero is `denoised` in all of k-diffusion's, but some fail on it: it is Euler's. A sampler by range stops
+    at the lowest positive level: Euler's step from there to zero is taken here, and counted by dpm_fast.
     """
-    positive = sigmas[sigmas > 0]
-    parameters = inspect.signature(sampler).parameters
+    if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
+        sampler = sampling.sample_euler
+    parameters, positive = inspect.signature(sampler).parameters, sigmas[sigmas > 0]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters}
-    if _first_parameters(sampler) != BY_RANGE:
+    if not places_levels(sampler):
         return sampler(model, x, sigmas, **arguments)
-    if "n" in parameters:
-        arguments["n"] = max(len(positive) - 1, 1)
+    arguments |= {"n": max(len(positive) - 1, 1)} if "n" in parameters else {}
     if 0 < arguments.get("eta", 0) < 1e-3:
         arguments["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
     if len(positive) > 1:
@@ -676,43 +572,45 @@ def _call(
     return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
 
 
-def _step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor, arguments: dict[str, Any]) -> dict[int, int]:
-    """Which evaluation of the model begins which step: {evaluation: step}, found by a run on a one-element tensor.
+def step_starts(
+    sampler: Callable, ndim: int, sigmas: torch.Tensor, arguments: dict[str, Any]
+) -> tuple[list[float], dict[int, int]]:
+    """The level of each evaluation, and which of them begins which step, {evaluation: step}: by a trial on one element.
 
-    A sampler of k-diffusion calls back after the first evaluation of a step, with what it gave to the model. Empty for
-    one whose steps depend on its error, which can't be known beforehand, and for a callable that does otherwise or
-    can't run on one element.
+    Both are empty where that can't be run, and for dpm_adaptive; the second where a callback has not the model's x.
     """
-    parameters = inspect.signature(sampler).parameters
-    if "rtol" in parameters:
-        return {}
-    inputs, starts = list[torch.Tensor](), dict[int, int]()
+    inputs, levels, starts, x = [], list[float](), dict[int, int](), torch.ones([1] * ndim, dtype=sigmas.dtype)
 
-    def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
         inputs.append(x)
-        return torch.zeros_like(x)
+        levels.append(float(sigma))
+        return x.new_zeros([2, *x.shape] if with_uncond else x.shape)
 
     def callback(info: dict[str, Any]) -> None:
-        if info["x"] is not inputs[-1]:
-            raise ValueError("the step does not begin at the evaluation that was just made")
-        starts[len(inputs) - 1] = info["i"]
+        starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
 
-    x = torch.ones([1] * ndim, dtype=sigmas.dtype)
-    dry: dict[str, Any] = {"callback": callback}
-    if "noise_sampler" in parameters:
-        dry["noise_sampler"] = lambda sigma, sigma_next: torch.zeros_like(x)
+    parameters = inspect.signature(sampler).parameters  # nothing is drawn from what the caller gave
+    mine = {"callback": callback, "noise_sampler": lambda *_: torch.zeros_like(x)}
+    mine = {name: value for name, value in mine.items() if name in {*parameters, *arguments, "callback"}}
     try:
-        with _SamplerMode(torch.zeros_like):
-            _call(sampler, model, x, sigmas, {**arguments, **dry})
+        with SamplerMode(torch.zeros_like):
+            "rtol" in parameters or call_sampler(sampler, model, x, sigmas, {**arguments, **mine})
     except Exception:
-        return {}
-    return starts
+        return [], {}
+    return levels, {} if -1 in starts else starts
+
+
+# --- the block's last part, for the pipelines alone ---
+
+
+class _Interrupted(Exception):
+    """Carries the state and its sigma out of a sampler."""
 
 
 def run_sampler(
     sampler: Callable,
     sampler_kwargs: dict[str, Any],
-    denoiser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    denoiser: Callable[..., torch.Tensor],
     x: torch.Tensor,
     sigmas: torch.Tensor,
     generator: torch.Generator | list[torch.Generator] | None = None,
@@ -720,271 +618,73 @@ def run_sampler(
     on_step: Callable[[], Any] = lambda: None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One call of a k-diffusion sampler, `sampler(denoiser, x, sigmas)`, with the caller's randomness and callbacks.
+    """One call of a sampler, `sampler(denoiser, x, sigmas)`, with the caller's randomness and callbacks.
 
     Args:
         denoiser: `denoiser(x, sigma) -> denoised`; x and denoised of shape (b, ...), sigma of shape (b,).
         x: the state at sigmas[0], float32 or float64.
-        sigmas: on the CPU, 1-D, falling. They stay there: to compare sigmas on a GPU, the sampler would wait for it.
-        after_step: `after_step(i, x, sigma, began, denoised) -> x` gets the state that step i ended with and its sigma,
+        sigmas: 1-D, falling, on the CPU: to compare sigmas on a GPU, the sampler would wait for it.
+        after_step: `after_step(i, x, sigma, began, denoised) -> x` gets the state that step i ended with, its sigma,
             the sigma that the step began at and what was predicted there. The sampler goes on from what it returns.
-            Where it can't be known which evaluation begins a step, as in dpm_adaptive, both sigmas are that of x, and
-            another x is a ValueError.
-        on_step: called in every step.
-        interrupted: asked in every step; the run ends there if it answers True.
+            Where `step_starts` is empty, both sigmas are that of x, and another x is a ValueError.
+        on_step, interrupted: called in every step. The run ends there if the second returns True.
 
     Returns:
-        The state at the end and its sigma, which is sigmas[-1] unless interrupted.
+        The state at the end and its sigma, which is sigmas[-1] unless interrupted. TypeError: no tensor of x's shape.
     """
-    sampler = for_levels(sampler, sigmas)
-    evaluations, ended = 0, None  # the step that waits for its end: its number, sigma and prediction
+    evaluations, ended, last = 0, None, (x, sigmas[:1], x)  # the step that waits for its end; what was last evaluated
     arguments = {"disable": True, **sampler_kwargs}
-    starts = _step_starts(sampler, x.ndim, sigmas, arguments) if after_step else {}
-    noisy = _adds_noise(sampler, sampler_kwargs)
-
-    def draw(like: torch.Tensor) -> torch.Tensor:
-        return white_noise(like, generator) if noisy else like.new_zeros(())
-
-    parameters, given = inspect.signature(sampler).parameters, arguments.get("noise_sampler") is not None
-    # makes neither of the mode's calls
-    plain = _is_k_diffusion(sampler) and x.device.type == "cpu" and "s_churn" not in parameters and not given
-    mode = _SamplerMode(draw)
-    paused = contextlib.nullcontext if plain else mode.paused
+    starts = step_starts(sampler, x.ndim, sigmas, arguments)[1] if after_step else {}
+    noisy, own, parameters = adds_noise(sampler, sampler_kwargs), is_k_diffusions(sampler), inspect.signature(sampler)
+    mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()))
+    given = arguments.get("noise_sampler") is not None
+    # k-diffusion's make neither of the mode's calls here
+    plain = own and x.device.type == "cpu" and not given and not arguments.get("s_churn")
+    outside = contextlib.nullcontext if plain else mode.outside
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        nonlocal evaluations, ended
-        begins, evaluations = evaluations in starts, evaluations + 1
-        with paused():
-            if after_step and begins and ended:
+        nonlocal evaluations, ended, last
+        with outside():
+            if after_step and evaluations in starts and ended:
                 # the tensors are the sampler's own; the caller gets others, to keep or to write on
                 (i, *of_step), ended = ended, None
                 x.copy_(after_step(i, x.clone(), sigma[0], *of_step))
                 if interrupted():
                     raise _Interrupted(x, sigma[0].cpu())
-            return denoiser(x, sigma)
+            evaluations += 1
+            denoised = denoiser(x, sigma, **kwargs)
+            last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
+            return denoised
 
     def callback(info: dict[str, Any]) -> None:
         nonlocal ended
         on_step()
-        i, x, sigma, denoised = (info[key] for key in ("i", "x", "sigma", "denoised"))
+        # others' may call back with a state that is not the step's
+        x, sigma, denoised = (info["x"], info["sigma"], info["denoised"]) if own else last
         if starts:
-            ended = i, sigma.clone(), denoised.clone()
+            ended = info["i"], sigma.clone(), denoised.clone()
         elif after_step:
-            with paused():
-                changed = after_step(i, x.clone(), sigma, sigma.clone(), denoised.clone())
+            with outside():
+                changed = after_step(info["i"], x.clone(), sigma, sigma.clone(), denoised.clone())
             if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
                 name = getattr(sampler, "__name__", sampler)
                 raise ValueError(f"a callback can't change the latents: {name} does not say where its steps begin")
         if interrupted():
-            raise _Interrupted(x, info.get("sigma_hat", sigma).cpu())
-
-    def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        with paused():
-            return noise(sigma, sigma_next)
+            raise _Interrupted(x, (info.get("sigma_hat", sigma) if own else sigma).cpu())
 
     arguments["callback"] = callback
-    if "noise_sampler" in parameters and not given:
-        noise = _noise_sampler(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
-        arguments["noise_sampler"] = noise_sampler
+    if "noise_sampler" in parameters.parameters and not given:
+        noise = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
+        arguments["noise_sampler"] = noise if plain else mode.outside()(noise)
     try:
         with contextlib.nullcontext() if plain else mode:
-            x = _call(sampler, model, x, sigmas, arguments)
+            end = call_sampler(sampler, model, x, sigmas, arguments)
     except _Interrupted as stopped:
         return stopped.args
-    if after_step and ended:
-        i, *of_step = ended
-        x = after_step(i, x, sigmas[-1], *of_step)
-    return x, sigmas[-1]
-
-
-def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
-    """k-diffusion's noise levels of this name: n from sigma_max down to sigma_min, then zero.
-
-    `vp` gets the betas that make it begin and end at the same levels.
-    """
-    if schedule == "vp":
-        eps, low, high = 1e-3, math.log1p(sigma_min**2), math.log1p(sigma_max**2)
-        beta_min = (low - high * eps**2) / (eps - eps**2)
-        return sampling.get_sigmas_vp(n, beta_d=2 * (high - beta_min), beta_min=beta_min, eps_s=eps)
-    return getattr(sampling, f"get_sigmas_{schedule}")(n, sigma_min, sigma_max)
-
-
-class TrainedLevels(NamedTuple):
-    """The noise levels that a network was trained with, as ComfyUI keeps them: float32, on the CPU."""
-
-    sigmas: torch.Tensor
-    """Rising."""
-    evenly: Callable[[int], torch.Tensor]
-    """`evenly(n)`: n levels from the highest to the lowest, even in the network's own time."""
-
-
-def _beta(n: int, trained: TrainedLevels) -> torch.Tensor:
-    """Quantiles of Beta(0.6, 0.6), Lee et al. 2024. With many steps some round to the same level."""
-    from scipy.special import betaincinv
-
-    places = betaincinv(0.6, 0.6, 1 - torch.arange(n, dtype=torch.float64).numpy() / n) * (len(trained.sigmas) - 1)
-    return trained.sigmas[torch.as_tensor(places).round().long()]
-
-
-def _linear_quadratic(n: int, trained: TrainedLevels, threshold: float = 0.025) -> torch.Tensor:
-    """A line from 1 to 1 - threshold in the first half of the steps, then the parabola that goes on smoothly to 0."""
-    half, i = n // 2, torch.arange(n, dtype=torch.float64)
-    slope = threshold / max(half, 1)
-    share = 1 - slope * i - (1 - slope * n) * ((i - half).clamp(min=0) / (n - half)) ** 2
-    return share.float() * trained.sigmas[-1]
-
-
-def _kl_optimal(n: int, trained: TrainedLevels) -> torch.Tensor:
-    """Even in atan(sigma), Sabour et al. 2024. One step, for which ComfyUI has NaN, begins at the highest level."""
-    share = torch.arange(n) / max(n - 1, 1)
-    low, high = trained.sigmas[0].item(), trained.sigmas[-1].item()
-    return (share * math.atan(low) + (1 - share) * math.atan(high)).tan()
-
-
-# ComfyUI's noise levels by its names, falling, without the zero at their end. It takes karras and exponential from
-# k-diffusion, as is done here.
-COMFY_SCHEDULES: dict[str, Callable[[int, TrainedLevels], torch.Tensor]] = {
-    # n of the table, at an even stride from the top
-    "simple": lambda n, trained: trained.sigmas.flip(0)[[int(i * (len(trained.sigmas) / n)) for i in range(n)]],
-    "normal": lambda n, trained: trained.evenly(n),
-    "sgm_uniform": lambda n, trained: trained.evenly(n + 1)[:-1],
-    # at an even stride from the second lowest up; more than n where n does not divide the table
-    "ddim_uniform": lambda n, trained: trained.sigmas[1 :: max(len(trained.sigmas) // n, 1)].flip(0),
-    "beta": _beta,
-    "linear_quadratic": _linear_quadratic,
-    "kl_optimal": _kl_optimal,
-}
-SCHEDULES = ("karras", "exponential", "polyexponential", "vp", *COMFY_SCHEDULES)
-
-
-def trained_sigmas(schedule: str, n: int, trained: TrainedLevels) -> torch.Tensor:
-    """The noise levels of this name, one of `SCHEDULES`, for n steps: falling, then zero; float32.
-
-    They equal ComfyUI's to its float32. `beta` and `ddim_uniform` may have a few less or more than n steps, as there.
-    """
-    with torch.device("cpu"):  # whatever the default device
-        if schedule in COMFY_SCHEDULES:
-            return sampling.append_zero(COMFY_SCHEDULES[schedule](n, trained).unique_consecutive())
-        return named_sigmas(schedule, n, trained.sigmas[0].item(), trained.sigmas[-1].item())
-
-
-def check_call(
-    num_inference_steps: int,
-    num_images_per_prompt: int | None,
-    images: int,
-    generator: torch.Generator | list[torch.Generator] | None,
-    **tensors: tuple[torch.Tensor | None, tuple[int | None, ...]],
-) -> None:
-    """Raises a ValueError for counts below 1, too few generators, or a tensor that is not of the shape beside it.
-
-    None in a shape stands for any number. What is no generator at all is a TypeError.
-    """
-    counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
-    for name, count in counts.items():
-        if not isinstance(count, numbers.Integral) or count < 1:
-            raise ValueError(f"`{name}` has to be a whole number, at least 1, but is {count!r}")
-    generators = generator if isinstance(generator, list) else [generator] * images
-    if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
-        raise TypeError(f"`generator` has to be a torch.Generator or a list of them, but is {generator!r}")
-    if len(generators) != images:
-        raise ValueError(f"`generator` has to have one generator an image, {images}, but has {len(generators)}")
-    for name, (tensor, shape) in tensors.items():
-        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
-        fits = len(found) == len(shape) and all(n in (None, m) for n, m in zip(shape, found))
-        if tensor is not None and not fits:
-            wanted, found = str(shape).replace("None", "any"), found or type(tensor)
-            raise ValueError(f"`{name}` have to be of shape {wanted}, but are {found}")
-
-
-def per_prompt(count: int, *texts: str | list[str] | None) -> list[list[str] | None]:
-    """prompt, prompt_2 and their negatives as lists of `count`: a single text goes to every prompt.
-
-    Raises a ValueError for a list of another length or of other things than texts.
-    """
-    lists = [[text] * count if isinstance(text, str) else text for text in texts]
-    for name, texts in zip(("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"), lists):
-        fits = isinstance(texts, list) and len(texts) == count > 0 and all(isinstance(text, str) for text in texts)
-        if texts is not None and not fits:
-            raise ValueError(
-                f"`{name}` has to be a text, or a list of one for each of {count} prompts, but is {texts!r}"
-            )
-    return lists
-
-
-def check_ip_adapter(network: torch.nn.Module, *images: Any) -> None:
-    """Raises a ValueError for images (or embeddings) that the network has no adapter for, and for a list of none."""
-    given = [image for image in images if image is not None]
-    if given and getattr(network, "encoder_hid_proj", None) is None:
-        raise ValueError("`ip_adapter_image`: there is no IP-adapter, call load_ip_adapter first")
-    if any(isinstance(image, list) and not image for image in given):
-        raise ValueError("`ip_adapter_image` and `ip_adapter_image_embeds` have to be None or one for each IP-adapter")
-
-
-def check_comfy_seed(comfy_seed: int | list[int] | None, batch_size: int, **instead: Any) -> None:
-    """Raises a ValueError unless it is a seed, or one for every image, and no other argument gives noise too."""
-    if comfy_seed is None:
-        return
-    given = [name for name, value in instead.items() if value is not None]
-    if given:
-        raise ValueError(f"`comfy_seed` and `{given[0]}` both give the noise: pass one of them")
-    seeds = comfy_seed if isinstance(comfy_seed, list) else [comfy_seed]
-    if not all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds):  # torch takes neither bools nor numpy's
-        raise ValueError(
-            f"`comfy_seed` has to be a whole number in 0..2^64 - 1, or a list of them, but is {comfy_seed}"
-        )
-    if isinstance(comfy_seed, list) and len(seeds) != batch_size:
-        raise ValueError(f"`comfy_seed` has to have one seed an image, {batch_size}, but has {len(seeds)}")
-
-
-def _seeded(seed: int | list[int], device: torch.device | str) -> torch.Generator | list[torch.Generator]:
-    if isinstance(seed, list):
-        return [torch.Generator(device).manual_seed(one) for one in seed]
-    return torch.Generator(device).manual_seed(seed)
-
-
-def comfy_noise(
-    seed: int | list[int], shape: tuple[int, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Generator | list[torch.Generator]]:
-    """ComfyUI's initial noise, float32 on the CPU, and the generator that its `s_churn` draws from on this device.
-
-    A seed draws the whole batch, as there; a list draws each image as if it were alone.
-    """
-    generator = _seeded(seed, "cpu")
-    noise = randn_tensor(shape, generator, torch.device("cpu"), torch.float32)
-    return noise, generator if device.type == "cpu" else _seeded(seed, device)
-
-
-def comfy_noise_sampler(
-    sampler: Callable, x: torch.Tensor, sigmas: torch.Tensor, seed: int | list[int], on_device: bool = False
-) -> Callable:
-    """ComfyUI's step noise, float32: for `*_sde` a Brownian tree's, for others white on x's device.
-
-    The tree draws on the CPU, or, as in ComfyUI for the names that end in `_gpu`, on x's device.
-    """
-    if _name(sampler).startswith("sample_dpmpp") and _name(sampler).endswith("_sde"):
-        ends = sigmas[sigmas > 0].min().float(), sigmas.max().float()
-        tree = sampling.BrownianTreeNoiseSampler((x if on_device else x.cpu()).float(), *ends, seed)
-        # torchsde rounds the ends to 1e-6 and warns of a time beyond them, which it takes for the end
-        inside = [round(end.item(), 6) for end in ends]
-
-        def from_tree(*sigmas: torch.Tensor) -> torch.Tensor:
-            drawn = tree(*(torch.as_tensor(sigma).double().clamp(*inside) for sigma in sigmas))
-            return _sent(drawn, x.device).to(x.dtype)
-
-        return from_tree
-    generator = _seeded(seed, x.device)
-    return lambda sigma, sigma_next: randn_tensor(x.shape, generator, x.device, torch.float32).to(x)
-
-
-def check_schedule(schedule: str | None, **instead: Any) -> None:
-    """Raises a ValueError for an unknown name, or for one beside the arguments that also give noise levels."""
-    if schedule is None:
-        return
-    given = [name for name, value in instead.items() if value is not None]
-    if given:
-        raise ValueError(f"`schedule` and `{given[0]}` both give the noise levels: pass one of them")
-    if schedule not in SCHEDULES:
-        raise _unknown("schedule", schedule, SCHEDULES)
+    if not isinstance(end, torch.Tensor) or end.shape != x.shape:
+        what = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
+        raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {what}")
+    return after_step(ended[0], end, sigmas[-1], *ended[1:]) if after_step and ended else end, sigmas[-1]
 
 
 # --- end of the shared block ---

@@ -2,10 +2,17 @@
 
 import sys
 
-from gallery.options import SDXL, parse
+from gallery.start import command
 
-if __name__ == "__main__":
+
+def draw() -> int:
+    from gallery.options import SDXL, parse
+
     options = parse(SDXL)
     from gallery.grid import run  # after the options, so that --help is quick
 
-    sys.exit(run(SDXL, options))
+    return run(SDXL, options)
+
+
+if __name__ == "__main__":
+    sys.exit(command(draw))

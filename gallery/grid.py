@@ -9,49 +9,32 @@ import inspect
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from gallery.comfy import SKIPPING, comfy_arguments
-from gallery.models import Refused, check_output, encode, load, reason, short_name, size_of
-from gallery.options import Family
+from comfy_ksampler import SAMPLERS, SCHEDULERS, ksampler, levels
+from gallery.models import Refused, check_output, device_of, encode, load, reason, short_name, size_of
+from gallery.options import Family, unknown
 from gallery.parameters import write_parameters
-from gallery.pictures import contact_sheet, read_settings, write_png
+from gallery.pictures import read_settings, write_png
+from gallery.sheet import Drawn, Picture, finish, said
+from gallery.start import working
 
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture to draw. All those of one `place` show one prompt and begin with one noise."""
-
-    place: str
-    prompt: str
-    seed: int
-    sampler: str
-    path: Path
-
-
-@dataclass
-class Drawn:
-    """What became of one picture: its file, or why there is none."""
-
-    picture: Picture
-    path: Path | None
-    seconds: float = 0.0
-    evaluations: int = 0
-    note: str = ""
-    error: str = ""
+PLAIN = ("karras", "exponential")  # names of k-diffusion's, too: without --comfy they mean its levels
+COMFY = "since 0.7"  # the versions whose noise --comfy draws
+NOT_FINITE = "the picture is not finite: a number overflowed; try a lower --guidance, or --dtype bfloat16 or float32"
 
 
 def run(family: Family, options: argparse.Namespace) -> int:
-    """Draws the grid. Exit status: 0 if all was drawn, 1 if some sampler failed, 2 if nothing could start."""
+    """Draws the grid. Exit status: 0 if all was drawn, 1 if something failed, 130 after Ctrl-C.
+
+    Raises Refused where nothing can start.
+    """
     try:
         return _run(family, options)
-    except Refused as refused:
-        print(f"{Path(sys.argv[0]).name}: {refused}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130
@@ -70,14 +53,10 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     from accelerate.utils import gather_object
     from tqdm.auto import tqdm
 
-    try:
-        torch.device(options.device or "cpu")
-    except RuntimeError as error:
-        raise Refused(f"--device: {str(error).splitlines()[0]}") from None
+    device = device_of(options)
     model = options.model or (family.hub_model if torch.cuda.is_available() else "demo")
     if Path(model).resolve() == family.demo:
         model = "demo"  # the same by its path, so with the same names of files
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # who is done first waits for the others, longer than the half hour that torch allows
     state = PartialState(cpu=torch.device(device).type == "cpu", timeout=timedelta(days=7))
     if state.num_processes > 1 and torch.device(device).index is None:
@@ -86,20 +65,25 @@ def _run(family: Family, options: argparse.Namespace) -> int:
         print(f"No CUDA device here: drawing with the small demo model, demo/{family.name}.")
 
     pipe = load(family, module, model, device, options)
+    working()
     name = short_name(family, model)
     settings = _settings(family, pipe, model, options)
-    units = list(_units(name, module, samplers, options))
+    if options.comfy and not options.samplers:
+        samplers = _that_run(pipe, samplers, settings)
+    units = list(units_of(name, module, samplers, options))
     mine = [unit for turn, unit in units if turn % state.num_processes == state.process_index]
 
     drawn: list[Any] = []
     encoded: dict[Any, dict[str, Any]] = {}
-    with tqdm(total=sum(map(len, mine)), desc=f"{name} grid", position=0, disable=not state.is_main_process) as bar:
+    interactive = sys.stderr.isatty()
+    silent = not (interactive and state.is_main_process)
+    with tqdm(total=sum(map(len, mine)), desc=f"{name} grid", position=0, disable=silent) as bar:
         for unit in mine:
             sampler = unit[0].sampler
             bar.set_postfix_str(sampler)
             shared = {**settings, "sampler": sampler, "sampler_options": _sampler_options(module, sampler)}
-            if options.comfy and sampler in SKIPPING:
-                del shared["sigmas"]  # it takes one of them more and leaves one out
+            if options.comfy:
+                shared["sigmas"] = _levels_of(pipe, settings, sampler)
             wanted = [{**shared, "prompt": one.prompt, "seed": str(one.seed)} for one in unit]
             kept = [_kept(one, settings) if options.resume else None for one, settings in zip(unit, wanted)]
             drawn += filter(None, kept)
@@ -107,16 +91,18 @@ def _run(family: Family, options: argparse.Namespace) -> int:
                 prompts = _encode_all(family, pipe, unit, encoded, options)
                 drawn += _draw(family, pipe, unit, kept, prompts, wanted, device, options)
             bar.update(len(unit))
+            for one in () if interactive else drawn[-len(unit) :]:
+                print(f"{one.picture.path.name}: {said(one)}", file=sys.stderr, flush=True)
 
     order = {one: i for i, one in enumerate(one for _, unit in units for one in unit)}
     drawn = sorted(gather_object(drawn), key=lambda one: order[one.picture])
     if state.is_main_process:
         by = f" by {state.num_processes} processes" if state.num_processes > 1 else ""
-        return _finish(name, model + by, settings, drawn, options)
+        return finish(name, model + by, settings, drawn, options)
     return int(any(one.error for one in drawn))
 
 
-def _units(
+def units_of(
     name: str, module: Any, samplers: list[str], options: argparse.Namespace
 ) -> Iterator[tuple[int, list[Picture]]]:
     """What is drawn in one batch, in the order of drawing, and whose turn it is.
@@ -147,16 +133,34 @@ def _units(
 
 
 def _check_names(module: Any, options: argparse.Namespace) -> list[str]:
-    """The samplers to draw, without `sample_`, each once."""
-    try:
-        for sampler in options.samplers or []:
-            module.find_sampler(sampler)
-        module.check_schedule(options.schedule)
-    except ValueError as error:
-        raise Refused(str(error).replace("`sampler`", "--samplers").replace("`schedule`", "--schedule")) from None
-    return list(
-        dict.fromkeys(sampler.removeprefix("sample_") for sampler in options.samplers or module.sampler_names())
-    )
+    """The samplers to draw, without `sample_`, each once; with --comfy all of ComfyUI's by default."""
+    schedules = [*SCHEDULERS] if options.comfy else [*module.SCHEDULES, *SCHEDULERS, "scheduler"]
+    known = list(SAMPLERS) if options.comfy else module.sampler_names()
+    samplers = [name.removeprefix("sample_") for name in options.samplers or known]
+    for flag, names, of in (("samplers", samplers, known), ("schedule", [options.schedule or "scheduler"], schedules)):
+        for name in names:
+            if name not in of:
+                raise Refused(f"--{flag}: {unknown(name, dict.fromkeys(of))}")
+    return list(dict.fromkeys(samplers))
+
+
+def _that_run(pipe: Any, samplers: list[str], settings: dict[str, str]) -> list[str]:
+    """Those of ComfyUI's samplers that this machine has and that these settings allow. One line tells of the others."""
+    guided = float(settings.get("true_cfg", settings["guidance"])) > 1
+    runs, why = [], set[str]()
+    for name in samplers:
+        try:
+            if not guided and "_cfg_pp" in name:
+                raise ImportError("those with cfg_pp need guidance above 1")
+            _of_comfy(pipe, {**settings, "sampler": name})
+            runs.append(name)
+        except ImportError as error:
+            why.add(str(error).split(", and ", 1)[-1])
+        except ValueError as error:
+            raise Refused(str(error)) from None
+    if why:
+        print(f"{len(samplers) - len(runs)} of ComfyUI's samplers are left out: {'; '.join(sorted(why))}.")
+    return runs
 
 
 def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace) -> dict[str, str]:
@@ -169,12 +173,13 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
     steps = options.steps or (4 if distilled else family.steps)
     width, height = size_of(family, pipe, options)
     try:
-        if flux:
+        if options.schedule in SCHEDULERS and (options.comfy or options.schedule not in PLAIN):
+            sigmas = levels(pipe, options.schedule, steps, width=width, height=height)
+        elif flux:
             tokens = (height // (2 * pipe.vae_scale_factor)) * (width // (2 * pipe.vae_scale_factor))
             sigmas = pipe.noise_levels(tokens, steps, schedule=options.schedule)
         else:
             sigmas = pipe.noise_levels(steps, schedule=options.schedule)[0]
-        pipe.check_inputs(options.prompt, None, height, width, *(() if flux else (None,)))
     except ValueError as error:
         raise Refused(str(error)) from None
     return {
@@ -187,7 +192,7 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
         "guidance": str(options.guidance),
         **({"true_cfg": str(options.true_cfg if options.negative_prompt else 1.0)} if flux else {}),
         "seed": str(options.seed),
-        "comfy": str(options.comfy),
+        "comfy": COMFY if options.comfy else "False",
         "size": f"{width}x{height}",
         "dtype": str((pipe.transformer if flux else pipe.unet).dtype).removeprefix("torch."),
         "versions": json.dumps(
@@ -196,8 +201,19 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
     }
 
 
+def _levels_of(pipe: Any, settings: dict[str, str], sampler: str) -> str:
+    """ComfyUI's levels for a sampler: some take another number of them."""
+    width, height = map(int, settings["size"].split("x"))
+    of_node = levels(
+        pipe, settings["schedule"], int(settings["steps"]), width=width, height=height, sampler_name=sampler
+    )
+    return json.dumps([round(sigma, 6) for sigma in of_node.tolist()])
+
+
 def _sampler_options(module: Any, sampler: str) -> str:
     """The options that the sampler runs with, its defaults, as JSON."""
+    if sampler not in module.sampler_names():  # ComfyUI's own
+        return "{}"
     parameters = inspect.signature(module.find_sampler(sampler)).parameters.values()
     return json.dumps({p.name: p.default for p in parameters if p.name not in module.GIVEN | {"noise_sampler"}})
 
@@ -254,38 +270,28 @@ def _draw(
         calls += 1
 
     hook = network.register_forward_pre_hook(count)
-    sampler, first = unit[0].sampler, settings[0]
-    width, height = (int(side) for side in first["size"].split("x"))
-    steps = int(first["steps"])
-    if options.comfy:
-        module = importlib.import_module(family.module)
-        arguments = comfy_arguments(sampler, steps, unit[0].seed, module.find_sampler)
-        arguments |= {"quantize_timesteps": True} if family.name == "sdxl" else {}
-    else:
-        arguments = {"sampler": sampler, "num_inference_steps": steps}
-        # the same noise for every sampler
-        arguments["generator"] = [torch.Generator("cpu").manual_seed(one.seed) for one in unit]
     start = time.perf_counter()
     try:
-        images = pipe(
-            **prompts,
-            **arguments,
-            schedule=options.schedule,
-            guidance_scale=options.guidance,
-            width=width,
-            height=height,
-        ).images
+        arguments = (_of_comfy if options.comfy else _plain)(pipe, settings[0])
+        if not options.comfy:  # the same noise for every sampler
+            arguments["generator"] = [torch.Generator("cpu").manual_seed(one.seed) for one in unit]
+        images = pipe(**{"guidance_scale": options.guidance, **prompts, **arguments}, output_type="pt").images
         seconds = (time.perf_counter() - start) / len(unit)
-        evaluations = calls // (2 if float(first.get("true_cfg", 1)) > 1 else 1)  # FLUX calls it once for each prompt
-        for one, image, wanted, there in zip(drawn, images, settings, kept):
-            if there is None:
+        evaluations = calls // (
+            2 if float(settings[0].get("true_cfg", 1)) > 1 else 1
+        )  # FLUX calls it once for each prompt
+        pictures = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(images.nan_to_num()))
+        for one, image, values, wanted, there in zip(drawn, pictures, images, settings, kept):
+            if not values.isfinite().all():
+                one.error = NOT_FINITE
+            elif there is None:
                 one.seconds, one.evaluations = seconds, evaluations
                 written = {**wanted, "evaluations": str(evaluations), "seconds": f"{seconds:.1f}"}
-                write_png(image, one.picture.path, {**written, "parameters": write_parameters(written)})
+                write_png(image, one.picture.path, written, write_parameters(written))
                 one.path = one.picture.path
     except Exception as error:
         for one in drawn:
-            one.error = "" if one.path else reason(error)
+            one.error = one.error or ("" if one.path else reason(error))
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
     finally:
@@ -293,67 +299,42 @@ def _draw(
     return [one for one, there in zip(drawn, kept) if there is None]
 
 
+def _plain(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
+    """The arguments of a call, but for the prompts and the generators."""
+    width, height = map(int, settings["size"].split("x"))
+    steps, schedule = int(settings["steps"]), settings["schedule"]
+    arguments = {"sampler": settings["sampler"], "num_inference_steps": steps, "width": width, "height": height}
+    if schedule in SCHEDULERS and schedule not in PLAIN:
+        return arguments | {"schedule": levels(pipe, schedule, steps, width=width, height=height)}
+    return arguments | {"schedule": None if schedule == "scheduler" else schedule}
+
+
+def _of_comfy(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
+    """The arguments of a call that draws what ComfyUI's KSampler draws, but for the prompts."""
+    width, height = map(int, settings["size"].split("x"))
+    with warnings.catch_warnings(record=True) as told:  # of how far a stand-in is from ComfyUI's own
+        warnings.simplefilter("always")
+        arguments = ksampler(
+            pipe,
+            seed=int(settings["seed"]),
+            steps=int(settings["steps"]),
+            cfg=float(settings.get("true_cfg", settings["guidance"])),
+            sampler_name=settings["sampler"],
+            scheduler=settings["schedule"],
+            width=width,
+            height=height,
+        )
+    for warning in told:
+        print(warning.message, file=sys.stderr)
+    return arguments
+
+
 def _kept(picture: Picture, wanted: dict[str, str]) -> Drawn | None:
     """The picture that is there already, whole and with these settings."""
-    found = {"comfy": "False", **(read_settings(picture.path) or {})}  # what plain pictures did not say once
+    try:
+        found = {"comfy": "False", **(read_settings(picture.path) or {})}  # what plain pictures did not say once
+    except ValueError:
+        return None
     if {key: found.get(key) for key in wanted} != wanted:
         return None
     return Drawn(picture, picture.path, float(found.get("seconds", 0)), int(found.get("evaluations", 0)), note="kept")
-
-
-def _finish(name: str, model: str, settings: dict[str, str], drawn: list[Drawn], options: argparse.Namespace) -> int:
-    """A contact sheet for each prompt and seed, and the table. The exit status: 1 if anything failed."""
-    places: dict[str, list[Drawn]] = {}
-    for one in drawn:
-        places.setdefault(one.picture.place, []).append(one)
-    sheets, lost = [], []
-    for place, those in places.items():
-        path = options.output / f"{place}-grid.png"
-        try:
-            _write_sheet(path, place, settings, those)
-            sheets.append(path)
-        except OSError as error:
-            lost.append(f"FAILED: {path}: {reason(error)}")
-    failed = sum(bool(one.error) for one in drawn)
-    summary = f"{len(drawn) - failed} of {len(drawn)} drawn with {model}"
-    if len(places) == 1:
-        print(f"\n{'sampler':20}{'evaluations':>12}{'seconds':>10}  picture")
-        for one in drawn:
-            note, result = f" ({one.note})" if one.note else "", one.path or "FAILED: " + one.error
-            print(f"{one.picture.sampler:20}{one.evaluations:12}{one.seconds:10.1f}  {result}{note}")
-        summary += "".join(f", side by side in {path}" for path in sheets)
-    else:
-        print(f"\n{'sampler':20}{'pictures':>10}{'kept':>6}{'evaluations':>12}{'seconds':>10}")
-        for sampler in dict.fromkeys(one.picture.sampler for one in drawn):
-            those = [one for one in drawn if one.picture.sampler == sampler and one.path]
-            kept, evaluations = sum(bool(one.note) for one in those), sum(one.evaluations for one in those)
-            print(f"{sampler:20}{len(those):10}{kept:6}{evaluations:12}{sum(one.seconds for one in those):10.1f}")
-        for one in drawn:
-            if one.error:
-                print(f"FAILED: {one.picture.path}: {one.error}")
-        summary += f", {len(sheets)} sheets" + "".join(f" like {path}" for path in sheets[:1])
-    print(*lost, summary, sep="\n")
-    return int(bool(failed or lost))
-
-
-def _write_sheet(path: Path, place: str, settings: dict[str, str], drawn: list[Drawn]) -> None:
-    """All samplers of one prompt and seed side by side, in a file."""
-    first = drawn[0].picture
-    settings = {**settings, "prompt": first.prompt, "seed": str(first.seed)}
-    entries = [
-        (one.picture.sampler, one.error or f"{one.evaluations} evaluations, {one.seconds:.1f} s", one.path)
-        for one in drawn
-    ]
-    sheet = contact_sheet(_title(place, len(drawn), settings), entries)
-    write_png(sheet, path, {**settings, "parameters": write_parameters(settings)})
-
-
-def _title(place: str, count: int, settings: dict[str, str]) -> list[str]:
-    """What all pictures of a sheet have in common."""
-    negative, comfy = settings["negative_prompt"], settings["comfy"] == "True"
-    true_cfg = f", true CFG {settings['true_cfg']}" if negative and "true_cfg" in settings else ""
-    return [
-        f"{place}: {count} samplers of k-diffusion{' as in ComfyUI' * comfy}, {settings['steps']} steps,"
-        f" {settings['schedule']} noise levels, guidance {settings['guidance']}{true_cfg}, seed {settings['seed']}",
-        settings["prompt"] + (f"   (not: {negative})" if negative else ""),
-    ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,51 +28,86 @@ def check_output(folder: Path) -> None:
         raise Refused(f"can't write to {folder}: {error.strerror}. Name another folder with --output") from None
 
 
+def device_of(options: argparse.Namespace) -> str:
+    """The device to draw on. Raises Refused where this machine has none of that name."""
+    import torch
+
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    device = options.device or default
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise Refused(f"--device: no {device} on this machine ({why}); without it, {default} is used") from None
+    if torch.device(device).type == "cpu" and options.offload in ("model", "sequential"):
+        raise Refused(f"--offload {options.offload}: there is no GPU to load the model to in parts; leave it out")
+    return device
+
+
 def load(family: Family, module: Any, model: str, device: str, options: argparse.Namespace) -> Any:
     """The pipeline on its device, from the demo folder, a folder, a .safetensors file or the hub."""
     import torch
     from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
     dtype = getattr(torch, options.dtype or ("float32" if torch.device(device).type == "cpu" else family.dtype))
     pipeline = getattr(module, family.pipeline)
     source = str(family.demo) if model == "demo" else model
-    if options.offload == "sequential" and torch.device(device).type == "cpu":
-        raise Refused("--offload sequential: there is no GPU to load the model to, a layer at a time; leave it out")
+    single = source.endswith((".safetensors", ".ckpt"))
+    (_check_file if single else _check_kind)(family, source)
     try:
-        if source.endswith((".safetensors", ".ckpt")):
-            if not Path(source).is_file():
-                raise Refused(f"--model: there is no file {source}")
+        if single:
             pipe = pipeline.from_single_file(source, torch_dtype=dtype)
         else:
-            _check_kind(family, source)
             pipe = pipeline.from_pretrained(source, dtype=dtype)
-        if options.offload == "model":
+        offload = offload_of(family, pipe, device, options)
+        if offload == "model":
             pipe.enable_model_cpu_offload(device=device)
-        elif options.offload == "sequential":
+        elif offload == "sequential":
             pipe.enable_sequential_cpu_offload(device=device)
         else:
             pipe.to(device)
-    except Refused:
-        raise
     except Exception as error:
-        _check_kind(family, source)  # again: a model of the hub has its index here now
-        raise Refused(reason(error, source)) from error
-    pipe.set_progress_bar_config(position=1, leave=False)
+        if not single:
+            _check_kind(family, source)  # again: a model of the hub has its index here now
+            _check_parts(source)
+        elif _names(error) & OFFLINE:
+            hub = f"{source} is read with the configuration of {family.hub_model}"
+            raise Refused(f"--model: {hub}, which is not on this machine, and the hub can't be reached") from error
+        why = reason(error, source)
+        raise Refused(why if source in why or "memory" in why else f"--model: {source}: {why}") from error
+    pipe.set_progress_bar_config(position=1, leave=False, disable=not sys.stderr.isatty())
     return pipe
 
 
+# --- what a model is, before it is loaded -----------------------------------------------------------------------------
+
+
 def _check_kind(family: Family, source: str) -> None:
-    """Refuses another family's model by its index, if that is on this machine."""
+    """Refuses another family's model by its index, if that is on this machine, and a path that is no model."""
     import diffusers
     from huggingface_hub import try_to_load_from_cache
 
-    try:
-        name = "model_index.json"
-        index = Path(source, name) if Path(source).is_dir() else try_to_load_from_cache(source, name)
-        kind = json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"]  # type: ignore[arg-type]
-    except Exception:
-        return  # what loads the model says why
+    if Path(source).is_file():
+        raise Refused(f"--model: {source} is a file, but neither a .safetensors nor a .ckpt")
+    if Path(source).is_dir():
+        index: Any = Path(source, "model_index.json")
+        if not index.is_file():
+            raise Refused(f"--model: {source} has no model_index.json, so it is no folder of a diffusers pipeline")
+    else:
+        try:
+            index = try_to_load_from_cache(source, "model_index.json")
+        except ValueError:  # no name that the hub could have
+            return
+        if not isinstance(index, str):
+            return  # what loads the model says why
+    kind = _read_json(Path(index)).get("_class_name")
+    if not isinstance(kind, str):
+        raise Refused(f"--model: {index} names no _class_name, so it is no index of a diffusers pipeline")
     for other in (SDXL, FLUX):
         if kind == other.stock != family.stock:
             scripts = f"{other.script} draws it, compare.py takes it with --family {other.name}"
@@ -79,26 +116,166 @@ def _check_kind(family: Family, source: str) -> None:
         raise Refused(f"--model: {source} is a model of {kind}, not of {family.stock}")
 
 
+def _check_file(family: Family, source: str) -> None:
+    """Refuses a file that is no checkpoint of the family, by the names of its tensors."""
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    if not Path(source).is_file():
+        raise Refused(f"--model: there is no file {source}")
+    tensors = _tensors(Path(source))
+    if any(re.search(r"lora_(up|down|A|B|unet|te)|\.lora\.|hada_w1|lokr_w", name) for name in tensors):
+        example = f'pipe.load_lora_weights("{source}")'
+        raise Refused(f"--model: {source} is a LoRA, which goes on top of a model: in Python, {example}")
+    try:
+        kind = infer_diffusers_model_type(tensors)
+    except Exception:
+        kind = "v1"
+    unets = ("model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight")
+    if kind == "v1" and unets[0] not in tensors:  # it is what is left
+        some = ", ".join(sorted(tensors)[:2]) or "none"
+        raise Refused(f"--model: {source} is no checkpoint of {family.name.upper()}; its tensors are {some}, ...")
+    if kind == "v1" and unets[1] in tensors:
+        raise Refused(f"--model: {source} has the UNet of an SDXL model alone; give the whole checkpoint")
+    kind = {"v1": "Stable Diffusion 1", "v2": "Stable Diffusion 2"}.get(kind, kind)
+    found = {"xl_base": SDXL, "playground-v2-5": SDXL, "flux-dev": FLUX, "flux-schnell": FLUX}.get(kind)
+    if found is not family:
+        draws = f"; {found.script} draws it" if found else ""
+        what = found.name.upper() if found else f"another architecture, {kind}"
+        raise Refused(f"--model: {source} is a checkpoint of {what}, not of {family.name.upper()}{draws}")
+
+
+def _check_parts(source: str) -> None:
+    """Refuses a folder, or the hub's copy of one, with a JSON or .safetensors file that is broken, and names it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    index = Path(source) / "model_index.json"
+    if not Path(source).is_dir():
+        try:
+            index = Path(str(try_to_load_from_cache(source, "model_index.json")))
+        except ValueError:
+            return
+    for path in sorted(index.parent.glob("**/*")) if index.is_file() else ():
+        if path.name in ("model_index.json", "config.json", "scheduler_config.json"):
+            _read_json(path)
+        elif path.suffix == ".safetensors":
+            _tensors(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Refused(f"--model: {path} is no JSON, or cut off: {error}") from None
+    except OSError as error:
+        raise Refused(f"--model: can't read {path}: {error.strerror}") from None
+    if not isinstance(value, dict):
+        raise Refused(f"--model: {path} has a JSON {type(value).__name__} where a model has an object of settings")
+    return value
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """The tensors of a .safetensors file by its header, or of a .ckpt, on the meta device: no values are read."""
+    import torch
+
+    if path.suffix == ".ckpt":
+        try:
+            found = torch.load(path, map_location="meta", weights_only=True)
+            return found.get("state_dict", found)
+        except Exception as error:
+            raise Refused(f"--model: {path} is no .ckpt of tensors, or cut off ({type(error).__name__})") from None
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")  # of the header
+        try:
+            header: Any = json.loads(file.read(length)) if 8 + length <= size else None
+            header.pop("__metadata__", None)
+            end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+            tensors = {name: torch.empty(tensor["shape"], device="meta") for name, tensor in header.items()}
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            raise Refused(f"--model: {path} is no .safetensors file, or one that is cut off in its header") from None
+    if size < end:
+        raise Refused(f"--model: {path} is cut off: it has {size} bytes of {end}; copy or download it again")
+    return tensors
+
+
+# --- sizes and memory -------------------------------------------------------------------------------------------------
+
+
+def size_of(family: Family, pipe: Any, options: argparse.Namespace) -> tuple[int, int]:
+    """Width and height to draw, in pixels: the model's own where none is named."""
+    side = pipe.vae.config.sample_size
+    if family is SDXL:
+        side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return options.width or side, options.height or side
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that are free on a CUDA device; None on any other."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else None
+
+
+def needed_memory(family: Family, pipe: Any, options: argparse.Namespace) -> int:
+    """Bytes of the weights and of what is in memory beside them at the worst moment: in the VAE's decoder.
+
+    There, four feature maps of the picture's size and of the last but one block's channels exist at once: the profiler
+    counts 3.76 for SDXL's decoder.
+    """
+    weights = sum(
+        tensor.numel() * tensor.element_size()
+        for part in pipe.components.values()
+        if hasattr(part, "parameters")
+        for tensor in part.parameters()
+    )
+    width, height = size_of(family, pipe, options)
+    config = pipe.vae.config
+    itemsize = 4 if config.force_upcast else pipe.vae.dtype.itemsize
+    batch = getattr(options, "batch", 1)
+    return weights + 4 * batch * width * height * config.block_out_channels[:2][-1] * itemsize
+
+
+def offload_of(family: Family, pipe: Any, device: str, options: argparse.Namespace) -> str:
+    """How the model is kept: as --offload says, or for "auto" by the free memory of a CUDA device."""
+    if options.offload != "auto":
+        return options.offload
+    free, needed = free_memory(device), needed_memory(family, pipe, options)
+    if free is None or needed <= free:
+        return "none"
+    have, want = (math.floor(free / 1e8) / 10, math.ceil(needed / 1e8) / 10)
+    print(f"{device} has {have} GB free, the model and its work need {want} GB: --offload model.", file=sys.stderr)
+    return "model"
+
+
+# --- words and prompts ------------------------------------------------------------------------------------------------
+
+OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout"}
+
+
 def reason(error: BaseException, source: str = "") -> str:
     """One line for a person: what went wrong and what to do."""
-    chain, seen = error, []
-    while chain is not None:
-        seen.append(type(chain).__name__)
-        chain = chain.__cause__ or chain.__context__
-    text = " ".join(str(error).split())
+    seen, text = _names(error), " ".join(str(error).split())
     if "OutOfMemoryError" in seen or "out of memory" in text.lower():
         return "out of GPU memory: try --offload model, then --offload sequential, or a smaller --width and --height"
     if "GatedRepoError" in seen or "gated" in text.lower():
         return f"{source} is gated: accept its licence on its hub page, then `hf auth login` (or set HF_TOKEN)"
-    if {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout"} & set(
-        seen
-    ):
+    if seen & OFFLINE:
         return f"{source} is not on this machine and the hub can't be reached: check the network, or use --model demo"
-    if "RepositoryNotFoundError" in seen or "not a valid model identifier" in text:
+    nowhere = ("not a valid model identifier", "neither a valid local path")
+    if "RepositoryNotFoundError" in seen or any(words in text for words in nowhere):
         return (
             f"--model: {source} is neither a folder here nor a model on the hub (a private one needs `hf auth login`)"
         )
     return f"{type(error).__name__}: {text[:400]}"
+
+
+def _names(error: BaseException | None) -> set[str]:
+    """The classes of an error and of those that it came from."""
+    seen = set()
+    while error is not None:
+        seen.add(type(error).__name__)
+        error = error.__cause__ or error.__context__
+    return seen
 
 
 def short_name(family: Family, model: str) -> str:
@@ -113,16 +290,10 @@ def short_name(family: Family, model: str) -> str:
     return slug if slug.startswith(family.name) else f"{family.name}-{slug}"
 
 
-def size_of(family: Family, pipe: Any, options: argparse.Namespace) -> tuple[int, int]:
-    """Width and height to draw, in pixels: the model's own where none is named."""
-    sides = pipe.vae.config.sample_size
-    if family is SDXL:
-        sides = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    return options.width or sides, options.height or sides
-
-
-def encode(family: Family, pipe: Any, text: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that carry one prompt, encoded once for all samplers."""
+def encode(
+    family: Family, pipe: Any, text: str, options: argparse.Namespace, length: int | None = None
+) -> dict[str, Any]:
+    """The arguments that carry one prompt, encoded once for all samplers; FLUX's of `length` tokens."""
     import torch
 
     with torch.no_grad():
@@ -134,7 +305,7 @@ def encode(family: Family, pipe: Any, text: str, options: argparse.Namespace) ->
                 do_classifier_free_guidance=options.guidance > 1,
             )
             return dict(zip(names, embeds))
-        length = 512 if pipe.transformer.config.guidance_embeds else 256  # schnell was trained with 256
+        length = length or (512 if pipe.transformer.config.guidance_embeds else 256)  # schnell was trained with 256
         prompt_embeds, pooled, _ = pipe.encode_prompt(text, max_sequence_length=length)
         encoded = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
         if options.negative_prompt:

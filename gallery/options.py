@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
-OFFLOAD = ("none", "model", "sequential")
+OFFLOAD = ("auto", "none", "model", "sequential")
+TRUE_CFG = 2.0
+OFFLOAD_HELP = "keep the model in main memory, for small GPUs; auto does where the free memory is too small"
 COMFY_SCHEDULES = "ComfyUI's simple, normal, sgm_uniform, ddim_uniform, beta, linear_quadratic and kl_optimal"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator.manual_seed takes
+STEPS, SIDE, BATCH, PICTURES = 1000, 4096, 256, 100_000  # at most
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Family:
     hub_model: str
     dtype: str
     size: int
+    multiple: int
     steps: int
     guidance: float
     schedule: str | None
@@ -50,6 +56,7 @@ SDXL = Family(
     hub_model="stabilityai/stable-diffusion-xl-base-1.0",
     dtype="float16",
     size=1024,
+    multiple=8,
     steps=25,
     guidance=5.0,
     schedule="karras",  # dpmpp_3m_sde needs small last steps, which the scheduler's own levels lack
@@ -65,6 +72,7 @@ FLUX = Family(
     hub_model="black-forest-labs/FLUX.1-dev",
     dtype="bfloat16",
     size=1024,
+    multiple=16,  # two by two latents are one token
     steps=28,
     guidance=3.5,
     schedule=None,
@@ -75,35 +83,50 @@ FLUX = Family(
 
 def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of a grid. Raises SystemExit(2) with one line for values that can't be right."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=f"Draws every sampler of k-diffusion with {family.name.upper()}, from the same noise, into a grid.",
         epilog="Without --model: the real model on a machine with CUDA, the demo model of this folder on any other.",
     )
     add = parser.add_argument
-    add("--model", help=f"hub id, folder, .safetensors file, or 'demo' (default: {family.hub_model}, or demo)")
+    model = f"hub id, folder, .safetensors file, or 'demo' (default: {family.hub_model}, or demo)"
+    add("--model", type=text, help=model)
     add("--samplers", nargs="+", metavar="NAME", help="these only (default: all), with or without 'sample_'")
-    add("--steps", type=positive, help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})")
-    add("--schedule", help=f"noise levels: {family.schedule_help}")
-    add("--width", type=positive, help="pixels (default: the model's)")
-    add("--height", type=positive, help="pixels (default: the model's)")
-    add("--prompt", default=PROMPT, help="(default: %(default)s)")
+    add("--steps", type=steps, help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})")
+    add("--schedule", type=text, help=f"noise levels: {family.schedule_help}")
+    add("--width", type=side, help="pixels (default: the model's)")
+    add("--height", type=side, help="pixels (default: the model's)")
+    add("--prompt", help=f"(default: {PROMPT})")
     add("--negative-prompt", help="what not to draw")
-    add("--guidance", type=_finite, default=family.guidance, help="guidance scale (default: %(default)s)")
+    add("--guidance", type=finite, default=family.guidance, help="guidance scale (default: %(default)s)")
     if family is FLUX:
-        add("--true-cfg", type=_finite, default=2.0, help="scale of the negative prompt (default: %(default)s)")
+        add("--true-cfg", type=finite, help=f"scale of the negative prompt (default: {TRUE_CFG})")
     add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead of --prompt")
-    add("--seed", type=_seed, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
-    add("--seeds", type=positive, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
+    add("--seed", type=seed, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
+    add("--seeds", type=_seeds, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
     batch = "draw N prompts and seeds at once (default: 1); changes their rounding alone, so --resume keeps any"
-    add("--batch", type=positive, default=1, metavar="N", help=batch)
-    comfy = f"draw ComfyUI's picture: its levels (default: {family.comfy_schedule}), rounding, start and seed"
+    add("--batch", type=_batch, default=1, metavar="N", help=batch)
+    comfy = f"draw what ComfyUI's KSampler draws, with all of its samplers that run (levels: {family.comfy_schedule})"
     add("--comfy", action="store_true", help=comfy)
     add("--dtype", choices=DTYPES, help=f"of the network (default: {family.dtype}, on a CPU float32)")
-    add("--device", help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
-    add("--offload", choices=OFFLOAD, default="none", help="keep the model in main memory, for small GPUs")
+    add("--device", type=text, help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
+    add("--offload", choices=OFFLOAD, default="auto", help=f"{OFFLOAD_HELP} (default: auto)")
     add("--output", type=Path, default=Path("output"), help="folder (default: %(default)s)")
     add("--resume", action="store_true", help="keep the pictures that are there already with the same settings")
+    picture = "draw the settings in a PNG of ComfyUI's or the web UI's; options beside it go before them"
+    add("--from", dest="picture", type=Path, metavar="PICTURE", help=picture)
     options = parser.parse_args(arguments)
+    if options.picture is not None:
+        parser.set_defaults(**_of_picture(parser, family, options))
+        options = parser.parse_args(arguments)
+    check_size(parser, family, options)
+    if options.prompt is not None and options.prompts is not None:
+        parser.error("argument --prompts: goes without --prompt, its lines are the prompts")
+    if options.prompt is None:
+        options.prompt = PROMPT
+    if family is FLUX:
+        if (options.true_cfg or 0) > 1 and not options.negative_prompt:
+            parser.error("argument --true-cfg: needs --negative-prompt, whose scale it is")
+        options.true_cfg = TRUE_CFG if options.true_cfg is None else options.true_cfg
     options.schedule = options.schedule or (family.comfy_schedule if options.comfy else family.schedule)
     if options.schedule == "scheduler":
         options.schedule = None
@@ -115,6 +138,9 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
         if not (found := [line.strip() for line in lines if line.strip()]):
             parser.error(f"argument --prompts: {options.prompts} has no line with a prompt")
         options.prompts = found
+    pictures = len(options.prompts or [options.prompt]) * options.seeds
+    if pictures > PICTURES:
+        parser.error(f"argument --seeds: {pictures} pictures of each sampler; one folder takes at most {PICTURES}")
     last = options.seed + options.seeds - 1
     if options.comfy and options.seed < 0:
         parser.error(f"argument --seed: ComfyUI's begin at 0, but this is {options.seed}")
@@ -128,7 +154,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     return options
 
 
-def _number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
     """A `type` for argparse that refuses in words."""
 
     def read(text: str) -> Any:
@@ -140,64 +166,74 @@ def _number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]
     return read
 
 
-positive = _number(int, "a whole number, at least 1", lambda value: value >= 1)
-_seed = _number(int, f"a whole number in {SEEDS[0]}..{SEEDS[-1]}", SEEDS.__contains__)
-_finite = _number(float, "a finite number", math.isfinite)
-_above_zero = _number(float, "a number above 0", lambda value: 0 < value < math.inf)
+def _of_picture(parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `--from` as defaults of the options. One line tells what is not used of them."""
+    from gallery.workflow import read_settings
+
+    try:
+        read = read_settings(options.picture, family.name)
+    except (ValueError, OSError) as error:
+        parser.error(f"argument --from: {error}")
+    values, unused = dict(read.values), list(read.unused)
+    if values.get("denoise", 1) != 1:
+        unused.append(f"denoise {values['denoise']}: image to image")
+    if "model" in values and options.model is None:
+        unused.append(f"the model {values['model']}: name it with --model")
+    if unused:
+        print(f"{options.picture}: not used: {', '.join(unused)}", file=sys.stderr)
+    cfg = "true_cfg" if family is FLUX else "guidance"
+    names = {"prompt": "prompt", "negative_prompt": "negative_prompt", "seed": "seed", "steps": "steps"}
+    names |= {"guidance": "guidance", "width": "width", "height": "height", "scheduler": "schedule", "cfg": cfg}
+    # as text, so that each value is checked like one of the command line
+    defaults: dict[str, Any] = {new: str(values[old]) for old, new in names.items() if old in values}
+    if options.prompts is not None:
+        defaults.pop("prompt", None)
+    if "sampler_name" in values:
+        defaults["samplers"] = [values["sampler_name"]]
+    return defaults | {"comfy": read.comfy}
 
 
-def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
-    """The options of `compare.py`. Raises SystemExit(2) with one line for values that can't be right."""
-    parser = argparse.ArgumentParser(
-        description="Runs two samplers on one network from the same noise and finds the step where they part, and why.",
-        epilog="A side is NAME or NAME(option=value, ...). Exit status: 0 identical to rounding, 1 not, 2 bad input.",
+class Parser(argparse.ArgumentParser):
+    """One that refuses in one line; --help has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is none of the known ones: the nearest of them, or all."""
+    lower = {one.lower(): one for one in known}  # whatever the case
+    near = difflib.get_close_matches(name.lower(), lower, n=1 if name.lower() in lower else 3, cutoff=0.75)
+    return f"there is no {name!r}; " + (
+        f"did you mean {' or '.join(lower[one] for one in near)}?" if near else f"there are {', '.join(lower.values())}"
     )
-    parser.set_defaults(comfy=False)  # that switch is the grids'
-    add = parser.add_argument
-    add("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion, by name or a function (default: %(default)s)")
-    add(
-        "--against",
-        metavar="SIDE",
-        help="a scheduler class of diffusers, which runs in the stock pipeline, another sampler of k-diffusion, or a"
-        " function or scheduler class of your own: path/to/file.py:name or package.module:name (its code is run)",
-    )
-    add("--family", choices=("sdxl", "flux"), help="(default: sdxl; with --all, both)")
-    add("--model", default="demo", help="hub id, folder, .safetensors file, or 'demo' (default: %(default)s)")
-    add("--steps", type=positive, default=25, help="(default: %(default)s)")
-    add("--schedule", help="noise levels of the k-diffusion side by name (default: those of the other side)")
-    add(
-        "--parameterization",
-        choices=("auto", "flow", "ve"),
-        default="auto",
-        help="FLUX: what the sampler sees as sigma",
-    )
-    add("--width", type=positive, help="pixels (default: the model's)")
-    add("--height", type=positive, help="pixels (default: the model's)")
-    add("--prompt", default=PROMPT, help="(default: %(default)s)")
-    add("--guidance", type=_finite, help="guidance scale (default: FLUX 3.5, SDXL 1: no part of a sampler)")
-    add("--seed", type=_seed, default=2, help="of the initial and the step noise (default: %(default)s)")
-    add("--dtype", choices=DTYPES, help="of the network (default: float64 for the demo models, else float32)")
-    add("--device", help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
-    add("--offload", choices=OFFLOAD, default="none", help="keep the model in main memory, for small GPUs")
-    tolerances = "1e-6 in float64, 1e-4 in float32, 0.02 in half precision"
-    add("--tolerance", type=_above_zero, help=f"of relative differences (default: {tolerances})")
-    add("--no-switches", dest="switches", action="store_false", help="don't try the known switches")
-    add("--no-truth", dest="truth", action="store_false", help="don't solve the ODE or SDE finely")
-    add("--json", nargs="?", const="-", metavar="FILE", help="write all of it as JSON, to standard output without FILE")
-    add("--html", metavar="FILE", help="write a report to look at, one file")
-    add("--all", action="store_true", help="run every known pair, and write parity.md and parity.json")
-    add("--output", type=Path, default=Path("output"), help="folder for --all (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    for name in (
-        ("sampler", "against", "schedule", "parameterization", "guidance", "json", "html") if options.all else ()
-    ):
-        if getattr(options, name) != parser.get_default(name):
-            parser.error(f"argument --all: goes without --{name}, each pair has its own settings")
-    if options.all and options.model != "demo" and options.family is None:
-        parser.error("argument --all: needs --family to say whose pairs --model can run")
-    family = {"sdxl": SDXL, "flux": FLUX}[options.family or "sdxl"]
-    options.negative_prompt, options.true_cfg = None, 1.0
-    if options.guidance is None:
-        options.guidance = FLUX.guidance if family is FLUX else 1.0
-    options.dtype = options.dtype or ("float64" if options.model == "demo" else "float32")
-    return options, family
+
+
+def check_size(parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace) -> None:
+    """Refuses a width or height that the family's latents can't have. Raises SystemExit(2)."""
+    for name in ("width", "height"):
+        side = getattr(options, name)
+        if side is not None and side % family.multiple:
+            parser.error(
+                f"argument --{name}: has to be divisible by {family.multiple} for {family.name.upper()}, but is {side}"
+            )
+
+
+def text(value: str) -> str:
+    """A `type` for argparse: an empty value would mean the default, which nobody asks for so."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("is empty; name one, or leave it out")
+    return value
+
+
+def _up_to(most: int, why: str) -> Callable[[str], Any]:
+    return number(int, f"a whole number from 1 to {most} ({why})", range(1, most + 1).__contains__)
+
+
+positive = number(int, "a whole number, at least 1", lambda value: value >= 1)
+steps = _up_to(STEPS, "the models were trained with as many timesteps")
+side = _up_to(SIDE, "16 times the pixels that the models were trained with")
+_batch = _up_to(BATCH, "all of them are in memory at once")
+_seeds = _up_to(PICTURES, "each is a file in one folder")
+seed = number(int, f"a whole number in {SEEDS[0]}..{SEEDS[-1]}", SEEDS.__contains__)
+finite = number(float, "a finite number", math.isfinite)

@@ -4,8 +4,9 @@
     Negative prompt: what not to draw
     Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5.0, Seed: 2, Size: 1024x1024, Model: ...
 
-A value with a comma, a colon or a line break is quoted as JSON. Names that the web UI lacks stand as they are; those of
-samplers that it spells like another are there a second time, as `ComfyUI sampler`.
+A value with a comma, a colon or a line break is quoted as JSON. Names that the web UI lacks stand as they are. What its
+form can't hold is there a second time: a sampler that it spells like another as `ComfyUI sampler`, a prompt that would
+be read as something else as `Exact prompt`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ SAMPLERS = {
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "ddim": "DDIM",
 }
+ALIASES = {"ddim": "DDIM"} | {f"dpmpp_{sde}_gpu": SAMPLERS[f"dpmpp_{sde}"] for sde in ("sde", "2m_sde", "3m_sde")}
 SCHEDULES = {
-    "scheduler": "Automatic",
     "karras": "Karras",
     "exponential": "Exponential",
     "polyexponential": "Polyexponential",
@@ -41,6 +41,11 @@ SCHEDULES = {
     "beta": "Beta",
     "kl_optimal": "KL Optimal",
 }
+# The web UI's "Automatic" is the sampler's own schedule. All other samplers have levels even in the trained timesteps,
+# which the web UI calls "Uniform" and ComfyUI "normal". So has a sampler's name without a schedule before version 1.9.
+AUTOMATIC = dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_ancestral", "dpm_2", "dpm_2_ancestral"), "karras")
+AUTOMATIC |= dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential")
+EVEN = "normal"
 # the text's names, and those of the settings beside them in the picture
 NAMES = {
     "Steps": "steps",
@@ -54,7 +59,10 @@ NAMES = {
     "ComfyUI": "comfy",
     "ComfyUI sampler": "alias",
     "Precision": "dtype",
+    "Exact prompt": "exact_prompt",
+    "Exact negative prompt": "exact_negative_prompt",
 }
+_NEGATIVE = "Negative prompt:"
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
@@ -62,43 +70,75 @@ def write_parameters(settings: dict[str, str]) -> str:
     """The text of a picture's settings. FLUX's guidance is its `Distilled CFG Scale`, and true CFG its `CFG scale`."""
     values = dict(settings)
     sampler = values.get("sampler", "")
-    values["sampler"] = SAMPLERS.get(sampler.removesuffix("_gpu"), sampler)
-    if sampler.endswith("_gpu"):  # the web UI has no second name for what draws its noise on the GPU
+    values["sampler"] = (SAMPLERS | ALIASES).get(sampler, sampler)
+    if sampler in ALIASES:  # of ComfyUI's, for a sampler that has another name too
         values["alias"] = sampler
     if values.get("comfy") == "False":
         del values["comfy"]
     values["schedule"] = SCHEDULES.get(values["schedule"], values["schedule"])
     if "true_cfg" in values:
         values["distilled"], values["guidance"] = values["guidance"], values["true_cfg"]
-    pairs = [f"{name}: {_quoted(values[key])}" for name, key in NAMES.items() if values.get(key)]
-    lines = [values["prompt"]]
-    if values.get("negative_prompt"):
-        lines.append(f"Negative prompt: {values['negative_prompt']}")
+    prompt, negative = values["prompt"], values.get("negative_prompt", "")
+    lines = [prompt] + [f"{_NEGATIVE} {negative}"] * bool(negative)
+    if _prompts("\n".join(lines).split("\n")) != (prompt, negative):
+        values |= {"exact_prompt": prompt, "exact_negative_prompt": negative}
+    quoted = ("exact_prompt", "exact_negative_prompt")
+    pairs = [f"{name}: {_quoted(values[key], key in quoted)}" for name, key in NAMES.items() if values.get(key)]
     return "\n".join([*lines, ", ".join(pairs)])
 
 
 def read_parameters(text: str) -> dict[str, str]:
-    """The settings of a text that `write_parameters` wrote, or the web UI, as far as it holds them."""
+    """The settings of a text that `write_parameters` wrote, or the web UI, as far as it holds them.
+
+    A sampler or a schedule that is not known here has its name in the text.
+    """
     *lines, last = text.strip().split("\n")
     found = dict(_PAIR.findall(last))
     if len(found) < 3:  # as the web UI has it: then it is a line of the prompt
         lines, found = [*lines, last], {}
-    prompt, _, negative = "\n".join(["", *lines]).partition("\nNegative prompt:")
-    settings = {"prompt": prompt.strip(), "negative_prompt": negative.strip()}
+    settings = dict(zip(("prompt", "negative_prompt"), _prompts(lines)))
     settings |= {key: _unquoted(found[name]) for name, key in NAMES.items() if name in found}
-    for key, labels in (("sampler", SAMPLERS), ("schedule", SCHEDULES)):
-        names = {label: name for name, label in labels.items()}
-        if key in settings:
-            settings[key] = names.get(settings[key], settings[key])
+    if "exact_prompt" in settings or "exact_negative_prompt" in settings:
+        settings |= {key: settings.pop(f"exact_{key}", "") for key in ("prompt", "negative_prompt")}
+    if "sampler" in settings:
+        settings["sampler"], schedule = _sampler(settings["sampler"])
+        settings["schedule"] = _schedule(settings.get("schedule", schedule), settings["sampler"])
     if "alias" in settings:
         settings["sampler"] = settings.pop("alias")
     if "distilled" in settings:
-        settings["true_cfg"], settings["guidance"] = settings["guidance"], settings.pop("distilled")
+        settings["true_cfg"], settings["guidance"] = settings.get("guidance", "1.0"), settings.pop("distilled")
     return settings
 
 
-def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if set(value) & set(',:\n"') else value
+def _prompts(lines: list[str]) -> tuple[str, str]:
+    """The prompt and the negative one, as the web UI parts them: the latter's first line says so."""
+    texts: tuple[list[str], list[str]] = ([], [])
+    negative = False
+    for line in map(str.strip, lines):
+        if line.startswith(_NEGATIVE):
+            negative, line = True, line.removeprefix(_NEGATIVE).strip()
+        texts[negative].append(line)
+    return "\n".join(texts[False]).strip(), "\n".join(texts[True]).strip()
+
+
+def _sampler(label: str) -> tuple[str, str]:
+    """A sampler by its label, and its schedule: before version 1.9 both stand in one, as in "DPM++ 2M Karras"."""
+    names = {label.lower(): name for name, label in SAMPLERS.items()} | {"ddim": "euler"}  # which it is, without eta
+    alone, _, last = label.rpartition(" ")
+    if alone.lower() in names and last.lower() in ("karras", "exponential"):
+        return names[alone.lower()], last
+    return names.get(label.lower(), label), "Uniform"
+
+
+def _schedule(label: str, sampler: str) -> str:
+    if label.lower() == "automatic":
+        return AUTOMATIC.get(sampler, EVEN)
+    names = {"uniform": EVEN} | {label.lower(): name for name, label in SCHEDULES.items()}
+    return names.get(label.lower(), label)
+
+
+def _quoted(value: str, always: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=False) if always or set(value) & set(',:\n"') else value
 
 
 def _unquoted(value: str) -> str:

@@ -3,45 +3,66 @@
 from __future__ import annotations
 
 import bisect
-import glob
+import functools
+import json
 import math
 import os
 import re
+import secrets
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+CHUNK = "k-diffusing"  # no other tool's: ComfyUI takes a chunk `prompt` for its JSON
+TITLE_LINES = 6  # of one text above a sheet
+FONTS = ("PingFang.ttc", "AppleGothic.ttf", "msyh.ttc", "malgun.ttf", "NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
+Font = Any  # ImageFont.FreeTypeFont, or ImageFont.ImageFont where Pillow has no FreeType
+
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with another name in the same folder and renames the file, so that `path` is complete or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Calls `write` with another name in the same folder and renames the file, so that `path` is complete or absent.
+
+    The other name is this call's alone, and no other file is removed: several processes may write to one folder.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed here
-            left.unlink(missing_ok=True)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_png(image: Image.Image, path: Path, settings: dict[str, str] | None = None) -> None:
-    """Writes `image` with `settings` as text chunks. The file appears under its name when it is complete."""
+def write_png(image: Image.Image, path: Path, settings: dict[str, str] | None = None, parameters: str = "") -> None:
+    """Writes `image` with its `settings` in a chunk of our own, and `parameters` as other tools read them."""
     info = PngImagePlugin.PngInfo()
-    for name, value in (settings or {}).items():
-        info.add_text(name, value)  # tEXt, or iTXt for what Latin-1 lacks
+    if settings:
+        info.add_itxt(CHUNK, json.dumps(settings, ensure_ascii=False))
+    if parameters:
+        info.add_text("parameters", parameters)  # tEXt, or iTXt for what Latin-1 lacks
     write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
 def read_settings(path: Path) -> dict[str, str] | None:
-    """The text chunks of a complete PNG; None if there is none at `path`."""
+    """The settings of a complete PNG and its `parameters`; None if there is none at `path`.
+
+    Pictures of older versions have a chunk for each setting.
+
+    Raises:
+        ValueError: more text than Pillow reads.
+    """
     try:
         with Image.open(path) as image:
             image.load()
-            return dict(image.text)  # type: ignore[attr-defined]
+            chunks = dict(image.text)  # type: ignore[attr-defined]
     except (OSError, SyntaxError, AttributeError):
         return None
+    try:
+        return chunks | json.loads(chunks.pop(CHUNK, "{}"))
+    except (ValueError, TypeError):  # somebody else's
+        return chunks
 
 
 def contact_sheet(
@@ -50,7 +71,7 @@ def contact_sheet(
     """A labelled grid.
 
     Args:
-        title: texts above the grid, the first of them larger.
+        title: texts above the grid, the first of them larger. A long one ends in an ellipsis.
         entries: label, second line, and the picture's file, or None for one that failed (the second line says why).
         cell: pixels of a picture's longer side.
     """
@@ -67,11 +88,10 @@ def contact_sheet(
     column = max([width, *map(math.ceil, labels + notes)])
     row = height if all(pictures) else max(height, line_height + 16)
     page_width = max(margin + columns * (column + margin), 640)
-    lines = [
-        (line, font if i else large)
-        for i, text in enumerate(title)
-        for line in _wrapped(text, font if i else large, page_width - 2 * margin)
-    ]
+    lines = []
+    for i, text in enumerate(title):
+        text, its_font = readable(text, 15 if i else 19)
+        lines += [(line, its_font) for line in wrapped(text, its_font, page_width - 2 * margin, TITLE_LINES)]
     top = margin + 26 * len(lines) + 10
     page = Image.new("RGB", (page_width, top + -(-len(entries) // columns) * (row + text_height + margin)), "white")
     draw = ImageDraw.Draw(page)
@@ -85,21 +105,70 @@ def contact_sheet(
             page.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (x, y + text_height))
         else:
             box = Image.new("RGB", (column, row), (245, 236, 236))
-            why, room = _wrapped(note, font, column - 16), (row - 16) // line_height
-            if len(why) > room:
-                why = [*why[: room - 1], why[room - 1][:-2] + "…"]
-            ImageDraw.Draw(box).multiline_text((8, 8), "\n".join(why), fill=(160, 0, 0), font=font)
+            text, its_font = readable(note, 15)
+            why = wrapped(text, its_font, column - 16, (row - 16) // line_height)
+            ImageDraw.Draw(box).multiline_text((8, 8), "\n".join(why), fill=(160, 0, 0), font=its_font)
             page.paste(box, (x, y + text_height))
     return page
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
-    """The text in lines of at most `width` pixels, broken at spaces, and within a word that is wider."""
-    lines, rest = [], re.sub(r"\s", " ", text).strip()
-    while rest:
-        fits = bisect.bisect_right(range(len(rest) + 1), width, key=lambda n: font.getlength(rest[:n])) - 1
+def wrapped(text: str, font: Font, width: float, most: int) -> list[str]:
+    """The text in lines of at most `width` pixels, broken at spaces, and within a word that is wider.
+
+    There are at most `most` lines, the last of them with an ellipsis if there would be more.
+    """
+    lines: list[str] = []
+    rest = re.sub(r"\s", " ", text[: 400 * most]).strip()  # no line has more letters, and measuring takes time
+    while rest and len(lines) < most:
+        fits = bisect.bisect_right(range(min(len(rest), 400) + 1), width, key=lambda n: font.getlength(rest[:n])) - 1
         space = rest.rfind(" ", 0, fits + 1) if fits < len(rest) else -1
         end = space if space > 0 else max(fits, 1)
         lines.append(rest[:end].rstrip())
         rest = rest[end:].lstrip()
+    if rest or len(text) > 400 * most:
+        while lines[-1] and font.getlength(lines[-1] + "…") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += "…"
     return lines
+
+
+# --- letters that Pillow's font lacks ---------------------------------------------------------------------------------
+
+
+def readable(text: str, size: int) -> tuple[str, Font]:
+    """The text and a font that has its letters. Where this machine has none, they are escaped: \\u5b87, \\U0001f680."""
+    text = text[: 400 * TITLE_LINES + 1]
+    best = ImageFont.load_default(size=size)
+    missing = {letter for letter in text if not (letter.isspace() or letter.isascii() or _has(best, letter))}
+    if not missing:
+        return text, best
+    often = sorted(missing, key=lambda letter: (-text.count(letter), letter))[:4]
+    fitting = (fonts_with(letters) for letters in (frozenset(missing), *map(frozenset, often)))
+    for name in (*FONTS, *next(filter(None, fitting), [])):
+        try:
+            font = ImageFont.truetype(name, size)
+        except OSError:  # not on this machine, or of one size alone, as for coloured emoji
+            continue
+        lacking = {letter for letter in {*text} if not (letter.isspace() or _has(font, letter))}
+        if len(lacking) < len(missing):
+            best, missing = font, lacking
+    return "".join(c.encode("ascii", "backslashreplace").decode() if c in missing else c for c in text), best
+
+
+def _has(font: Font, letter: str) -> bool:
+    """Whether the font draws the letter otherwise than one that exists nowhere."""
+    mask, none = font.getmask(letter), font.getmask("\U0010ffff")
+    return mask.size != none.size or bytes(mask) != bytes(none)
+
+
+@functools.lru_cache(maxsize=64)
+def fonts_with(letters: frozenset[str]) -> list[str]:
+    """The files of fonts with these letters, as fontconfig knows them; none where there is no fontconfig."""
+    charset = " ".join(f"{ord(letter):x}" for letter in sorted(letters)[:200])
+    try:
+        listed = subprocess.run(
+            ["fc-list", f":charset={charset}", "file"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted(line.rstrip(": ") for line in listed.stdout.splitlines())[:20]

@@ -66,6 +66,10 @@ class RoundedLatents(EulerDiscreteScheduler):
         return (x.half().to(x.dtype) if rounds else x, *rest)
 
 
+class RoundedTimestepsAndLatents(RoundedTimesteps, RoundedLatents):
+    """Has both faults."""
+
+
 class HeunWithoutLastCorrection(HeunDiscreteScheduler):
     """Leaves out the correction of the last step that has one."""
 

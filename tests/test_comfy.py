@@ -1,97 +1,398 @@
-"""ComfyUI's noise levels, seed and latents, against what ComfyUI 0.3.64 itself computed (tests/data)."""
+"""comfy_ksampler.py against what ComfyUI 0.27.0 and 0.3.64 themselves computed (tests/data)."""
 
 from __future__ import annotations
 
+import ast
 import copy
-import inspect
-import json
 import math
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from closed_form import Mixture, flux_pipeline, sdxl_pipeline
-from conftest import PROMPT, ROOT, relative, seeded
+from closed_form import flux_pipeline, sdxl_pipeline
+from comfy_references import BEFORE, LATENTS, SHIFT, SIGMAS, SIZE, draw, mixture, pipelines, references, settings
+from conftest import ROOT, relative, seeded
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
-from safetensors import safe_open
 
-from flux_comfy_pipeline import flow_levels
-from gallery.comfy import ending_in_denoised
-from sdxl_comfy_pipeline import SCHEDULES, comfy_noise_sampler, find_sampler, sampler_names, sampling
-
-DATA = ROOT / "tests" / "data"
-SIGMAS = json.loads((DATA / "comfyui_sigmas.json").read_text())["sigmas"]
-LATENTS = safe_open(DATA / "comfyui_latents.safetensors", "pt")
-NINE = list(SIGMAS["sdxl"])
-SHIFT = 1.15  # of the references, FLUX's at 1024x1024: diffusers' mu
-
-
-def mixture(channels: int) -> Mixture:
-    """The references' model, by the words of their metadata, flat in the order of the latents."""
-    c, h, w = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (channels, 16, 16)), indexing="ij")
-    means = torch.stack([torch.sin(0.1 * (k + 1) * (h + 2 * w) + c) for k in range(3)])
-    if channels == 16:  # FLUX's network sees them packed
-        means = torch.cat([packed(mean[None]) for mean in means])
-    return Mixture(means.flatten(1), torch.full((3,), 0.5))
-
-
-def packed(latents: torch.Tensor) -> torch.Tensor:
-    """(b, 16, 16, 16) -> (b, 64, 64): 2x2 patches, as FLUX's."""
-    return latents.view(-1, 16, 8, 2, 8, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, 64, 64)
+from comfy_ksampler import (
+    FLUX_APART,
+    OWN,
+    SAME,
+    SAMPLERS,
+    SCHEDULERS,
+    comfy_sampler,
+    k_diffusion,
+    ksampler,
+    levels,
+    model_sampling,
+)
 
 
 @pytest.fixture(scope="module")
 def pipes():
-    """Float32, as ComfyUI's sampling."""
-    with torch.random.fork_rng():
-        return {
-            "sdxl": sdxl_pipeline(mixture(4), torch.float32),
-            "sdxl_v_prediction_zsnr": sdxl_pipeline(
-                mixture(4), torch.float32, prediction_type="v_prediction", rescale_betas_zero_snr=True
-            ),
-            "flux": flux_pipeline(mixture(16), torch.float32, mu=SHIFT, channels=64),
-        }
+    return pipelines()
 
 
-def draw(pipe, images=1, **call):
-    """The latents of a call without a prompt, of the reference's size, as ComfyUI has them: unpacked."""
-    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    nothing = torch.zeros(images, 1, 1, dtype=network.dtype)
-    call = {"guidance_scale": 1.0, "output_type": "latent", "height": 128, "width": 128, **call}
-    latents = pipe(prompt_embeds=nothing, pooled_prompt_embeds=nothing[:, 0], **call).images
-    return latents if latents.ndim == 4 else pipe._unpack_latents(latents, 128, 128, 8)
+@pytest.fixture(autouse=True)
+def no_comfyui(monkeypatch):
+    """Wherever the tests run."""
+    monkeypatch.setitem(sys.modules, "comfy", None)
 
 
-def levels(pipe, steps, schedule):
-    """float64, from the highest to zero; t on FLUX."""
-    if hasattr(pipe, "unet"):
-        return pipe.noise_levels(steps, schedule=schedule)[0]
-    return pipe.noise_levels(64, steps, schedule=schedule)
+# --- latents ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler_name", [*SAME, *FLUX_APART])
+def test_sdxl_latents_are_comfyuis(pipes, record_property, sampler_name):
+    """At cfg 1 and 7, denoise 1 and 0.6. What is left is the rounding of float32: k-diffusion orders sums otherwise."""
+    worst = 0.0
+    for key in references("sdxl", sampler_name):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torchsde's, of times beyond its ends
+            latents = draw(pipes["sdxl"], **ksampler(pipes["sdxl"], **settings(key)))
+        worst = max(worst, relative(latents, LATENTS.get_tensor(key)))
+    record_property("distance", f"sdxl {sampler_name} {worst:.0e}")
+    assert worst < 1e-6
+
+
+@pytest.mark.parametrize("sampler_name", SAME)
+def test_flux_latents_are_comfyuis(pipes, record_property, sampler_name):
+    """To the bit."""
+    for key in references("flux", sampler_name):
+        latents = draw(pipes["flux"], **ksampler(pipes["flux"], **settings(key)))
+        assert latents.equal(LATENTS.get_tensor(key)), f"{key}: {relative(latents, LATENTS.get_tensor(key)):.1e}"
+    record_property("distance", f"flux {sampler_name} 0")
+
+
+@pytest.mark.parametrize("sampler_name", FLUX_APART)
+def test_flux_samplers_that_comfyui_writes_anew(pipes, record_property, sampler_name):
+    """Without ComfyUI k-diffusion's are drawn, with one warning, which says no less than how far they are."""
+    worst = 0.0
+    for key in references("flux", sampler_name):
+        with pytest.warns(
+            UserWarning, match=f"{sampler_name} is k-diffusion's, {FLUX_APART[sampler_name]} off"
+        ) as told:
+            call = ksampler(pipes["flux"], **settings(key))
+        assert len(told) == 1
+        worst = max(worst, relative(draw(pipes["flux"], **call), LATENTS.get_tensor(key)))
+    record_property("distance", f"flux {sampler_name} {worst:.0e} (k-diffusion's)")
+    assert 0.8 * FLUX_APART[sampler_name] < worst < 1.1 * FLUX_APART[sampler_name]
+
+
+@pytest.mark.parametrize("key", BEFORE.keys())
+def test_latents_are_those_of_before(pipes, key):
+    """Of ComfyUI 0.3.64, whose white step noise comes from the seed itself. They are of all levels, dpm_2's too.
+
+    Two versions of ComfyUI are 3e-6 apart, in lms.
+    """
+    pipe, fields = pipes[key.split("/")[0]], settings(key, noise="before 0.7")
+    call = ksampler(pipe, **fields) | {"schedule": levels(pipe, fields["scheduler"], fields["steps"], **SIZE)}
+    latents = draw(pipe, **call)
+    assert relative(latents, BEFORE.get_tensor(key)) < 5e-6
+
+
+def test_noise_of_today_and_before(pipes):
+    """A seed's white step noise today is that of the next seed before; the start is the seed's own in both."""
+    fields = settings("sdxl/euler_ancestral/simple/6/3")
+    today, before, next_one = (
+        ksampler(pipes["sdxl"], **fields | changes)
+        for changes in ({}, {"noise": "before 0.7"}, {"noise": "before 0.7", "seed": 4})
+    )
+    assert today["latents"].equal(before["latents"]) and not today["latents"].equal(next_one["latents"])
+    noises = [call["sampler_kwargs"]["noise_sampler"](None, None) for call in (today, before, next_one)]
+    assert noises[0].equal(noises[2]) and not noises[0].equal(noises[1])
+
+
+def test_one_seed_draws_a_batch_at_once(pipes):
+    """One draw of the whole shape, so that the first image is that of a batch of one."""
+    for pipe in (pipes["sdxl"], pipes["flux"]):
+        fields = settings("either/euler/simple/4/3")
+        batch = draw(pipe, **ksampler(pipe, **fields, batch_size=2))
+        torch.testing.assert_close(batch[:1], draw(pipe, **ksampler(pipe, **fields)), rtol=1e-5, atol=1e-6)
+        assert len(batch) == 2 and relative(batch[1:], batch[:1]) > 0.1
+
+
+def test_rounding_of_timesteps_is_needed(pipes):
+    """Without `quantize_timesteps` the network is shown other timesteps, and the latents are others."""
+    key = "sdxl/euler/karras/20/0/1/1"
+    latents = draw(pipes["sdxl"], **ksampler(pipes["sdxl"], **settings(key)) | {"quantize_timesteps": False})
+    assert relative(latents, LATENTS.get_tensor(key)) > 1e-4
+
+
+@pytest.mark.parametrize("scheduler", ["normal", "ddim_uniform"])
+def test_start(pipes, scheduler):
+    """What the network is shown first is sigma noise / sqrt(1 + sigma^2) below the highest level, and noise at it."""
+    pipe, shown = pipes["sdxl"], []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: shown.append(args[0].clone()))
+    try:
+        draw(pipe, **ksampler(pipe, **settings(f"sdxl/euler/{scheduler}/4/1")))
+    finally:
+        hook.remove()
+    noise = torch.randn(1, 4, 16, 16, generator=seeded(1))
+    sigma = levels(pipe, scheduler, 4)[0].item()
+    scale = sigma / math.sqrt(1 + sigma**2) if scheduler == "ddim_uniform" else 1.0
+    torch.testing.assert_close(shown[0], noise * scale, rtol=1e-6, atol=1e-7)
+
+
+def test_latents_do_not_depend_on_the_scheduler_that_keeps_the_betas(pipes):
+    """The latents beside levels are x0 + sigma noise, also where the scheduler's own convention is another."""
+    pipe, key = pipes["sdxl"], "sdxl/dpmpp_2m/karras/20/0/7/1"
+    other = type(pipe)(
+        **{**pipe.components, "scheduler": DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)}
+    )
+    other.set_progress_bar_config(disable=True)
+    assert relative(draw(other, **ksampler(other, **settings(key))), LATENTS.get_tensor(key)) < 1e-6
+
+
+def test_zero_terminal_snr(pipes):
+    """v prediction from sigma 4518.76: x0 at the first step is -v of the noise, hence the mean of the means."""
+    pipe = pipes["sdxl_v_prediction_zsnr"]
+    latents = draw(pipe, **ksampler(pipe, **settings("sdxl/euler/simple/1/0")))
+    assert relative(latents, mixture(4).mean.view(1, 4, 16, 16).float()) < 0.02  # 4518 instead of infinity
+
+
+def test_nothing_global_is_drawn_from(pipes):
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    for name in ("euler_ancestral", "dpmpp_sde", "lms", "dpm_fast", "dpm_adaptive"):
+        draw(pipes["sdxl"], **ksampler(pipes["sdxl"], **settings(f"sdxl/{name}/karras/5/0")))
+    assert torch.get_rng_state().equal(before)
+
+
+def test_churn_goes_on_where_the_initial_noise_ended(pipes):
+    """ComfyUI draws both from one generator."""
+    call = ksampler(pipes["sdxl"], **settings("sdxl/euler/karras/8/6")) | {"sampler_kwargs": {"s_churn": 4.0}}
+    generator = seeded(6)
+    torch.randn(1, 4, 16, 16, generator=generator)
+    expected = draw(pipes["sdxl"], **call | {"generator": generator})
+    assert draw(pipes["sdxl"], **call).equal(expected)
+
+
+def test_brownian_noise_is_k_diffusions_with_the_seed(pipes):
+    """`dpmpp_*_sde` gets the tree between the lowest positive and the highest level."""
+    call = ksampler(pipes["sdxl"], **settings("sdxl/dpmpp_2m_sde/karras/6/11"))
+    sigmas, ours = call["schedule"], call["sampler_kwargs"]["noise_sampler"]
+    tree = k_diffusion().BrownianTreeNoiseSampler(torch.zeros(1, 4, 16, 16), sigmas[-2], sigmas[0], seed=11)
+    for sigma, sigma_next in zip(sigmas[:-2], sigmas[1:-1]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = tree(sigma, sigma_next)
+        # clamping a time to torchsde's ends moves it by up to 5e-7, of 0.06 that lie between the last two levels
+        torch.testing.assert_close(ours(sigma, sigma_next), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+@pytest.mark.parametrize("sampler_name", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
+@pytest.mark.filterwarnings("ignore:.*is k-diffusion's")
+def test_a_float64_network_gets_the_same_noise(pipes, model, sampler_name):
+    """Drawn in float32 and then widened, so that a comparison in float64 is one of the same picture."""
+    exact = sdxl_pipeline(mixture(4)) if model == "sdxl" else flux_pipeline(mixture(16), mu=SHIFT, channels=64)
+    fields = settings(f"{model}/{sampler_name}/simple/8/4")
+    latents = draw(exact, **ksampler(exact, **fields))
+    assert latents.dtype == torch.float64
+    assert relative(draw(pipes[model], **ksampler(pipes[model], **fields)), latents) < 1e-5  # float32
+
+
+# --- functions written for ComfyUI -----------------------------------------------------------------------------------
+
+
+def comfy_euler(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None, s_noise=0.0):
+    """Euler's method, which asks whatever ComfyUI's functions ask of a model."""
+    sampling = model.inner_model.inner_model.model_sampling
+    assert sampling is model.inner_model.model_patcher.get_model_object("model_sampling")
+    assert sampling.sigma_min < sigmas[0] <= sampling.sigma_max and x.ndim == 4 or x.numel() == 1
+    assert sampling.percent_to_sigma(0.0) >= sampling.sigma_max > sampling.percent_to_sigma(0.2)
+    assert sampling.percent_to_sigma(0.2) > sampling.percent_to_sigma(0.8) > sampling.percent_to_sigma(1.0) == 0
+    assert set(extra_args) >= {"seed", "model_options"}
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+        denoised = model(x, sigma * x.new_ones([len(x)]), **extra_args)
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+        x = x + (x - denoised) / sigma * (sigma_next - sigma)
+        if sigma_next > 0 and s_noise:
+            x = x + s_noise * noise_sampler(sigma, sigma_next)
+    return x
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_a_function_written_for_comfyui(pipes, model):
+    """It is k-diffusion's `euler`, so its latents are the same, to float32; on FLUX it sees them unpacked."""
+    pipe, fields = pipes[model], settings(f"{model}/euler/simple/6/0")
+    call = ksampler(pipe, **fields)
+    ours = draw(pipe, **call | {"sampler": comfy_sampler(comfy_euler, pipe, **SIZE)})
+    assert relative(ours, draw(pipe, **call)) < 1e-6
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_its_noise_is_the_pipelines_or_the_seeds(pipes, model):
+    """Without a seed a `noise_sampler` comes from the caller's generator; with one the function makes its own."""
+    pipe = pipes[model]
+    call = ksampler(pipe, **settings(f"{model}/euler/simple/6/0"))
+    call |= {"sampler": comfy_sampler(comfy_euler, pipe, **SIZE), "sampler_kwargs": {"s_noise": 0.1}}
+    one, same, other = (draw(pipe, **call | {"generator": seeded(seed)}) for seed in (1, 1, 2))
+    assert one.equal(same) and not one.equal(other)
+
+    def own_noise(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+        assert noise_sampler is None and extra_args["seed"] == 7
+        return x
+
+    draw(pipe, **call | {"sampler": comfy_sampler(own_noise, pipe, **SIZE, seed=7), "sampler_kwargs": {}})
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_callbacks_change_its_latents(pipes, model):
+    """As those of a named sampler: at the same steps, packed on FLUX, with the same effect."""
+    pipe, call = pipes[model], ksampler(pipes[model], **settings(f"{model}/euler/simple/6/0"))
+    seen = []
+
+    def halve(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), tensors["latents"].shape, tensors["denoised"].shape))
+        return {"latents": tensors["latents"] / 2} if step == 2 else {}
+
+    call |= {"callback_on_step_end": halve, "callback_on_step_end_tensor_inputs": ["latents", "denoised"]}
+    expected = draw(pipe, **call)
+    ours = draw(pipe, **call | {"sampler": comfy_sampler(comfy_euler, pipe, **SIZE)})
+    assert seen[:6] == seen[6:] and len(seen) == 12
+    assert relative(ours, expected) < 1e-6
+
+
+def test_uncond_denoised(pipes):
+    """What `model_options` name is called after guidance, with its result and the prediction for the negative prompt.
+
+    By symmetry that is minus the positive one at -x. Guidance is negative + cfg (positive - negative).
+    """
+    pipe, told = pipes["sdxl"], []
+
+    def look(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        def after(arguments):
+            told.append(arguments)
+            return arguments["denoised"] * 0
+
+        options = {**extra_args["model_options"], "sampler_post_cfg_function": [after]}
+        assert not model(x, sigmas[0] * x.new_ones([1]), **{**extra_args, "model_options": options}).any()
+        return x
+
+    call = ksampler(pipe, **settings("sdxl/euler/karras/4/0/7/1"))
+    draw(pipe, **call | {"sampler": comfy_sampler(look, pipe, **SIZE)})
+    (found,) = told
+    x, sigma = found["input"], found["sigma"]
+    level = pipe.unet.sigma(model_sampling(pipe).timestep(sigma))[0].item()
+    halves = [mixture(4).denoised(sign * x.flatten(1), level).view(x.shape) * sign for sign in (1, -1)]
+    assert relative(found["uncond_denoised"], halves[1]) < 1e-4  # float32, of an epsilon times 14.6
+    assert relative(found["denoised"], halves[1] + 7 * (halves[0] - halves[1])) < 1e-4
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_uncond_denoised_needs_guidance(pipes, model):
+    def cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        options = {"sampler_post_cfg_function": [lambda arguments: arguments["denoised"]]}
+        return model(x, sigmas[0] * x.new_ones([1]), model_options=options)
+
+    pipe = pipes[model]
+    call = ksampler(pipe, **settings(f"{model}/euler/simple/4/0"))
+    with pytest.raises(ValueError, match="guidance|cfg"):
+        draw(pipe, **call | {"sampler": comfy_sampler(cfg_pp, pipe, **SIZE)})
+
+
+def test_levels_are_a_copy_and_the_last_one_counts(pipes):
+    """uni_pc writes 0.001 into the levels that it gets; ComfyUI then divides FLUX's latents by 1 - 0.001."""
+
+    def writes(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        sigmas[-1] = 0.001
+        return torch.ones_like(x)
+
+    call = ksampler(pipes["flux"], **settings("flux/euler/simple/4/0"))
+    latents = draw(pipes["flux"], **call | {"sampler": comfy_sampler(writes, pipes["flux"], **SIZE)})
+    torch.testing.assert_close(latents, torch.full_like(latents, 1 / 0.999))
+    assert call["schedule"][-1] == 0
+
+
+def test_flux_needs_the_pictures_size(pipes):
+    call = ksampler(pipes["flux"], **settings("flux/euler/simple/4/0"))
+    with pytest.raises(ValueError, match="give comfy_sampler the picture's `width` and `height`"):
+        draw(pipes["flux"], **call | {"sampler": comfy_sampler(comfy_euler, pipes["flux"], 256, 128)})
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_names_are_comfyuis():
+    """All that the references have, so all of 0.27's: k-diffusion has sixteen of the 44, and an alias."""
+    assert len(SAMPLERS) == len(set(SAMPLERS)) == 44
+    assert set(SAMPLERS) == {key.split("/")[1] for key in LATENTS.keys()}
+    assert set(SCHEDULERS) == set(SIGMAS["sdxl"])
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+@pytest.mark.parametrize("name", OWN)
+def test_comfyuis_own_say_what_to_do(pipes, model, name):
+    with pytest.raises(ImportError, match=f"'{name}' is ComfyUI's own, and .*PYTHONPATH"):
+        ksampler(pipes[model], **settings(f"{model}/{name}/simple/4/0"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sampler_name": "eular"}, "`sampler_name`: there is no 'eular'; did you mean euler"),
+        ({"scheduler": "beta57"}, "`scheduler`: there is no 'beta57'; did you mean beta"),
+        ({"noise": "tomorrow"}, "`noise`: there is no 'tomorrow'"),
+        ({"cfg": 0.5}, "`cfg` has to be at least 1"),
+        ({"steps": 0}, "`steps` has to be at least 1"),
+        ({"denoise": 0.0}, "`denoise` above 0"),
+        ({"denoise": 1.5}, "`denoise` above 0"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_refused(pipes, changes, message):
+    for model in ("sdxl", "flux"):
+        with pytest.raises(ValueError, match=message):
+            ksampler(pipes[model], **settings(f"{model}/euler/simple/4/0", **changes))
+
+
+def test_the_file_works_alone():
+    """It imports the standard library, torch and scipy; k-diffusion and ComfyUI when they are asked for."""
+    tree = ast.parse((ROOT / "comfy_ksampler.py").read_text())
+    imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported - sys.stdlib_module_names == {"torch", "scipy"}
 
 
 # --- noise levels ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", NINE)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("model", SIGMAS)
-def test_levels_are_comfyuis(pipes, model, schedule):
-    """At every step count of the file. The scheduler keeps betas in float32, which is 2e-7 of a sigma."""
-    worst = 0.0
-    for steps, expected in SIGMAS[model][schedule].items():
-        ours = levels(pipes[model.removesuffix("_shift_1.15")], int(steps), schedule)
-        expected = torch.tensor(expected, dtype=torch.float64)
-        if schedule == "kl_optimal" and steps == "1":  # NaN there; here one step begins where the others do
-            expected = torch.tensor([SIGMAS[model][schedule]["2"][0], 0.0], dtype=torch.float64)
-        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
-        worst = max(worst, ((ours - expected) / expected)[:-1].abs().max().item())
-    print(f"{model}/{schedule}: levels {worst:.1e}")
+def test_levels_are_comfyuis(pipes, model, scheduler):
+    """To the bit, at every step count of the file."""
+    for steps, expected in SIGMAS[model][scheduler].items():
+        ours = levels(pipes[model.removesuffix("_shift_1.15")], scheduler, int(steps), **SIZE)
+        if scheduler == "kl_optimal" and steps == "1":  # NaN there; here one step begins where the others do
+            expected = [SIGMAS[model][scheduler]["2"][0], 0.0]
+        assert ours.dtype == torch.float32 and ours.device.type == "cpu"
+        assert ours.tolist() == expected, steps
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_denoise_is_the_lower_end_of_more_steps(pipes, model, scheduler):
+    """Of int(steps / denoise)."""
+    whole = levels(pipes[model], scheduler, 20, **SIZE)
+    assert levels(pipes[model], scheduler, 15, 0.75, **SIZE).equal(whole[-16:])
+    assert levels(pipes[model], scheduler, 14, 0.6671, **SIZE).equal(whole[-15:])  # 20.98...
+
+
+@pytest.mark.parametrize("name", ["dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"])
+def test_four_samplers_skip_a_level(pipes, name):
+    more = levels(pipes["sdxl"], "normal", 21)
+    assert levels(pipes["sdxl"], "normal", 20, sampler_name=name).equal(torch.cat([more[:-2], more[-1:]]))
 
 
 @pytest.mark.parametrize(
@@ -124,23 +425,23 @@ def test_levels_of_other_betas(betas, steps):
         "sgm_uniform": at(np.linspace(last, 0, steps + 1)[:-1]),
         "beta": trained[np.unique(places)[::-1]],
         "kl_optimal": np.tan(np.linspace(np.arctan(trained[-1]), np.arctan(trained[0]), steps)),
-        "karras": sampling.get_sigmas_karras(steps, trained[0], trained[-1])[:-1].numpy(),
+        "karras": k_diffusion().get_sigmas_karras(steps, trained[0], trained[-1])[:-1].numpy(),
         "exponential": np.geomspace(trained[-1], trained[0], steps),
     }
     if (last + 1) % steps == 0:  # then the spacings round nothing, and are the same
         expected |= {"simple": spaced("trailing"), "ddim_uniform": spaced("leading", steps_offset=1)}
-    for schedule, sigmas in expected.items():
-        ours = levels(pipe, steps, schedule).numpy()
+    for scheduler, sigmas in expected.items():
+        ours = levels(pipe, scheduler, steps).numpy()
         # float32; diffusers loses 1 - alphas_cumprod, 2e-4 at the lowest, to the float32 of alphas_cumprod as well
-        rtol = 3e-4 if schedule in ("simple", "ddim_uniform") else 3e-6
-        np.testing.assert_allclose(ours[:-1], sigmas, rtol=rtol, err_msg=schedule)
+        rtol = 3e-4 if scheduler in ("simple", "ddim_uniform") else 3e-6
+        np.testing.assert_allclose(ours[:-1], sigmas, rtol=rtol, err_msg=scheduler)
         assert ours[-1] == 0
 
 
 @pytest.mark.parametrize("steps", [2, 5, 20, 31])
 def test_linear_quadratic(pipes, steps):
     """Half of the steps are even and end at 97.5 %; a parabola goes on from there at the same slope, to zero."""
-    share = levels(pipes["flux"], steps, "linear_quadratic").numpy()
+    share = levels(pipes["flux"], "linear_quadratic", steps).double().numpy()
     half = steps // 2
     np.testing.assert_allclose(share[: half + 1], np.linspace(1, 0.975, half + 1), rtol=1e-6)
     np.testing.assert_allclose(np.diff(share[half:], 3), 0, atol=1e-6)  # the third difference of a parabola
@@ -168,19 +469,31 @@ def test_levels_of_other_shifts(flux, options, mu):
     def shifted(ts):
         own = copy.deepcopy(scheduler)
         own.set_timesteps(sigmas=list(ts), mu=mu)
-        return own.sigmas[:-1].double()
+        return own.sigmas[:-1]
 
     table = shifted(np.arange(10_000, 0, -1) / 10_000)
     for steps in (4, 25):
         close = {"rtol": 2e-6, "atol": 0}
-        torch.testing.assert_close(levels(pipe, steps, "simple")[:-1], table[:: 10_000 // steps], **close)
+        torch.testing.assert_close(levels(pipe, "simple", steps)[:-1], table[:: 10_000 // steps], **close)
         torch.testing.assert_close(
-            levels(pipe, steps, "ddim_uniform")[:-1], table.flip(0)[1 :: 10_000 // steps].flip(0), **close
+            levels(pipe, "ddim_uniform", steps)[:-1], table.flip(0)[1 :: 10_000 // steps].flip(0), **close
         )
         evenly = np.linspace(1, table[-1].item(), steps)
-        torch.testing.assert_close(levels(pipe, steps, "normal")[:-1], shifted(evenly), **close)
-        karras = levels(pipe, steps, "karras")
+        torch.testing.assert_close(levels(pipe, "normal", steps)[:-1], shifted(evenly), **close)
+        karras = levels(pipe, "karras", steps)
         torch.testing.assert_close(karras[[0, -2]], table[[0, -1]], **close)
+
+
+def test_the_shift_is_the_pictures(flux):
+    """mu grows evenly with the tokens, from 0.5 at 256 to 1.15 at 4096; t = 1/2 becomes exp(mu) / (1 + exp(mu))."""
+    pipe = type(flux)(
+        **{**flux.components, "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.15)}
+    )
+    per_token = 2 * pipe.vae_scale_factor
+    for columns, rows in ((16, 16), (64, 64), (32, 64)):
+        mu = 0.5 + (columns * rows - 256) / (4096 - 256) * (1.15 - 0.5)
+        middle = levels(pipe, "simple", 2, width=columns * per_token, height=rows * per_token)[1].item()
+        assert middle == pytest.approx(math.exp(mu) / (1 + math.exp(mu)))
 
 
 def test_shift_of_other_flow_schedulers(flux):
@@ -190,260 +503,24 @@ def test_shift_of_other_flow_schedulers(flux):
     solver = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     for scheduler in (set_later, solver, FlowMatchHeunDiscreteScheduler(shift=3.0)):
         pipe = type(flux)(**{**flux.components, "scheduler": scheduler})
-        assert levels(pipe, 2, "simple").tolist() == pytest.approx([1, 0.75, 0])
+        assert levels(pipe, "simple", 2).tolist() == pytest.approx([1, 0.75, 0])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_levels_fall_at_every_step_count(pipes, schedule):
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_levels_fall_at_every_step_count(pipes, scheduler):
     """Strictly, to zero, from 1 step to more than there are trained levels; where levels coincide there are fewer."""
     for pipe in (pipes["sdxl"], pipes["flux"]):
         for steps in (1, 2, 3, 9, 100, 1001):
-            sigmas = levels(pipe, steps, schedule)
+            sigmas = levels(pipe, scheduler, steps)
             assert sigmas[-1] == 0 and (sigmas.diff() < 0).all() and sigmas.isfinite().all(), steps
-            assert len(sigmas) == steps + 1 or schedule in ("beta", "ddim_uniform") or steps > 1000
+            assert len(sigmas) == steps + 1 or scheduler in ("beta", "ddim_uniform") or steps > 1000
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_levels_are_on_the_cpu_whatever_the_default_device(pipes, schedule):
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_levels_are_on_the_cpu_whatever_the_default_device(pipes, scheduler):
     """The meta device stands in for a GPU: what is made there has no numbers."""
-    for pipe, tokens in ((pipes["sdxl"], ()), (pipes["flux"], (64,))):
-        expected = pipe.noise_levels(*tokens, 5, schedule=schedule)
+    for pipe in (pipes["sdxl"], pipes["flux"]):
+        expected = levels(pipe, scheduler, 5)
         with torch.device("meta"):
-            found = pipe.noise_levels(*tokens, 5, schedule=schedule)
-        for one, other in zip(found, expected) if tokens == () else [(found, expected)]:
-            assert one.device.type == "cpu" and one.equal(other)
-
-
-def test_flow_levels_are_in_float32():
-    """As in ComfyUI, whose FLUX levels these are to the bit."""
-    assert flow_levels(math.exp(SHIFT)).sigmas.dtype == torch.float32
-
-
-# --- latents ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("key", LATENTS.keys())
-def test_latents_are_comfyuis(pipes, key):
-    """Every latent of the file, by the pipeline. `pytest -s` prints how far apart they are.
-
-    torchsde rounds times to 1e-6, so one rounding of sigma can move a draw of dpmpp_sde: 3e-5, once.
-    """
-    model, sampler, schedule, steps, seed = key.split("/")
-    call = {"sampler": sampler, "schedule": schedule, "num_inference_steps": int(steps), "comfy_seed": int(seed)}
-    call |= {"quantize_timesteps": True} if model == "sdxl" else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torchsde's, of times beyond its ends
-        latents = draw(pipes[model], **call)
-    apart = relative(latents, LATENTS.get_tensor(key))
-    print(f"{key}: {apart:.1e}")
-    if sampler == "lms":  # ComfyUI's ends in `denoised`
-        assert 1e-4 < apart < 0.1  # when this fails, they are one again: then README's remark goes
-        latents = draw(pipes[model], **{**call, "sampler": ending_in_denoised(sampling.sample_lms)})
-        apart = relative(latents, LATENTS.get_tensor(key))
-    assert apart < (1e-4 if sampler == "dpmpp_sde" else 1e-5)
-
-
-def test_comfy_seed_needs_its_rounding(pipes):
-    """Without `quantize_timesteps` the network is shown other timesteps, and the latents are others."""
-    call = {"sampler": "euler", "schedule": "karras", "num_inference_steps": 20, "comfy_seed": 0}
-    assert relative(draw(pipes["sdxl"], **call), LATENTS.get_tensor("sdxl/euler/karras/20/0")) > 1e-4
-
-
-@pytest.mark.parametrize("model", ["sdxl", "flux"])
-@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_sde"])
-def test_a_list_of_seeds_draws_each_image_as_if_alone(pipes, model, sampler):
-    call = {"sampler": sampler, "schedule": "simple", "num_inference_steps": 6}
-    together = draw(pipes[model], images=3, comfy_seed=[5, 0, 7], **call)
-    for image, seed in zip(together, (5, 0, 7)):
-        alone = draw(pipes[model], comfy_seed=seed, **call)
-        torch.testing.assert_close(image[None], alone, rtol=1e-4, atol=1e-5)
-
-
-def test_one_seed_draws_a_batch_at_once(pipes):
-    """ComfyUI's batch: one draw of the whole shape, so that its first image is that of a batch of one."""
-    call = {"sampler": "euler", "schedule": "simple", "num_inference_steps": 4, "comfy_seed": 3}
-    batch = draw(pipes["sdxl"], images=2, **call)
-    torch.testing.assert_close(batch[:1], draw(pipes["sdxl"], **call), rtol=1e-5, atol=1e-6)
-    assert relative(batch[1:], batch[:1]) > 0.1
-
-
-@pytest.mark.parametrize("schedule, factor", [("normal", "sqrt(1 + sigma^2)"), ("ddim_uniform", "sigma")])
-def test_start(pipes, schedule, factor):
-    """What the network is shown first is sigma noise / sqrt(1 + sigma^2) below the highest level, and noise at it."""
-    pipe, shown = pipes["sdxl"], []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, args: shown.append(args[0].clone()))
-    try:
-        draw(pipe, schedule=schedule, num_inference_steps=4, comfy_seed=1)
-    finally:
-        hook.remove()
-    noise = torch.randn(1, 4, 16, 16, generator=seeded(1))
-    sigma = levels(pipe, 4, schedule)[0].item()
-    scale = 1.0 if factor != "sigma" else sigma / math.sqrt(1 + sigma**2)
-    torch.testing.assert_close(shown[0], noise * scale, rtol=1e-6, atol=1e-7)
-
-
-def test_zero_terminal_snr(pipes):
-    """v prediction from sigma 4518.76: x0 at the first step is -v of the noise, hence the mean of the means."""
-    latents = draw(
-        pipes["sdxl_v_prediction_zsnr"],
-        schedule="simple",
-        num_inference_steps=1,
-        comfy_seed=0,
-        quantize_timesteps=True,
-    )
-    mean = mixture(4).mean.view(1, 4, 16, 16).float()
-    assert relative(latents, mean) < 0.02  # 4518 instead of infinity
-
-
-def test_churn_goes_on_where_the_initial_noise_ended(pipes):
-    """ComfyUI draws both from the global generator: here the noise, then a draw a step, and nothing global moves."""
-    call = {"sampler": "euler", "sampler_kwargs": {"s_churn": 4.0}, "schedule": "karras", "num_inference_steps": 8}
-    torch.manual_seed(99)
-    before = torch.get_rng_state()
-    ours = draw(pipes["sdxl"], comfy_seed=6, **call)
-    assert torch.get_rng_state().equal(before)
-    generator, sigma = seeded(6), levels(pipes["sdxl"], 8, "karras")[0]
-    noise = torch.randn(1, 4, 16, 16, generator=generator)
-    start = noise * (1 + 1 / sigma**2).sqrt()  # `latents` are taken times sigma
-    expected = draw(pipes["sdxl"], latents=start, generator=generator, **call)
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_brownian_noise_is_k_diffusions_with_the_seed():
-    """`dpmpp_*_sde` gets the tree between the lowest positive and the highest level, to the float32 of a division."""
-    x, sigmas = torch.zeros(2, 4, 8, 8), sampling.get_sigmas_karras(6, 0.0291671, 14.6146)
-    ours = comfy_noise_sampler(sampling.sample_dpmpp_2m_sde, x, sigmas, 11)
-    tree = sampling.BrownianTreeNoiseSampler(x, sigmas[:-1].min(), sigmas.max(), seed=11)
-    for sigma, sigma_next in zip(sigmas[:-2], sigmas[1:-1]):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            expected = tree(sigma, sigma_next)
-        torch.testing.assert_close(ours(sigma, sigma_next), expected, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
-@pytest.mark.parametrize("model", ["sdxl", "flux"])
-def test_a_float64_network_gets_the_same_noise(pipes, model, sampler):
-    """Drawn in float32 and then widened, so that a comparison in float64 is one of the same picture."""
-    exact = sdxl_pipeline(mixture(4)) if model == "sdxl" else flux_pipeline(mixture(16), mu=SHIFT, channels=64)
-    call = {"sampler": sampler, "schedule": "simple", "num_inference_steps": 8, "comfy_seed": 4}
-    latents = draw(exact, **call)
-    assert latents.dtype == torch.float64
-    assert relative(draw(pipes[model], **call), latents) < 1e-4  # float32, and the Brownian tree's times
-
-
-def test_step_noise_can_be_the_callers(pipes):
-    """A `noise_sampler` in `sampler_kwargs` comes before the seed's."""
-    call = {"sampler": "euler_ancestral", "schedule": "simple", "num_inference_steps": 4, "comfy_seed": 0}
-    nothing = {"sampler_kwargs": {"noise_sampler": lambda sigma, sigma_next: torch.zeros(1, 4, 16, 16)}}
-    silent = {"sampler_kwargs": {"s_noise": 0.0}}
-    assert draw(pipes["sdxl"], **call, **nothing).equal(draw(pipes["sdxl"], **call, **silent))
-
-
-# --- FLUX's stochastic samplers, which ComfyUI writes for the flow ---------------------------------------------------
-
-
-def flow_euler_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
-    """ComfyUI's at eta 1: Euler to t_next^2 / t, then alpha and noise are brought up to those of t_next."""
-    for t, t_next in zip(sigmas[:-1], sigmas[1:]):
-        denoised, down = model(x, t * x.new_ones(len(x))), t_next**2 / t
-        x = denoised + (x - denoised) * (down / t)
-        if t_next > 0:
-            scale = (1 - t_next) / (1 - down)
-            x = scale * x + (t_next**2 - (scale * down) ** 2).sqrt() * noise_sampler(t, t_next)
-    return x
-
-
-def flow_dpmpp_2m_sde(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
-    """ComfyUI's: k-diffusion's in y = x / (1 - t), from t = shift(0.9999) in place of 1, where y is noise."""
-    first = flow_levels(math.exp(SHIFT)).sigmas[9998]
-    sigmas = torch.cat([first.view(1), sigmas[1:]])
-
-    def in_y(y, sigma):
-        return model(y / (1 + sigma.view(-1, 1, 1)), sigma / (1 + sigma))
-
-    def noise(*levels):
-        return noise_sampler(*(sigma / (1 + sigma) for sigma in levels))
-
-    y = x / (1 - first)
-    return sampling.sample_dpmpp_2m_sde(in_y, y, sigmas / (1 - sigmas), disable=True, noise_sampler=noise)
-
-
-@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde"])
-def test_flux_stochastic_samplers_are_others_than_comfyuis(pipes, name):
-    """ComfyUI's ancestral ones add other amounts of noise, its `sde` ones begin elsewhere. `pytest -s` says how far."""
-    call = {"schedule": "simple", "num_inference_steps": 20, "comfy_seed": 0}
-    ours = draw(pipes["flux"], sampler=name, **call)
-    theirs = draw(pipes["flux"], sampler=globals()[f"flow_{name}"], parameterization="flow", **call)
-    another = draw(pipes["flux"], sampler=name, **{**call, "comfy_seed": 1})
-    print(f"flux/{name}: {relative(ours, theirs):.2f}; another seed: {relative(ours, another):.2f}")
-    assert relative(ours, theirs) > 0.01
-
-
-# --- names -----------------------------------------------------------------------------------------------------------
-
-COMFY_SAMPLERS = """euler euler_cfg_pp euler_ancestral euler_ancestral_cfg_pp heun heunpp2 exp_heun_2_x0
-    exp_heun_2_x0_sde dpm_2 dpm_2_ancestral lms dpm_fast dpm_adaptive dpmpp_2s_ancestral dpmpp_2s_ancestral_cfg_pp
-    dpmpp_sde dpmpp_sde_gpu
-    dpmpp_2m dpmpp_2m_cfg_pp dpmpp_2m_sde dpmpp_2m_sde_gpu dpmpp_2m_sde_heun dpmpp_2m_sde_heun_gpu dpmpp_3m_sde
-    dpmpp_3m_sde_gpu ddpm lcm ipndm ipndm_v deis res_multistep res_multistep_cfg_pp res_multistep_ancestral
-    res_multistep_ancestral_cfg_pp gradient_estimation gradient_estimation_cfg_pp er_sde seeds_2 seeds_3 sa_solver
-    sa_solver_pece ddim uni_pc uni_pc_bh2""".split()
-
-
-@pytest.mark.parametrize("name", COMFY_SAMPLERS)
-def test_comfyui_names(name):
-    """Each of ComfyUI's is k-diffusion's of that name, or says how to pass ComfyUI's own function."""
-    same = {"ddim": "euler"}.get(name, name.removesuffix("_gpu"))
-    if same in sampler_names():
-        assert find_sampler(name) is getattr(sampling, f"sample_{same}")
-    else:
-        with pytest.raises(ValueError, match=rf"comfy\.samplers\.sampler_object\('{name}'\)\.sampler_function"):
-            find_sampler(name)
-
-
-def test_no_gpu_name_of_what_has_none():
-    with pytest.raises(ValueError, match="did you mean euler"):
-        find_sampler("euler_gpu")
-
-
-def test_a_function_of_comfyuis_form_can_be_passed(pipes):
-    """Its own names for the arguments, as uni_pc has them, and a `noise_sampler` where it asks for one."""
-
-    def sample_unipc(model, noise, sigmas, extra_args=None, callback=None, disable=False):
-        assert set(inspect.signature(sample_unipc).parameters) >= {"noise", "extra_args"}
-        return sampling.sample_euler(model, noise, sigmas, callback=callback, disable=disable)
-
-    call = {"schedule": "simple", "num_inference_steps": 5, "comfy_seed": 0}
-    assert draw(pipes["sdxl"], sampler=sample_unipc, **call).equal(draw(pipes["sdxl"], sampler="ddim", **call))
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        ({"comfy_seed": 1, "generator": seeded()}, "`comfy_seed` and `generator` both give the noise"),
-        ({"comfy_seed": 1, "latents": torch.zeros(1, 4, 16, 16)}, "`comfy_seed` and `latents` both give the noise"),
-        ({"comfy_seed": [1, 2]}, "one seed an image, 1, but has 2"),
-        ({"comfy_seed": -1}, r"0\.\.2\^64 - 1"),
-        ({"comfy_seed": "1"}, r"0\.\.2\^64 - 1"),
-        ({"sampler": "uni_pc"}, "sampler_object"),
-        ({"schedule": "beta57"}, "did you mean beta"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-@pytest.mark.parametrize("family", ["sdxl", "flux"])
-def test_bad_input_is_told_before_any_network_runs(request, monkeypatch, family, call, message):
-    pipe = request.getfixturevalue(family)
-    if family == "flux" and "latents" in call:
-        call = {**call, "latents": torch.zeros(1, 64, 64)}
-
-    def no_network(*args, **kwargs):
-        raise AssertionError("a network ran before the arguments were checked")
-
-    for name in ("text_encoder", "text_encoder_2", "unet" if family == "sdxl" else "transformer"):
-        monkeypatch.setattr(getattr(pipe, name), "forward", no_network)
-    with pytest.raises(ValueError, match=message):
-        pipe(PROMPT, **call)
+            found = levels(pipe, scheduler, 5)
+        assert found.device.type == "cpu" and found.equal(expected)

@@ -6,24 +6,32 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from closed_form import flux_pipeline, mixture, patched, sdxl_pipeline, solve_ode, unpatched
 from conftest import ROOT
 
 import flux_comfy_pipeline
 import sdxl_comfy_pipeline
-from gallery.compare import compare_sides, run
-from gallery.follow import Session
 from gallery.models import Refused
-from gallery.options import parse_compare
-from gallery.sides import find_side
-from gallery.truth import Path as BrownianPath
-from gallery.truth import sample_rk4, split
+from parity import truth
+from parity.command import run
+from parity.diagnose import compare_sides
+from parity.follow import Session
+from parity.options import parse_compare
+from parity.report import TOP, report
+from parity.result import Ours, Truth
+from parity.sides import find_side
+from parity.truth import Path as BrownianPath
+from parity.truth import Solution, next_size, split
 
 FAULTY = f"{ROOT}/tests/faulty_schedulers.py"
 COMFY = f"{ROOT}/tests/comfy_like.py"
@@ -34,9 +42,9 @@ class Compared:
     """A session of few steps on a demo model in float64, and comparisons in it."""
 
     def __init__(self, *arguments: str):
-        options, family = parse_compare(["--steps", "6", "--no-truth", *arguments])
+        options, family = parse_compare(["--steps", "6", "--no-truth", "--truth-seconds", "4", *arguments])
         self.module = {"sdxl": sdxl_comfy_pipeline, "flux": flux_comfy_pipeline}[family.name]
-        self.session = Session(family, self.module, options)
+        self.session = Session.load(family, self.module, options)
 
     def __call__(self, ours: str, theirs: str, switches: bool = False, tolerance: float = TOLERANCE, **options):
         before = vars(self.session.options).copy()
@@ -176,6 +184,29 @@ def test_planted_faults_are_caught_at_their_step(sdxl_pair, ours, fault, step, k
     assert all(value < TOLERANCE for value in before)
 
 
+DEIS = "DEISMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction')"
+SEVERAL = [
+    ("sdxl", "lms(order=2)", "DPMSolverMultistepScheduler(use_karras_sigmas=True)", {"timestep": 2, "update": 2}),
+    ("sdxl", "euler", f"{FAULTY}:RoundedTimestepsAndLatents(use_karras_sigmas=True)", {"timestep": 2, "rounding": 3}),
+    ("flux", "lms(order=2)", DEIS, {"timestep": 1, "update": 2, "last step": 4}),
+    # near t = 1 its update subtracts two terms that are a thousand times as large as what is left, in float32
+    ("flux", "euler", DEIS.replace(")", ", solver_order=1)"), {"timestep": 1, "update": 1, "last step": 4}),
+]
+
+
+@pytest.mark.parametrize("family, ours, theirs, kinds", SEVERAL)
+def test_of_several_causes_each_is_named(request, family, ours, theirs, kinds):
+    """Also those that another one before them hides, at their first step."""
+    pair = request.getfixturevalue(f"{family}_pair")
+    result = pair(ours, theirs, **({"steps": 4, "parameterization": "ve"} if family == "flux" else {}))
+    found = {cause.kind: cause.step for cause in [result.cause, *result.others]}
+    assert found == kinds, result.verdict
+    for cause in result.others:
+        assert cause.what[1:] in result.verdict and (
+            f"<-- {cause.kind}" in result.table() or cause.step == result.cause.step
+        )
+
+
 def test_the_wrong_sigma_is_found_by_its_value(sdxl_pair):
     """1.1 times what the list says, as planted."""
     result = sdxl_pair("euler", f"{FAULTY}:WrongSigmaEuler")
@@ -214,13 +245,20 @@ def sample_nan(model, x, sigmas, extra_args=None, callback=None, disable=None):
     return x
 
 def sample_none(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    pass
+    model(x, sigmas[0] * x.new_ones([x.shape[0]]))
+
+def sample_short(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    return model(x, sigmas[0] * x.new_ones([x.shape[0]]))[..., 0]
+
+def sample_idle(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    return x
+
+def sample_raises(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    return [][len(sigmas)]
 """
 
 
 def test_a_side_that_is_not_finite_is_never_identical(sdxl_pair, tmp_path):
-    from gallery.report import TOP, report
-
     (tmp_path / "broken.py").write_text(BROKEN)
     result = sdxl_pair("euler", f"{tmp_path}/broken.py:sample_nan", truth=True)
     assert (result.cause.kind, result.cause.step) == ("not finite", 2) and "in theirs" in result.verdict
@@ -242,10 +280,30 @@ def test_k_diffusions_own_file_can_be_named(sdxl_pair):
         assert find_side(f"{source}:sample_heun", sdxl_pair.module, "--against").target is sampling.sample_heun
 
 
-def test_what_a_function_returns_is_checked(sdxl_pair, tmp_path):
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("sample_none", r"has to return a tensor of shape \(1, 4, 16, 16\), but returned NoneType"),
+        ("sample_short", r"but returned one of shape \(1, 4, 16\)"),
+        ("sample_idle", "never calls the model"),
+        ("sample_raises", r"IndexError: list index out of range \(.*broken.py, line 20\)"),
+    ],
+)
+def test_what_a_function_does_wrong_is_told(sdxl_pair, tmp_path, name, message):
     (tmp_path / "broken.py").write_text(BROKEN)
-    with pytest.raises(Refused, match="has to return latents of shape"):
-        sdxl_pair("euler", f"{tmp_path}/broken.py:sample_none")
+    with pytest.raises(Refused, match=message):
+        sdxl_pair("euler", f"{tmp_path}/broken.py:{name}")
+    with pytest.raises(Refused, match=message):
+        sdxl_pair(f"{tmp_path}/broken.py:{name}", "euler")
+
+
+def test_where_a_scheduler_raises_is_told(sdxl_pair, tmp_path):
+    """In its own code, also where that was called from diffusers'."""
+    lines = ["from diffusers import EulerDiscreteScheduler", "class Mine(EulerDiscreteScheduler):"]
+    lines += ["    def _init_step_index(self, timestep):", "        return self.nothing"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    with pytest.raises(Refused, match=r"object has no attribute 'nothing' \(.*mine.py, line 4\)"):
+        sdxl_pair("euler", f"{tmp_path}/mine.py:Mine")
 
 
 def test_samplers_that_place_their_own_levels_are_told_so(sdxl_pair):
@@ -285,30 +343,28 @@ def test_functions_of_a_file(sdxl_pair, flux_pair):
     """They find ComfyUI's look-ups, are the same as what they repeat, and part where they don't."""
     for pair in (sdxl_pair, flux_pair):
         assert pair("euler", f"{COMFY}:sample_euler").largest == 0
-        assert pair(f"{COMFY}:sample_lcm", f"{COMFY}:sample_lcm").largest == 0
+        lcm = pair(f"{COMFY}:sample_lcm", f"{COMFY}:sample_lcm", parameterization="flow")
+        assert lcm.largest == 0
     result = sdxl_pair("euler", f"{COMFY}:sample_half_euler")
     assert result.cause.step == 3
 
 
-def test_a_file_of_a_package_is_loaded_as_the_package_s(sdxl_pair, tmp_path, monkeypatch):
-    """With relative imports, as ComfyUI's, and `model_sampling` is then what ComfyUI calls a flow or not."""
+def test_a_file_of_a_package_is_loaded_as_the_package_s(sdxl_pair, flux_pair, tmp_path, monkeypatch):
+    """With relative imports, as ComfyUI's, and `model_sampling` is then a `CONST` of ComfyUI's for a flow alone."""
     folder = tmp_path / "comfy" / "k_diffusion"
     folder.mkdir(parents=True)
-    (tmp_path / "comfy" / "model_sampling.py").write_text("class EPS: pass\nclass CONST: pass\n")
+    (tmp_path / "comfy" / "model_sampling.py").write_text("class CONST: pass\n")
     (folder / "utils.py").write_text("ONE = 1\n")
-    source = (
-        Path(COMFY)
-        .read_text()
-        .replace(
-            '"""Euler\'s method, with a second look at the model\'s range."""',
-            "assert isinstance(model.inner_model.inner_model.model_sampling, comfy.model_sampling.EPS)\n"
-            "    assert not isinstance(model.inner_model.inner_model.model_sampling, comfy.model_sampling.CONST)",
-        )
-    )
+    docstring = '"""Euler\'s method, with a second look at the model\'s range."""'
+    looks = "isinstance(model.inner_model.inner_model.model_sampling, comfy.model_sampling.CONST)"
+    source = Path(COMFY).read_text()
+    assert docstring in source
+    source = source.replace(docstring, f"assert {looks} == (float(sigmas[0]) <= 1)")
     (folder / "sampling.py").write_text("from . import utils\nimport comfy.model_sampling\n" + source)
     monkeypatch.setattr(sys, "path", [*sys.path])
     try:
-        assert sdxl_pair("euler", f"{folder}/sampling.py:sample_euler").largest == 0
+        for pair in (sdxl_pair, flux_pair):
+            assert pair("euler", f"{folder}/sampling.py:sample_euler").largest == 0
         assert "comfy.k_diffusion.sampling" in sys.modules
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "comfy"]:
@@ -318,25 +374,52 @@ def test_a_file_of_a_package_is_loaded_as_the_package_s(sdxl_pair, tmp_path, mon
 # --- the truth -------------------------------------------------------------------------------------------------------
 
 
-def gaussian(x, sigma, **kwargs):
-    """The ideal denoiser of x0 ~ N(0, 1)."""
-    return x / (1 + sigma.view(-1, 1) ** 2)
+class Known:
+    """A session on a model in closed form, 2x2 patches, and the exact end of its ODE."""
+
+    def __init__(self, family: str):
+        options, kind = parse_compare(["--family", family, "--steps", "8", "--truth-seconds", "1e9"])
+        known = mixture()
+        pipe = {"sdxl": sdxl_pipeline, "flux": flux_pipeline}[family](known)
+        nothing = torch.zeros(1, 1, 1, dtype=torch.float64)
+        prompt = {"prompt_embeds": nothing, "pooled_prompt_embeds": nothing[:, 0]}
+        module = {"sdxl": sdxl_comfy_pipeline, "flux": flux_comfy_pipeline}[family]
+        self.session, self.mixture = Session(kind, module, options, pipe, prompt, (32, 32)), known
+
+    def setup(self, first: float, last: float) -> Ours:
+        levels = torch.linspace(first, last, 9, dtype=torch.float64)
+        return Ours(levels, self.session.noise.double() * first)
+
+    def exact(self, setup: Ours) -> torch.Tensor:
+        first, last = setup.levels[0].item(), setup.levels[-1].item()
+        if not self.session.flux:
+            y = solve_ode(self.mixture, patched(setup.start, self.mixture), first, last)
+            return unpatched(y, setup.start.shape)
+        y = setup.start / (1 - first)  # sigma = t / (1 - t)
+        return solve_ode(self.mixture, y, first / (1 - first), last / (1 - last)) * (1 - last)
 
 
-def test_rk4_solves_the_ode_to_its_order():
-    """x = x(sigma_0) sqrt((1 + sigma^2) / (1 + sigma_0^2)) for N(0, 1); halved steps leave a sixteenth of the error."""
-    x, errors = torch.ones(1, 1, dtype=torch.float64), []
-    for pieces in (2, 4, 8):
-        levels = split(torch.tensor([10.0, 3.0, 1.0, 0.3], dtype=torch.float64), pieces)
-        errors.append(abs(sample_rk4(gaussian, x, levels).item() - math.sqrt(1.09 / 101)))
-    assert errors[2] < 1e-6 and 10 < errors[0] / errors[1] < 24 and 10 < errors[1] / errors[2] < 24
+@pytest.mark.parametrize("family, first, last", [("sdxl", 14.6, 0.03), ("flux", 0.99, 1e-9)])
+def test_the_truth_is_the_exact_end(family, first, last, monkeypatch):
+    """To 1e-6, and within the error that is told, which only a smooth network lets be too large."""
+    monkeypatch.setattr(truth, "ODE_SIZES", [32, 128, 512])
+    known, solutions = Known(family), dict[Any, Any]()
+    setup = known.setup(first, last)
+    exact = known.exact(setup)
+    end = SimpleNamespace(final=exact, noise={})
+    with torch.no_grad():
+        found = truth.solve(
+            known.session, (find_side("euler", known.session.module, ""),) * 2, setup, end, end, solutions
+        )
+    (solution,) = solutions.values()
+    assert solution.size == 512 and found.ours < 1e-6 and found.ours <= found.error, found
 
 
 def test_split_keeps_the_levels():
     levels = torch.tensor([10.0, 3.0, 1.0, 0.0], dtype=torch.float64)
-    fine = split(levels, 4, tail=2)
-    assert fine[0] == 10 and fine[-1] == 0 and (fine.diff() < 0).all() and len(fine) == 4 * 4 + 2
-    for level in (3.0, 1.0, 0.25, 1 / 16):
+    fine = split(levels, 4)
+    assert fine[0] == 10 and fine[-1] == 0 and (fine.diff() < 0).all() and len(fine) == 2 * 4 + 2
+    for level in (3.0, 1.0):
         assert (fine - level).abs().min() < 1e-12
 
 
@@ -357,11 +440,44 @@ def test_a_refined_brownian_path_keeps_its_step_noise_and_is_brownian():
     assert (every @ every.T / 40000 - torch.eye(12)).abs().max() < 0.04
 
 
+def test_what_the_error_of_the_truth_leaves_open():
+    """Whoever is told to be nearer to T is nearer to every point within T's error, and only where that is not so no
+    one is told: 2,000 draws of two sides and a T, each with the worst of 200 points."""
+    generator = torch.Generator().manual_seed(0)
+    told = 0
+    for _ in range(2000):
+        a, b, points = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (1, 1, 200))
+        error = 0.3
+        points *= error / points.norm(dim=1, keepdim=True)
+        ours, theirs, apart = a.norm().item(), b.norm().item(), (a - b).norm().item()  # T is the origin
+        nearer = Truth("ODE", ours, theirs, apart, error).nearer
+        signs = set(((points - a).norm(dim=1) < (points - b).norm(dim=1)).tolist())
+        if nearer is not None:
+            told += 1
+            assert signs == {nearer == "ours"}
+    assert 0.5 < told / 2000 < 1  # most of them: what is left is the band of width 2 error between the sides
+
+
+def test_the_truth_is_not_begun_where_time_is_too_short(sdxl_pair):
+    result = sdxl_pair("heun", "euler", truth=True, truth_seconds=1e-3)
+    assert result.truth.nearer is None and "--truth-seconds" in result.verdict
+    assert "not looked for" in result.truth.equation
+
+
+def test_a_finer_solution_is_taken_as_long_as_there_is_time():
+    """From sizes in steps of four, the last one as large as can be; each costs as many evaluations as its size."""
+    taken, left, solution = [], 1000.0, None
+    while size := next_size(solution, lambda n: n, range(32, 8193, 32), left):
+        solution, left = Solution(torch.empty(0), size, 0.0, 0), left - size
+        taken.append(size)
+    assert taken == [32, 128, 832] and left < 32
+
+
 def test_who_is_nearer_to_the_truth(sdxl_pair):
     """heun against euler: the method of order 2 is nearer to the same ODE."""
     result = sdxl_pair("heun", "euler", truth=True)
     truth = result.truth
-    assert truth.equation == "ODE" and truth.nearer == "ours" and truth.error < truth.theirs - truth.ours
+    assert truth.equation == "ODE" and truth.nearer == "ours" and truth.ours < truth.theirs
     assert "Nearer to the ODE solved finely: k-diffusion's" in result.verdict
 
 
@@ -370,7 +486,11 @@ def test_who_is_nearer_to_the_truth(sdxl_pair):
 
 def command(capsys, *arguments: str):
     options, family = parse_compare([*arguments, "--no-truth"])
-    status = run(options, family)
+    try:
+        status = run(options, family)
+    except Refused as refused:  # the script prints it so
+        print(refused, file=sys.stderr)
+        status = 2
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -397,14 +517,19 @@ BAD = [
     (["--against", "heun(eta=1)"], "takes no eta"),
     (["--sampler", "DDIMScheduler", "--against", "euler"], "has to be a sampler"),
     (["--against", "nowhere.py:sample"], "there is no file nowhere.py"),
-    (["--against", f"{COMFY}:sample_none"], "it has sample_euler"),
-    (["--against", f"{COMFY}:_step_noise"], "signature"),
+    (["--against", f"{COMFY}:sample_none"], "there are sample_euler, sample_lcm, sample_half_euler\n"),
+    (["--against", f"{COMFY}:_step_noise"], "sampler(model, x, sigmas"),
     (["--against", "no.such.module:f"], "can't be imported"),
     (["--against", COMFY], f"which function of {COMFY}?"),
-    (["--against", "ScoreSdeVeScheduler"], "there is no 'ScoreSdeVeScheduler'; did you mean LMS"),
+    (["--against", "ScoreSdeVeScheduler"], "there is no 'ScoreSdeVeScheduler'; did you mean DPMSolverSDE"),
     (["--against", "euler", "--schedule", "karas"], "did you mean karras"),
     (["--against", "euler", "--model", "nowhere.safetensors"], "there is no file"),
     (["--against", "euler", "--html", "/nowhere/report.html"], "there is no folder /nowhere"),
+    (["--against", "FlowMatchEulerDiscreteScheduler"], "is for flow models: add --family flux"),
+    (["--against", "EulerDiscreteScheduler", "--family", "flux"], "is not for flow models"),
+    (["--against", "UniPCMultistepScheduler", "--family", "flux"], "needs (use_flow_sigmas=True, prediction_type="),
+    (["--against", "Heun"], "did you mean heun?\n"),
+    (["--against", f"{FAULTY}:WrongSigmaEular"], "did you mean WrongSigmaEuler"),
     ([], "--all"),
 ]
 
@@ -415,6 +540,18 @@ def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
     assert status == 2 and message in err and err.count("\n") == 1 and not out
 
 
+EMPTY = ["--sampler", "--against", "--model", "--schedule", "--device", "--json", "--html"]
+OPTIONS = [*([name, value] for name in EMPTY for value in ("", " ")), ["--steps", "1001"], ["--steps", "1000000000"]]
+OPTIONS += [["--width", "100000"], ["--truth-seconds", "0"], ["--resume"], ["--output", "elsewhere"]]
+
+
+@pytest.mark.parametrize("arguments", OPTIONS, ids=" ".join)
+def test_what_can_not_be_right_is_refused_at_once(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        parse_compare(["--against", "heun", *arguments])
+    assert stopped.value.code == 2 and arguments[0] in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "small"])
 def test_a_tolerance_is_a_number_above_zero(capsys, value):
     with pytest.raises(SystemExit) as stopped:
@@ -422,14 +559,27 @@ def test_a_tolerance_is_a_number_above_zero(capsys, value):
     assert stopped.value.code == 2 and "--tolerance" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_script_runs(tmp_path):
+@pytest.mark.parametrize("ends", ["by itself", "by Ctrl-C", "unread"])
+def test_the_script_ends(tmp_path, ends):
+    """With its status, 130 or 141, and without a traceback."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     arguments = ["--sampler", "euler", "--against", "EulerDiscreteScheduler", "--steps", "2"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "compare.py", *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert "identical to rounding" in done.stdout
+    if ends != "by itself":
+        arguments = ["--sampler", "heun", "--against", "DDIMScheduler", "--steps", "8"]  # has switches to try
+    script = [sys.executable, ROOT / "compare.py", *arguments]
+    with subprocess.Popen(
+        script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    ) as running:
+        first = running.stdout.readline()
+        if ends == "by Ctrl-C":
+            running.send_signal(signal.SIGINT)
+        elif ends == "unread":
+            running.stdout.close()
+        rest = "" if ends == "unread" else running.stdout.read()
+        errors = running.stderr.read()
+    assert first.startswith("ours    ") and "Traceback" not in errors, errors
+    assert running.returncode == {"by itself": 0, "by Ctrl-C": 130, "unread": 141}[ends], errors
+    assert ends != "by itself" or "identical to rounding" in rest
 
 
 def test_nothing_is_left_behind(sdxl_pair):
@@ -512,13 +662,36 @@ def test_report_in_a_browser(browser, capsys, tmp_path):
     assert label.text.startswith("Step 1 of 4")
     browser.find_elements("css selector", "tr[data-step]")[3].click()
     assert label.text.startswith("Step 4 of 4")
-    assert len(browser.find_elements("css selector", "svg polyline")) == 2
-    assert "parts here: timestep" in browser.find_element("css selector", "svg").text
+    assert len(browser.find_elements("css selector", "svg.wide polyline")) == 2
+    assert "parts here: timestep" in browser.find_element("css selector", "svg.wide").text
     assert "part at step 2 of 4" in browser.find_element("css selector", ".verdict").text.lower()
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     assert [url for url in sent if not url.startswith(("data:", "chrome:"))] == [path.as_uri()]
+
+
+def test_report_on_a_narrow_screen(browser, capsys, tmp_path):
+    """At 400 pixels the page does not scroll sideways, both differences are in sight, labels are legible."""
+    path = tmp_path / "report.html"
+    arguments = ("--against", "DPMSolverMultistepScheduler(use_karras_sigmas=True)", "--steps", "4", "--no-switches")
+    assert command(capsys, *arguments, "--html", str(path))[0] == 1
+    # the window itself can't be as narrow: Chromium's is 500 pixels at least
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        browser.get(path.as_uri())
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
+        ends = {th.text: th.rect["x"] + th.rect["width"] for th in browser.find_elements("tag name", "th")}
+        assert 0 < ends["latents"] < ends["denoised"] <= 400
+        curves = browser.find_elements("tag name", "svg")
+        assert [curve.is_displayed() for curve in curves] == [False, True]
+        labels = curves[1].find_elements("tag name", "text")
+        assert len(labels) > 8 and all(label.rect["height"] >= 11 for label in labels)
+        assert all(0 <= label.rect["x"] and label.rect["x"] + label.rect["width"] <= 400 for label in labels)
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_report_without_rows_is_written(capsys, tmp_path):
@@ -531,8 +704,6 @@ def test_report_without_rows_is_written(capsys, tmp_path):
 
 
 def test_names_are_escaped_in_the_report(sdxl_pair, tmp_path):
-    from gallery.report import report
-
     with torch.no_grad():
         sides = [find_side("euler", sdxl_comfy_pipeline, "x")] * 2
         session = sdxl_pair.session

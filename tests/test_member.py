@@ -8,17 +8,11 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, ROOT, load, relative, seeded
-from diffusers import FluxPipeline, StableDiffusionXLPipeline
-
-from flux_comfy_pipeline import FluxComfyPipeline
-from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
+from conftest import CHILDREN, FAMILIES, PARENTS, PROMPT, ROOT, load, relative, seeded
 
 CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
 CALL = {"height": 64, "width": 64, "output_type": "latent", "num_inference_steps": 2}
 CALLS = {"sdxl": CALL, "flux": {**CALL, "max_sequence_length": 64}}
-CHILDREN = {"sdxl": StableDiffusionXLComfyPipeline, "flux": FluxComfyPipeline}
-PARENTS = {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
 PROMPTS = ["a cat", PROMPT, "a robot in a city, warm colors, vivid colors"]
 ENCODED = {
     "sdxl": ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
@@ -42,7 +36,7 @@ def draw(pipe, name, **call):
 # --- the call --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
+@FAMILIES
 def test_signature_is_the_parents_and_more(name):
     """Every argument of the parent, in its place, with its default; what is new comes after, by keyword alone.
 
@@ -155,7 +149,7 @@ def test_encode_prompt_in_isolation(family):
     assert draw(without, name, **encoded).equal(expected)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
+@FAMILIES
 def test_save_and_load_with_optional_components(name, tmp_path):
     pipe = load(CHILDREN[name], name)
     with torch.no_grad():
@@ -184,7 +178,7 @@ def test_scheduler_can_be_exchanged(family):
 # --- devices and dtypes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
+@FAMILIES
 def test_to(name):
     """Device and dtype go to every network, alone and together; the pipeline says where it is."""
     pipe = load(CHILDREN[name], name)
@@ -197,7 +191,7 @@ def test_to(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
+@FAMILIES
 def test_half_precision_draws_the_same_picture(name, dtype, sdxl, flux):
     """To the network's rounding (5e-4 and 4e-3 of each value, through two steps); the latents are float32."""
     half = load(CHILDREN[name], name, dtype)
@@ -210,7 +204,7 @@ def test_half_precision_draws_the_same_picture(name, dtype, sdxl, flux):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
+@FAMILIES
 def test_to_cuda_and_back(name):
     pipe = load(CHILDREN[name], name)
     before = draw(pipe, name)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-import torch
-from closed_form import Mixture, sdxl_pipeline
-from diffusers.utils import logging
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from scripts import run_here
 
-from gallery import grid
-from gallery.comfy import comfy_arguments
+from comfy_ksampler import SAMPLERS as COMFY_SAMPLERS
+from comfy_ksampler import SCHEDULERS, ksampler, levels
 from gallery.options import FLUX, SDXL, parse
-from gallery.parameters import SAMPLERS, SCHEDULES, read_parameters, write_parameters
+from gallery.parameters import ALIASES, AUTOMATIC, EVEN, SAMPLERS, SCHEDULES, read_parameters, write_parameters
 from gallery.pictures import read_settings, write_png
-from sdxl_comfy_pipeline import SCHEDULES as PIPELINE_SCHEDULES
-from sdxl_comfy_pipeline import find_sampler, sampler_names
+from sdxl_comfy_pipeline import sampler_names
 
 # as the web UI writes it: infotext of a picture of version 1.10, with a weight, a LoRA and values in quotes
 WEB_UI = """(astronaut:1.2) in a jungle,
@@ -28,12 +28,7 @@ Model: "a, b: c", Lora hashes: "cold: 1a2b", Version: v1.10.1"""
 
 
 def run(family, *arguments):
-    """As the script does, without a second import of torch."""
-    verbosity = logging.get_verbosity()
-    try:
-        assert grid.run(family, parse(family, ["--model", "demo", "--device", "cpu", *map(str, arguments)])) == 0
-    finally:
-        logging.set_verbosity(verbosity)
+    assert run_here(family, *arguments) == 0
 
 
 def test_text_of_the_web_ui_is_read():
@@ -48,6 +43,106 @@ def test_text_of_the_web_ui_is_read():
         "size": "512x768",
         "model": "a, b: c",
     }
+
+
+# Texts of the web UI's form: prompt, lines after "Negative prompt:", pairs; and what they say. 50 of them, by grammar.
+LABELS = {  # sampler and schedule as versions since 1.9 spell them, and what they are
+    ("Euler", "Automatic"): ("euler", "normal"),
+    ("Euler a", "Automatic"): ("euler_ancestral", "normal"),
+    ("Heun", "Automatic"): ("heun", "normal"),
+    ("LMS", "Automatic"): ("lms", "normal"),
+    ("DPM fast", "Automatic"): ("dpm_fast", "normal"),
+    ("DPM adaptive", "Automatic"): ("dpm_adaptive", "normal"),
+    ("DPM2", "Automatic"): ("dpm_2", "karras"),
+    ("DPM2 a", "Automatic"): ("dpm_2_ancestral", "karras"),
+    ("DPM++ 2S a", "Automatic"): ("dpmpp_2s_ancestral", "karras"),
+    ("DPM++ SDE", "Automatic"): ("dpmpp_sde", "karras"),
+    ("DPM++ 2M", "Automatic"): ("dpmpp_2m", "karras"),
+    ("DPM++ 2M SDE", "Automatic"): ("dpmpp_2m_sde", "exponential"),
+    ("DPM++ 3M SDE", "Automatic"): ("dpmpp_3m_sde", "exponential"),
+    ("DDIM", "Automatic"): ("euler", "normal"),
+    ("DPM++ 2M", "Uniform"): ("dpmpp_2m", "normal"),
+    ("Euler", "Uniform"): ("euler", "normal"),
+    ("Euler", "Karras"): ("euler", "karras"),
+    ("Euler a", "Exponential"): ("euler_ancestral", "exponential"),
+    ("LMS", "Polyexponential"): ("lms", "polyexponential"),
+    ("DPM++ 2M", "SGM Uniform"): ("dpmpp_2m", "sgm_uniform"),
+    ("Euler", "KL Optimal"): ("euler", "kl_optimal"),
+    ("Euler", "Simple"): ("euler", "simple"),
+    ("Euler", "Normal"): ("euler", "normal"),
+    ("Euler", "DDIM"): ("euler", "ddim_uniform"),
+    ("Euler", "Beta"): ("euler", "beta"),
+    # as versions before 1.9 spell both in one, and a name without a schedule
+    ("DPM++ 2M Karras", None): ("dpmpp_2m", "karras"),
+    ("DPM++ SDE Karras", None): ("dpmpp_sde", "karras"),
+    ("DPM++ 2S a Karras", None): ("dpmpp_2s_ancestral", "karras"),
+    ("DPM++ 2M SDE Karras", None): ("dpmpp_2m_sde", "karras"),
+    ("DPM++ 2M SDE Exponential", None): ("dpmpp_2m_sde", "exponential"),
+    ("DPM++ 3M SDE Karras", None): ("dpmpp_3m_sde", "karras"),
+    ("DPM++ 3M SDE Exponential", None): ("dpmpp_3m_sde", "exponential"),
+    ("LMS Karras", None): ("lms", "karras"),
+    ("DPM2 Karras", None): ("dpm_2", "karras"),
+    ("DPM2 a Karras", None): ("dpm_2_ancestral", "karras"),
+    ("DPM++ 2M", None): ("dpmpp_2m", "normal"),
+    ("DPM++ 3M SDE", None): ("dpmpp_3m_sde", "normal"),
+    ("Euler a", None): ("euler_ancestral", "normal"),
+    ("Euler A", None): ("euler_ancestral", "normal"),
+    # names that k-diffusion has not: as they stand, for the scripts to refuse
+    ("DPM++ 2M SDE Heun", "Karras"): ("DPM++ 2M SDE Heun", "karras"),
+    ("Euler", "Align Your Steps"): ("euler", "Align Your Steps"),
+}
+PROMPTS = {  # the lines before the pairs, and the two prompts in them
+    "a cat": ("a cat", ""),
+    "a cat\nNegative prompt: snow": ("a cat", "snow"),
+    "a cat,\n(red:1.2) <lora:x:1>\nNegative prompt: snow,\nice": ("a cat,\n(red:1.2) <lora:x:1>", "snow,\nice"),
+    "a cat\n Negative prompt: snow": ("a cat", "snow"),
+    "a cat\n\tNegative prompt:snow ": ("a cat", "snow"),
+    "Negative prompt: snow": ("", "snow"),
+    "a cat\n\nNegative prompt: snow\n\nice": ("a cat", "snow\n\nice"),
+    "a cat\nNegative prompt: snow\nNegative prompt: ice": ("a cat", "snow\nice"),
+    "Steps: to the sea, Size: large": ("Steps: to the sea, Size: large", ""),
+}
+PAIRS = (
+    "Steps: 20, {sampler}CFG scale: 7, Seed: 42, Size: 512x768, Model hash: 31e35c80fc, Clip skip: 2, Version: v1.9.4"
+)
+
+
+@pytest.mark.parametrize("labels, names", LABELS.items(), ids=str)
+def test_samplers_and_schedules_of_the_web_ui(labels, names):
+    sampler, schedule = labels
+    text = f"Sampler: {sampler}, " + (f"Schedule type: {schedule}, " if schedule else "")
+    read = read_parameters("a cat\n" + PAIRS.format(sampler=text))
+    assert (read["sampler"], read["schedule"]) == names
+    assert (read["steps"], read["guidance"], read["seed"], read["size"]) == ("20", "7", "42", "512x768")
+    assert read_parameters(write_parameters(read)) == read
+
+
+@pytest.mark.parametrize("lines, prompts", PROMPTS.items(), ids=repr)
+def test_prompts_of_the_web_ui(lines, prompts):
+    read = read_parameters(lines + "\n" + PAIRS.format(sampler="Sampler: Euler, Schedule type: Karras, "))
+    assert (read["prompt"], read["negative_prompt"]) == prompts
+    assert read_parameters(write_parameters(read)) == read
+
+
+def test_fifty_texts():
+    assert len(LABELS) + len(PROMPTS) == 50
+
+
+def test_the_schedulers_own_levels_are_not_called_automatic():
+    """That is the sampler's own in the web UI, another picture."""
+    settings = {"prompt": "a cat", "sampler": "dpmpp_2m", "schedule": "scheduler", "steps": "4"}
+    assert "Schedule type: scheduler" in write_parameters(settings)
+    assert read_parameters(write_parameters(settings))["schedule"] == "scheduler"
+    assert "scheduler" not in {*AUTOMATIC.values(), EVEN}
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a cat\nNegative prompt: snow", " a cat ", "a\n  b", "Negative prompt:", "\n", "a\rb"]
+)
+@pytest.mark.parametrize("negative", ["", "ice\n\n", "Negative prompt: ice"])
+def test_a_prompt_that_the_form_cannot_hold_comes_back(prompt, negative):
+    settings = {"prompt": prompt, "negative_prompt": negative, "sampler": "euler", "schedule": "karras", "steps": "4"}
+    assert read_parameters(write_parameters(settings)) == settings
 
 
 def test_a_value_with_a_quote_of_its_own_is_read():
@@ -77,7 +172,7 @@ def test_text_is_that_of_the_web_ui():
 @pytest.mark.parametrize(
     "sampler, label, added",
     [
-        ("ddim", "DDIM", ""),
+        ("ddim", "DDIM", ", ComfyUI sampler: ddim"),
         ("dpmpp_2m_sde_gpu", "DPM++ 2M SDE", ", ComfyUI sampler: dpmpp_2m_sde_gpu"),
         ("dpmpp_sde_gpu", "DPM++ SDE", ", ComfyUI sampler: dpmpp_sde_gpu"),
     ],
@@ -89,15 +184,15 @@ def test_names_of_comfyui_are_spelt_as_in_the_web_ui(sampler, label, added):
     assert read_parameters(written) == settings
 
 
-text = st.text(st.characters(exclude_categories=("Cs", "Cc"))).map(str.strip)
+text = st.text(st.characters(exclude_categories=("Cs",)))
 
 
 @given(
     prompt=text,
     negative=text,
-    model=text.filter(bool),
+    model=text.map(str.strip).filter(bool),
     sampler=st.sampled_from([*sampler_names(), "ddim", "dpmpp_2m_sde_gpu", "dpmpp_sde_gpu"]),
-    schedule=st.sampled_from(["scheduler", *PIPELINE_SCHEDULES]),
+    schedule=st.sampled_from(["scheduler", "vp", "polyexponential", *SCHEDULERS]),
     true_cfg=st.none() | st.floats(1, 20).map(str),
 )
 def test_any_settings_come_back(prompt, negative, model, sampler, schedule, true_cfg):
@@ -109,8 +204,9 @@ def test_any_settings_come_back(prompt, negative, model, sampler, schedule, true
 
 def test_names_are_known_to_both_sides():
     """Of the samplers all, so that a new one of k-diffusion's gets a label; of the schedules those of the web UI."""
-    assert set(SAMPLERS) == {*sampler_names(), "ddim"}
-    assert set(SCHEDULES) - {"scheduler"} <= set(PIPELINE_SCHEDULES)
+    assert set(SAMPLERS) == set(sampler_names())
+    assert set(ALIASES) | set(SAMPLERS) <= set(COMFY_SAMPLERS)
+    assert set(SCHEDULES) - {"polyexponential"} <= set(SCHEDULERS)
     for labels in (SAMPLERS, SCHEDULES):
         assert len(set(labels.values())) == len(labels)
 
@@ -121,7 +217,9 @@ def test_names_are_known_to_both_sides():
         (SDXL, ("--samplers", "dpmpp_2m_sde", "--negative-prompt", "snow: deep, cold", "--seed", 5)),
         (SDXL, ("--samplers", "dpm_2_ancestral", "--comfy", "--guidance", 4, "--width", 96)),
         (SDXL, ("--samplers", "dpmpp_2m_sde_gpu", "--comfy")),
-        (SDXL, ("--samplers", "ddim", "--seed", 3)),
+        (SDXL, ("--samplers", "ddim", "--comfy", "--seed", 3)),
+        (SDXL, ("--samplers", "heun", "--schedule", "sgm_uniform")),
+        (FLUX, ("--samplers", "heun", "--schedule", "simple", "--height", 96)),
         (FLUX, ("--samplers", "euler_ancestral", "--schedule", "beta", "--comfy", "--guidance", 2)),
         (FLUX, ("--samplers", "dpmpp_2m", "--negative-prompt", "a cat", "--true-cfg", 1.5)),
     ],
@@ -135,6 +233,7 @@ def test_the_text_draws_the_picture_again(tmp_path, family, options):
     width, height = read.pop("size").split("x")
     arguments = [f"--width={width}", f"--height={height}", f"--samplers={read.pop('sampler')}"]
     arguments += ["--comfy"] if read.pop("comfy", None) else []
+    read.pop("true_cfg" if read.get("true_cfg") == "1.0" else "", None)  # says that there is no negative prompt
     arguments += [f"--{name.replace('_', '-')}={value}" for name, value in read.items()]
     run(family, *arguments, "--output", tmp_path / "again")
     again = tmp_path / "again" / first.name
@@ -170,35 +269,131 @@ def test_comfy_in_the_options(capsys):
     """ComfyUI's usual levels, unless others are named."""
     assert parse(SDXL, ["--comfy"]).schedule == "normal" and parse(FLUX, ["--comfy"]).schedule == "simple"
     assert parse(SDXL, ["--comfy", "--schedule", "beta"]).schedule == "beta"
-    assert parse(SDXL, ["--comfy", "--schedule", "scheduler"]).schedule is None
     assert parse(SDXL, []).schedule == "karras" and parse(FLUX, []).schedule is None
     with pytest.raises(SystemExit):
         parse(SDXL, ["--comfy", "--seed", "-1"])
     assert "--seed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpm_2", "dpm_2_ancestral"])
-def test_comfy_gives_dpm_2_the_levels_of_the_ksampler_node(sampler):
-    """One more than the steps, less the last but one; to all other samplers as many as the steps."""
-    pipe = sdxl_pipeline(Mixture(torch.eye(16)[:3], torch.full((3,), 0.5)), torch.float32)
-    nothing = torch.zeros(1, 1, 1)
-    call = {
-        "prompt_embeds": nothing,
-        "pooled_prompt_embeds": nothing[0],
-        "guidance_scale": 1.0,
-        "output_type": "latent",
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--comfy", "--schedule", "scheduler"), "--schedule: there is no 'scheduler'; there are simple, "),
+        (("--comfy", "--schedule", "vp"), "--schedule: there is no 'vp'; there are simple, "),
+        (("--comfy", "--samplers", "dpmpp_2m_sd"), "--samplers: there is no 'dpmpp_2m_sd'; did you mean dpmpp_2m_sde"),
+        (("--samplers", "uni_pc"), "--samplers: there is no 'uni_pc'; there are euler, "),
+    ],
+    ids=lambda value: value[-1],
+)
+def test_names_that_comfyui_or_k_diffusion_has_not(tmp_path, capsys, options, message):
+    assert run_here(SDXL, *options, "--output", tmp_path) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, family", [("sdxl", SDXL), ("flux", FLUX)])
+def test_comfy_draws_what_ksampler_says(request, tmp_path, name, family):
+    """The picture by hand, from the fields of the node."""
+    pipe = request.getfixturevalue(name)
+    fields = {"seed": 5, "steps": 3, "sampler_name": "dpm_2", "scheduler": "beta", "width": 96, "height": 64}
+    negative = {"negative_prompt": "snow"}
+    by_hand = pipe("a cat", **negative, **ksampler(pipe, cfg=2.0, **fields), **GUIDANCE[name]).images[0]
+    cfg = ("--guidance", 2) if name == "sdxl" else ("--true-cfg", 2, "--guidance", 3.5)
+    options = ("--prompt", "a cat", "--negative-prompt", "snow", "--seed", 5, "--steps", 3, "--samplers", "dpm_2")
+    options += ("--schedule", "beta", "--width", 96, "--height", 64, *cfg)
+    run(family, *options, "--comfy", "--output", tmp_path)
+    path = tmp_path / f"{name}-demo-sample_dpm_2.png"
+    assert Image.open(path).tobytes() == by_hand.tobytes()
+    of_node = levels(pipe, "beta", 3, width=96, height=64, sampler_name="dpm_2").tolist()
+    assert json.loads(read_settings(path)["sigmas"]) == pytest.approx(of_node, abs=1e-6)
+
+
+GUIDANCE = {"sdxl": {}, "flux": {"guidance_scale": 3.5}}
+
+
+def test_comfy_draws_all_that_run(tmp_path, capsys):
+    """Without --samplers, those of ComfyUI's that this machine has. A line tells of the others."""
+    run(SDXL, "--comfy", "--steps", 1, "--width", 64, "--height", 64, "--output", tmp_path)
+    drawn = {path.stem.partition("sample_")[2] for path in tmp_path.glob("*-sample_*.png")}
+    assert {*sampler_names(), "ddim", "dpmpp_sde_gpu"} <= drawn <= set(COMFY_SAMPLERS)
+    told = "of ComfyUI's samplers are left out" in capsys.readouterr().out
+    assert told == (drawn != set(COMFY_SAMPLERS))
+
+
+# --- --from ---
+
+
+def graph(**fields) -> dict[str, dict]:
+    """A picture of ComfyUI's, in the form of its text-to-image template."""
+    sampler = {"seed": 7, "steps": 3, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
+    links = {"model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}
+    nodes = {
+        "3": ("KSampler", {**sampler, **links, **fields}),
+        "4": ("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"}),
+        "5": ("EmptyLatentImage", {"width": 64, "height": 96, "batch_size": 1}),
+        "6": ("CLIPTextEncode", {"text": "a cat", "clip": ["4", 1]}),
+        "7": ("CLIPTextEncode", {"text": "snow", "clip": ["4", 1]}),
+        "8": ("VAEDecode", {"samples": ["3", 0], "vae": ["4", 2]}),
+        "9": ("SaveImage", {"filename_prefix": "ComfyUI", "images": ["8", 0]}),
     }
-    call |= {"height": 64, "width": 64}
-    began = []
-    pipe(
-        **comfy_arguments(sampler, 6, 3, find_sampler),
-        schedule="normal",
-        **call,
-        callback_on_step_end=lambda pipe, i, timestep, tensors: began.append(tensors["sigma"].item()) or {},
-        callback_on_step_end_tensor_inputs=["sigma"],
-    )
-    if sampler == "euler":
-        expected = pipe.noise_levels(6, schedule="normal")[0][:-1]
-    else:
-        expected = pipe.noise_levels(7, schedule="normal")[0][:-2]
-    assert began == expected.tolist()
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def of_comfyui(path, **fields):
+    info = PngInfo()
+    info.add_text("prompt", json.dumps(graph(**fields)))
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+def test_from_a_picture_of_comfyui(tmp_path, capsys):
+    """Its settings and its sampler; and what is named beside it goes before."""
+    picture = of_comfyui(tmp_path / "comfyui.png")
+    options = parse(SDXL, ["--from", str(picture), "--model", "demo"])
+    assert (options.prompt, options.negative_prompt, options.seed, options.steps) == ("a cat", "snow", 7, 3)
+    assert (options.guidance, options.samplers, options.schedule) == (4.0, ["dpmpp_2m"], "karras")
+    assert (options.width, options.height, options.comfy) == (64, 96, True)
+    assert capsys.readouterr().err == ""
+    options = parse(SDXL, ["--from", str(picture), "--samplers", "euler", "heun", "--seed", "1", "--prompt", "a dog"])
+    assert (options.samplers, options.seed, options.prompt, options.steps) == (["euler", "heun"], 1, "a dog", 3)
+    run(SDXL, "--from", picture, "--output", tmp_path / "output")
+    (drawn,) = (tmp_path / "output").glob("*-sample_*.png")
+    run(SDXL, "--from", drawn, "--output", tmp_path / "again")  # our own picture as well
+    assert Image.open(tmp_path / "again" / drawn.name).tobytes() == Image.open(drawn).tobytes()
+
+
+def test_from_tells_what_it_does_not_use(tmp_path, capsys):
+    picture = of_comfyui(tmp_path / "comfyui.png", denoise=0.5, model=["10", 0])
+    parse(SDXL, ["--from", str(picture)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{picture}: not used: ") and "denoise 0.5: image to image" in line
+
+
+@pytest.mark.parametrize(
+    "family, fields, message",
+    [
+        (FLUX, {}, "was drawn with SDXL, which this script does not draw"),
+        (SDXL, {"steps": 100_000}, "argument --steps: has to be a whole number from 1 to 1000"),
+        (SDXL, {"seed": 2**64}, "argument --seed: has to be a whole number"),
+        (SDXL, None, "has no settings of ComfyUI's or the web UI's"),
+    ],
+)
+def test_from_refuses_in_one_line(tmp_path, capsys, family, fields, message):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture) if fields is None else of_comfyui(picture, **fields)
+    with pytest.raises(SystemExit, match="2"):
+        parse(family, ["--from", str(picture)])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_from_a_picture_of_the_web_ui(tmp_path):
+    """Without --comfy: its noise is its own."""
+    write_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", None, "a cat\n" + PAIRS.format(sampler="Sampler: DPM2, "))
+    options = parse(SDXL, ["--from", str(tmp_path / "a.png")])
+    assert (options.prompt, options.samplers, options.schedule) == ("a cat", ["dpm_2"], "normal")
+    assert (options.width, options.height, options.comfy) == (512, 768, False)
+
+
+def test_from_a_picture_with_prompts_of_a_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog")
+    options = ["--from", str(of_comfyui(tmp_path / "a.png")), "--prompts", str(tmp_path / "prompts.txt")]
+    assert parse(SDXL, options).prompts == ["a dog"]

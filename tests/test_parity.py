@@ -1,4 +1,4 @@
-"""The scripts of docs/parity.md run and show what they say, and the README has `compare.py --all`'s table."""
+"""The scripts of docs/parity.md run and show what they say, and the page has `compare.py --all`'s table."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-from gallery import parity
-from gallery.options import parse_compare
-from gallery.parity import FLUX_PAIRS, _flux, overview
+from gallery.models import Refused
+from gallery.options import FLUX, SDXL
+from parity import table
+from parity.options import parse_compare
+from parity.table import FLUX_PAIRS, Rows, overview, write_table
 
 PAGE = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
 FINDINGS = re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -38,10 +40,10 @@ def test_a_script_runs_by_itself(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_readme_has_the_table_that_was_made():
+def test_the_page_has_the_table_that_was_made():
     rows = json.loads((ROOT / "output" / "parity.json").read_text(encoding="utf-8"))
     table = "\n".join(overview(rows))
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in PAGE
     assert table in (ROOT / "output" / "parity.md").read_text(encoding="utf-8")
     pairs = {tuple(row["pair"]) for row in rows}
     assert len(pairs) >= 18 and {row["levels"] for row in rows} == {"own", "Karras", "exponential", "beta"}
@@ -62,20 +64,68 @@ def test_all_refuses_what_it_would_not_heed(capsys, arguments, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
+def parse_all(folder, *arguments):
+    return parse_compare(["--all", "--steps", "2", "--no-switches", "--no-truth", "--output", str(folder), *arguments])[
+        0
+    ]
+
+
 @pytest.mark.parametrize("family", ["sdxl", "flux", None])
 def test_all_of_one_family(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(Rows, "jobs", lambda rows: asked.append(rows.family.name) or [])
     asked = []
-    monkeypatch.setattr(parity, "_sdxl", lambda options: asked.append("sdxl") or [])
-    monkeypatch.setattr(parity, "_flux", lambda options: asked.append("flux") or [])
     chosen = [] if family is None else ["--family", family, "--model", f"{ROOT}/demo/{family}"]
-    assert parity.write_parity(parse_compare(["--all", "--output", str(tmp_path), *chosen])[0]) == 0
+    assert write_table(parse_all(tmp_path, *chosen)) == 0
     assert asked == ([family] if family else ["sdxl", "flux"]) and (tmp_path / "parity.md").exists()
 
 
-def test_every_pair_of_flux_gets_its_row():
+def test_every_pair_of_flux_gets_its_row(tmp_path):
     """Over two steps. One that diffusers can't run has a row that says so, and a second one that runs."""
-    options, _ = parse_compare(["--all", "--steps", "2", "--no-switches", "--no-truth"])
-    rows = _flux(options)
-    runs = {(row["pair"][0], row["pair"][1].split(",")[0]) for row in rows if row["cell"] != "does not run"}
+    rows = Rows(FLUX, parse_all(tmp_path))
+    made = [rows.make(job) for job in rows.jobs()]
+    runs = {(row["pair"][0], row["pair"][1].split(",")[0]) for row in made if row["cell"] != "does not run"}
     assert len(runs) == len({(ours, theirs) for ours, theirs, _ in FLUX_PAIRS})
-    assert sum(row["cell"] == "does not run" for row in rows) == 1
+    assert sum(row["cell"] == "does not run" for row in made) == 1
+
+
+def test_all_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    """A row that is there with the same settings is not made again; with others it is."""
+    monkeypatch.setattr(
+        table, "SDXL_PAIRS", [("euler", "DDIMScheduler(clip_sample=False)"), ("heun", "LMSDiscreteScheduler")]
+    )
+    monkeypatch.setattr(table, "LEVELS", {"own": None})
+    made, make = [], Rows.make
+
+    def stopping(rows, job):
+        made.append(job.pair[0])
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return make(rows, job)
+
+    monkeypatch.setattr(Rows, "make", stopping)
+    chosen = ("--family", "sdxl", "--resume")
+    with pytest.raises(KeyboardInterrupt):
+        write_table(parse_all(tmp_path, *chosen))
+    first = json.loads((tmp_path / "parity.json").read_text())
+    assert [row["pair"][0] for row in first] == ["euler"] and not (tmp_path / "parity.md").exists()
+    assert write_table(parse_all(tmp_path, *chosen)) == 1
+    assert made == ["euler", "heun", "heun"]
+    assert json.loads((tmp_path / "parity.json").read_text())[0] == first[0]
+    assert "`heun`" in (tmp_path / "parity.md").read_text() and "sdxl 2 of 2" in capsys.readouterr().out
+    write_table(parse_all(tmp_path, *chosen, "--seed", "3"))
+    assert made[3:] == ["euler", "heun"]
+
+
+def test_a_table_that_is_none_is_not_overwritten(tmp_path):
+    (tmp_path / "parity.json").write_text('{"mine": 1}')
+    with pytest.raises(Refused, match="parity.json is no table"):
+        write_table(parse_all(tmp_path, "--resume"))
+    assert (tmp_path / "parity.json").read_text() == '{"mine": 1}'
+
+
+def test_the_rows_of_sdxl():
+    """Each pair once with its own levels, and with the named ones that its scheduler has."""
+    jobs = Rows(SDXL, parse_all("output")).jobs()
+    assert [job.number for job in jobs] == list(range(1, jobs[0].count + 1))
+    assert {job.levels for job in jobs if job.pair[1].startswith("DDIM")} == {"own"}
+    assert {job.levels for job in jobs if job.pair[0] == "heun"} == {"own", "Karras", "exponential", "beta"}

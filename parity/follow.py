@@ -9,114 +9,43 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import inspect
 import math
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from gallery.models import Refused
-from gallery.models import encode as _encode
-from gallery.models import load as _load
-from gallery.models import reason as _reason
-from gallery.options import Family
-from gallery.sides import ComfyDenoiser, ModelSampling, Side
-
-
-@dataclass
-class Evaluation:
-    """One call of the network: at which level and timestep, on which x, and what was predicted."""
-
-    level: float
-    timestep: float
-    x: torch.Tensor
-    denoised: torch.Tensor
-
-
-@dataclass
-class Trajectory:
-    """What one side did.
-
-    Args:
-        levels: where its steps begin and the last one ends, n + 1 of them.
-        evaluations: in order; step i begins with evaluations[starts[i]].
-        final: the latents at levels[-1].
-        noise: step noise by the evaluation after which it was drawn, in the order of the draws.
-        scheduler: a fresh one with its timesteps set, where the side is one of diffusers.
-        notes: what was seen on the way and is worth telling.
-        rounded: the shorter dtype that the latents after an evaluation fit into, by evaluation.
-        keeps_alpha_x: the side itself keeps x / sqrt(sigma^2 + 1), as DPM-Solver's schedulers do.
-    """
-
-    levels: list[float]
-    evaluations: list[Evaluation]
-    starts: list[int]
-    final: torch.Tensor
-    noise: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    scheduler: Any = None
-    notes: list[str] = field(default_factory=list)
-    rounded: dict[int, str] = field(default_factory=dict)
-    keeps_alpha_x: bool = False
-
-    def state(self, i: int) -> torch.Tensor:
-        """The latents that step i begins with; those of the end for i = n."""
-        return self.evaluations[self.starts[i]].x if i < len(self.starts) else self.final
-
-    def step_evaluations(self, i: int) -> list[Evaluation]:
-        """The evaluations of step i."""
-        end = self.starts[i + 1] if i + 1 < len(self.starts) else len(self.evaluations)
-        return self.evaluations[self.starts[i] : end]
-
-
-@dataclass(frozen=True)
-class Ours:
-    """How our side runs: over which levels, from which latents, with which step noise.
-
-    Args:
-        levels: in the common coordinates, float64.
-        start: latents at levels[0].
-        noise: step noise by evaluation, another sampler's; or None.
-        noise_sampler: step noise as a function of two sigmas of the sampler; or None.
-        quantize: round to the trained timesteps (SDXL).
-        timesteps: what to give to the network, whatever the sigma, an entry for each evaluation, None for sigma's own.
-        flow: FLUX's sampler sees t, whatever is asked for otherwise.
-        keep: the evaluations; not those of a very fine run.
-    """
-
-    levels: torch.Tensor
-    start: torch.Tensor
-    noise: dict[int, list[torch.Tensor]] | None = None
-    noise_sampler: Callable | None = None
-    quantize: bool = False
-    timesteps: list[float | None] | None = None
-    flow: bool = False
-    keep: bool = True
+from comfy_ksampler import comfy_sampler, levels
+from gallery.models import Refused, device_of, encode, load, reason, size_of
+from gallery.options import FLUX, Family
+from parity.result import Evaluation, Ours, Record, Trajectory
+from parity.schedulers import levels_of, prepared
+from parity.sides import Side
 
 
 class Session:
     """One model, prompt and initial noise, on which any number of sides run."""
 
-    def __init__(self, family: Family, module: Any, options: argparse.Namespace):
-        self.family, self.module, self.options = family, module, options
+    def __init__(
+        self,
+        family: Family,
+        module: ModuleType,
+        options: argparse.Namespace,
+        pipe: Any,
+        prompt: dict[str, Any],
+        size: tuple[int, int],
+    ):
+        """`prompt` are the pipeline's arguments for it, `size` is width and height in pixels."""
+        self.family, self.module, self.options, self.pipe, self.prompt = family, module, options, pipe, prompt
         self.flux = family.name == "flux"
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.pipe = _load(family, module, options.model, device, options)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.stock_class = type(self.pipe).__bases__[0]
-        self.network = self.pipe.transformer if self.flux else self.pipe.unet
-        native = self.pipe.vae.config.sample_size
-        native = native if self.flux else self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
-        self.width, self.height = options.width or native, options.height or native
-        try:
-            self.pipe.check_inputs(options.prompt, None, self.height, self.width, *(() if self.flux else (None,)))
-            self.prompt = _encode(family, self.pipe, options.prompt, options)
-        except Exception as error:
-            raise Refused(_reason(error)) from error
+        self.level_name = "t" if self.flux else "sigma"
+        self.width, self.height = size
+        self.stock_class = type(pipe).__bases__[0]
+        self.network = pipe.transformer if self.flux else pipe.unet
         self.guidance = options.guidance
         self.guided = not self.flux and self.guidance > 1 and self.network.config.time_cond_proj_dim is None
         self.dtype = torch.promote_types(self.network.dtype, torch.float32)
@@ -124,6 +53,7 @@ class Session:
         self.generator = torch.Generator("cpu").manual_seed(options.seed)
         channels, scale = self.network.config.in_channels, self.pipe.vae_scale_factor
         embeds = self.prompt["prompt_embeds"]
+        self.tokens = None
         if self.flux:
             draw = self.pipe.prepare_latents
             noise, _ = draw(1, channels // 4, self.height, self.width, embeds.dtype, device, self.generator)
@@ -133,6 +63,21 @@ class Session:
             noise = randn_tensor(shape, self.generator, device, embeds.dtype)
         self.noise = noise  # as the stock pipeline draws it; the same generator goes on with the step noise
         self.drawn = self.generator.get_state()
+        self._evaluations, self._seconds = 0, 0.0
+
+    @classmethod
+    def load(cls, family: Family, module: ModuleType, options: argparse.Namespace) -> Session:
+        """With the model, prompt and size of the command line."""
+        pipe = load(family, module, options.model, device_of(options), options)
+        pipe.set_progress_bar_config(disable=True)
+        width, height = size_of(family, pipe, options)
+        try:
+            pipe.check_inputs(options.prompt, None, height, width, *(() if family is FLUX else (None,)))
+            length = _enough_tokens(pipe, options.prompt) if family is FLUX and options.model == "demo" else None
+            prompt = encode(family, pipe, options.prompt, options, length)
+        except Exception as error:
+            raise Refused(reason(error)) from error
+        return cls(family, module, options, pipe, prompt, (width, height))
 
     # --- noise levels and timesteps ---
 
@@ -140,7 +85,8 @@ class Session:
         """The level of each trained timestep, rising, float64."""
         if self.flux:
             return torch.arange(1, 1001, dtype=torch.float64) / 1000
-        alphas_cumprod = self.pipe._trained_with()[1]
+        # zero terminal SNR has no finite last sigma: as in the pipeline and EulerDiscreteScheduler, 4096
+        alphas_cumprod = self.pipe.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
         return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
     def level_of(self, timestep: float) -> float:
@@ -159,15 +105,20 @@ class Session:
         return schedule.sigma_to_t(torch.tensor([level], dtype=torch.float64)).item()
 
     def named_levels(self, schedule: str | None, steps: int) -> torch.Tensor:
-        """The pipeline's own levels of this name."""
+        """The levels of k-diffusion or of ComfyUI of this name; None: the pipeline's own."""
         try:
-            if self.flux:
-                return self.pipe.noise_levels(self.tokens, steps, schedule=schedule)
-            return self.pipe.noise_levels(steps, schedule=schedule)[0]
+            if schedule is not None and schedule not in self.module.SCHEDULES:
+                return levels(self.pipe, schedule, steps, width=self.width, height=self.height).double()
+            tokens = (self.tokens,) if self.flux else ()
+            return self.pipe.noise_levels(*tokens, steps, schedule=schedule)
         except ValueError as error:
             raise Refused(str(error).replace("`schedule`", "--schedule")) from None
 
     # --- watching the network ---
+
+    def affordable(self, seconds: float) -> float:
+        """How many evaluations of the network take that many CPU seconds, by those made so far."""
+        return seconds * self._evaluations / self._seconds if self._seconds else math.inf
 
     @contextlib.contextmanager
     def watched(self, after: Callable[[torch.Tensor, float, torch.Tensor], Any], timesteps: Any = None) -> Iterator:
@@ -191,6 +142,7 @@ class Session:
             return args, kwargs
 
         def hook(_, args, kwargs, output):
+            self._evaluations += 1
             x = kwargs["hidden_states"] if self.flux else args[0]
             t = kwargs["timestep"] if "timestep" in kwargs else args[1]
             timestep = t.flatten()[0].double().item() * (1000 if self.flux else 1)
@@ -205,27 +157,33 @@ class Session:
             self.network.register_forward_pre_hook(before, with_kwargs=True),
             self.network.register_forward_hook(hook, with_kwargs=True),
         ]
+        started = time.process_time()
         try:
             yield
         finally:
+            self._seconds += time.process_time() - started
             for handle in handles:
                 handle.remove()
 
-    def _call(self, pipe: Any, steps: int, **arguments: Any) -> Any:
+    def _call(self, pipe: Any, side: Side, steps: int, **arguments: Any) -> Any:
+        size = {"width": self.width, "height": self.height}
+        arguments = {**self.prompt, **size, "guidance_scale": self.guidance, "output_type": "latent", **arguments}
         try:
-            return pipe(
-                **self.prompt,
-                num_inference_steps=steps,
-                guidance_scale=self.guidance,
-                width=self.width,
-                height=self.height,
-                output_type="latent",
-                **arguments,
-            ).images
+            return pipe(num_inference_steps=steps, **arguments).images
         except (Refused, KeyboardInterrupt):
             raise
         except Exception as error:
-            raise Refused(_reason(error)) from error
+            raise Refused(side.told(error)) from error
+
+    def picture(self, latents: torch.Tensor) -> Any:
+        """A PIL image of latents at level 0, decoded by the pipeline."""
+
+        def given(model, x, sigmas, extra_args=None, callback=None, disable=None):
+            return latents.to(x)
+
+        return self._call(
+            self.pipe, Side("the picture", given, {}), 1, sampler=given, latents=self.noise.clone(), output_type="pil"
+        )[0]
 
     # --- the stock pipeline ---
 
@@ -238,62 +196,14 @@ class Session:
         try:
             return side.target.from_config(self.pipe.scheduler.config, **options)
         except Exception as error:
-            raise Refused(f"{side.text}: {_reason(error)}") from error
-
-    def prepared(self, scheduler: Any, steps: int) -> Any:
-        """The scheduler with its timesteps set as the stock pipeline sets them. A copy."""
-        scheduler = copy.deepcopy(scheduler)
-        arguments = {}
-        if self.flux:
-            config = scheduler.config
-            keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            values = (config.get(key, default) for key, default in zip(keys, (256, 4096, 0.5, 1.15)))
-            arguments["mu"] = self.module.calculate_shift(self.tokens, *values)
-            if not config.get("use_flow_sigmas"):
-                arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-        try:
-            self.module.retrieve_timesteps(scheduler, steps, "cpu", **arguments)
-        except Exception as error:
-            stock = self.stock_class.__name__
-            raise Refused(f"{type(scheduler).__name__} does not run in {stock}: {_reason(error)}") from error
-        return scheduler
-
-    def levels_of(self, scheduler: Any) -> tuple[list[float], list[float], list[int]]:
-        """Of a scheduler with its timesteps set: the levels of its evaluations, of its steps and their end, the starts.
-
-        A scheduler of order 2 lists a level twice or has midpoints between; its steps begin at every other evaluation.
-        A DPMSolverSinglestepScheduler begins a step where its order is 1 and goes on from there.
-        """
-        timesteps = [float(t) for t in scheduler.timesteps]
-        count = len(timesteps)
-        if getattr(scheduler, "sigmas", None) is None:
-            listed = [self.level_of(t) for t in timesteps]
-            alpha = getattr(scheduler, "final_alpha_cumprod", None)
-            listed.append(0.0 if alpha is None else ((1 - alpha.double()) / alpha.double()).sqrt().item())
-        else:
-            listed = scheduler.sigmas.double().tolist()
-        levels = listed[:count]
-        orders = getattr(scheduler, "order_list", None)
-        if orders:
-            starts = [i for i, order in enumerate(orders) if order == 1]
-        elif getattr(scheduler, "order", 1) == 2:
-            starts = list(range(0, count, 2))
-            if getattr(scheduler, "sigmas_interpol", None) is not None:
-                middle = scheduler.sigmas_interpol.double().tolist()
-                back = 1 if "sigmas_down" in vars(scheduler) else 0
-                levels = [middle[i - back] if i % 2 else level for i, level in enumerate(levels)]
-            elif hasattr(scheduler, "mid_point_sigma"):
-                levels = [math.sqrt(levels[i - 1] * level) if i % 2 else level for i, level in enumerate(levels)]
-        else:
-            starts = list(range(count))
-        return levels, [levels[i] for i in starts] + [listed[-1]], starts
+            raise Refused(side.told(error)) from error
 
     def follow_scheduler(self, side: Side, **changes: Any) -> Trajectory:
         """One run of the stock pipeline with this scheduler."""
         steps = self.options.steps
         scheduler = self.scheduler(side, **changes)
-        fresh = self.prepared(scheduler, steps)
-        levels, step_levels, starts = self.levels_of(fresh)
+        fresh = prepared(scheduler, steps, self.tokens)
+        listed, step_levels, starts = levels_of(fresh, self.level_of)
         # add_watermarker is SDXL's alone
         extra = {} if self.flux else {"add_watermarker": False}
         pipe = self.stock_class(**{**self.pipe.components, "scheduler": scheduler}, **extra)
@@ -314,10 +224,12 @@ class Session:
             return {}
 
         with self.watched(record):
-            self._call(pipe, steps, latents=self.noise.clone(), generator=generator, callback_on_step_end=step_end)
-        if len(seen) != len(levels):
+            self._call(
+                pipe, side, steps, latents=self.noise.clone(), generator=generator, callback_on_step_end=step_end
+            )
+        if len(seen) != len(listed):
             raise Refused(
-                f"{side.text}: the network was called {len(seen)} times, not {len(levels)} as its timesteps say"
+                f"{side.text}: the network was called {len(seen)} times, not {len(listed)} as its timesteps say"
             )
         notes = []
         if getattr(fresh, "sigmas", None) is not None and not torch.equal(fresh.sigmas, scheduler.sigmas.cpu()):
@@ -327,7 +239,7 @@ class Session:
         ratios = [x.norm() / latents.norm() for latents, (x, *_) in zip(after, seen[1:])]
         keeps_alpha_x = not self.flux and all(abs(ratio - 1) < 1e-6 for ratio in ratios)
         evaluations = []
-        for level, (x, timestep, prediction) in zip(levels, seen):
+        for level, (x, timestep, prediction) in zip(listed, seen):
             scale = 1.0 if self.flux else math.sqrt(level**2 + 1)
             evaluations.append(Evaluation(level, timestep, x * scale, self._denoised(x, level, prediction)))
         scale = math.sqrt(step_levels[-1] ** 2 + 1) if keeps_alpha_x else 1.0
@@ -357,7 +269,7 @@ class Session:
         if not self.flux or ours.flow:
             return False
         choice = self.options.parameterization
-        if choice == "auto" and getattr(side.target, "__module__", "").startswith("comfy."):
+        if choice == "auto" and side.comfy:
             choice = "flow"  # ComfyUI's samplers know flows themselves
         return self.module.uses_ve(choice, side.target, side.options, ours.levels)
 
@@ -367,8 +279,8 @@ class Session:
             return levels
         return self.module.ve_sigmas(levels.clone()) if levels[0] == 1 else levels / (1 - levels)
 
-    def follow_sampler(self, side: Side, ours: Ours) -> Trajectory:
-        """One run of this project's pipeline with this sampler."""
+    def follow_sampler(self, side: Side, ours: Ours, tick: Callable[[], Any] = lambda: None) -> Trajectory:
+        """One run of this project's pipeline with this sampler. `tick()` is called for each evaluation."""
         ve = self.uses_ve(side, ours)
         timesteps, record = [], Record()
 
@@ -378,16 +290,23 @@ class Session:
         arguments = {"parameterization": "ve" if ve else "flow"} if self.flux else {"quantize_timesteps": ours.quantize}
         generator = torch.Generator("cpu")
         generator.set_state(self.drawn)
-        with self.watched(lambda x, timestep, prediction: timesteps.append(timestep), ours.timesteps):
-            self._call(self.pipe, len(ours.levels) - 1, sampler=run, generator=generator, **arguments)
+
+        def note(x: torch.Tensor, timestep: float, prediction: torch.Tensor) -> None:
+            timesteps.append(timestep)
+            tick()
+
+        with self.watched(note, ours.timesteps):
+            # `run` takes its own levels and not those of the call
+            self._call(self.pipe, side, self.options.steps, sampler=run, generator=generator, **arguments)
         return record.trajectory(ours.levels, timesteps, ve)
 
     def replay(self, side: Side, ours: Ours, denoised: list[torch.Tensor]) -> Trajectory:
         """Our sampler on predictions that were made before, without the network."""
         ve, record = self.uses_ve(side, ours), Record()
 
-        def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            return denoised[min(len(record.calls), len(denoised) - 1)]
+        def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
+            given = denoised[min(len(record.calls), len(denoised) - 1)]
+            return torch.stack([given, given]) if with_uncond else given
 
         def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
             return self._sample(side, ours, model, ve, record, callback)
@@ -405,12 +324,13 @@ class Session:
         if ve:  # at t = 1 the noise alone, as in the pipeline
             x = x * (sigmas[0] if ours.levels[0] == 1 else 1 + sigmas[0]).item()
 
-        def recorded(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            denoised = model(x, sigma)
+        def recorded(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            predicted = model(x, sigma, **kwargs)
+            denoised = predicted[0] if kwargs.get("with_uncond") else predicted
             kept = (x.clone(), denoised.clone()) if ours.keep else (x.new_empty(0), x.new_empty(0))
             record.calls.append((kept[0], sigma.flatten()[0].item(), kept[1]))
             record.draws = 0
-            return denoised
+            return predicted
 
         silent = side.eta == 0  # some samplers draw all the same, and add it zero times
 
@@ -436,66 +356,28 @@ class Session:
             if callback is not None:
                 callback(info)
 
+        sampler = side.target
+        if side.file is not None and not ve:  # one's own may ask a model what ComfyUI's do
+            sampler = comfy_sampler(sampler, self.pipe, self.width, self.height)
         arguments = {"disable": True, **side.options, "callback": called_back}
-        if "noise_sampler" in inspect.signature(side.target).parameters:
+        if "noise_sampler" in inspect.signature(sampler).parameters:
             arguments["noise_sampler"] = noise_sampler
-        denoiser = ComfyDenoiser(recorded, ModelSampling(self.trained(), self.flux and not ve))
-        final = self.module._call(self.module.for_levels(side.target, sigmas), denoiser, x, sigmas, arguments)
+        final = self.module.call_sampler(sampler, recorded, x, sigmas, arguments)
         if not isinstance(final, torch.Tensor) or final.shape != x.shape:
-            raise TypeError(f"{side.text} has to return latents of shape {tuple(x.shape)}, but returned {type(final)}")
+            returned = (
+                f"one of shape {tuple(final.shape)}" if isinstance(final, torch.Tensor) else f"{type(final).__name__}"
+            )
+            raise Refused(f"{side.text} has to return a tensor of shape {tuple(x.shape)}, but returned {returned}")
+        if not record.calls:
+            raise Refused(f"{side.text} never calls the model")
         record.final = final
         return record.final
 
-    # --- pictures ---
 
-    def picture(self, latents: torch.Tensor) -> Any:
-        """A PIL image of latents at level 0."""
-        pipe = self.pipe
-        with torch.no_grad():
-            if not self.flux:
-                return pipe._decode(latents.to(self.network.dtype), "pil")[0]
-            latents = pipe._unpack_latents(latents, self.height, self.width, pipe.vae_scale_factor)
-            latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-            return pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0], output_type="pil")[
-                0
-            ]
-
-
-class Record:
-    """What a sampler of ours did, in its own coordinates."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[torch.Tensor, float, torch.Tensor]] = []
-        self.starts: list[int] = []
-        self.noise: dict[int, list[torch.Tensor]] = {}
-        self.unmatched: list[int] = []
-        self.draws = 0
-        self.final = torch.empty(0)
-
-    def trajectory(self, levels: torch.Tensor, timesteps: list[float], ve: bool) -> Trajectory:
-        """The same in the common coordinates."""
-        evaluations = []
-        for (x, sigma, denoised), timestep in zip(self.calls, timesteps):
-            x, level = (x / (1 + sigma), sigma / (1 + sigma)) if ve else (x, sigma)
-            evaluations.append(Evaluation(level, timestep, x, denoised))
-        notes = []
-        told = len(self.starts) == len(levels) - 1
-        starts = self.starts if told else list(range(len(evaluations)))
-        step_levels = [evaluations[i].level for i in starts] + [levels[-1].item()]
-        # a sampler that says where its steps begin takes them over the levels; another may have placed its own
-        if told or (len(step_levels) == len(levels) and np.allclose(step_levels, levels, rtol=1e-4)):
-            step_levels = levels.tolist()
-        else:
-            notes.append(
-                "the k-diffusion sampler does not step over the levels given; each evaluation counts as a step"
-            )
-        final = self.final
-        if ve and levels[-1] > 0:
-            final = final * (1 - levels[-1].item())
-        if self.unmatched:
-            count = len(set(self.unmatched))
-            notes.append(f"the k-diffusion sampler adds noise in {count} steps where the other side drew none")
-        return Trajectory(step_levels, evaluations, starts, final, self.noise, notes=notes)
+def _enough_tokens(pipe: Any, prompt: str) -> int:
+    """How many tokens the prompt needs. FLUX pads to 512, which is most of an evaluation's cost on the demo model."""
+    needed = len(pipe.tokenizer_2(prompt).input_ids)
+    return next((length for length in (64, 128, 256) if length >= needed), 512)
 
 
 def _draws(before: torch.Tensor, after: torch.Tensor, like: torch.Tensor, device: torch.device) -> list[torch.Tensor]:

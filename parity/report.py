@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops
 
-from gallery.compare import Result
-from gallery.follow import Session, Trajectory
+from parity.follow import Session
+from parity.result import Result, Trajectory
 
-WIDTH, HEIGHT = 760, 260  # of the curve
-LEFT, RIGHT, TOP, BOTTOM = 56, 92, 18, 34  # its margins
+WIDE, NARROW, HEIGHT = 760, 360, 260  # of the curve: at its size its labels are of the text's size
+LEFT, RIGHT, TOP, BOTTOM = 44, 70, 18, 34  # its margins
 
 
 def report(session: Session, result: Result, ours: Trajectory, theirs: Trajectory) -> str:
@@ -26,7 +26,7 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
     steps = []
     for i, row in enumerate(result.rows):
         previews = [_uri(session.picture(side.step_evaluations(i)[0].denoised), 320, 80) for side in (ours, theirs)]
-        name = "t" if session.flux else "sigma"
+        name = session.level_name
         label = f"Step {row.step} of {result.steps}, {name} {row.level:.5g}"
         text = f"latents differ by {row.latents:.1e}, predictions by {row.denoised:.1e}"
         steps.append({"previews": previews, "label": label, "text": text})
@@ -61,9 +61,9 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
             first=first,
             ours=escape(result.ours),
             theirs=escape(result.theirs),
-            curve=_curve(result),
+            curve=_curve(result, WIDE, "wide") + _curve(result, NARROW, "narrow"),
             rows=_rows(result),
-            level="t" if session.flux else "sigma",
+            level=session.level_name,
             data=data,
             script=_SCRIPT,
         )
@@ -91,39 +91,40 @@ def _difference(one: Image.Image, other: Image.Image) -> tuple[Image.Image, floa
     return difference.point(lambda value: min(255, round(value * gain))), gain
 
 
-def _curve(result: Result) -> str:
-    """The differences over the steps as SVG, in log10, with the tolerance and the first parting."""
+def _curve(result: Result, width: int, name: str) -> str:
+    """The differences over the steps as SVG of this class, in log10, with the tolerance and the first parting."""
     values = [value for row in result.rows for value in (row.latents, row.denoised) if 0 < value < math.inf]
     low = math.floor(math.log10(max(min([*values, result.tolerance]), result.tolerance / 1e3)))
     high = max(math.ceil(math.log10(max([*values, result.tolerance]))), low + 2)
     count = len(result.rows)
 
     def x(step: int) -> float:
-        return LEFT + (step - 1) / max(count - 1, 1) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (step - 1) / max(count - 1, 1) * (width - LEFT - RIGHT)
 
     def y(value: float) -> float:
         log = math.log10(value) if value > 0 else high if math.isnan(value) else low
         log = min(max(log, low), high)
         return TOP + (high - log) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Relative difference over the steps">']
+    label = "Relative difference over the steps"
+    parts = [f'<svg class="{name}" viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{label}">']
     for power in range(low, high + 1, max(1, (high - low) // 6)):
         at = y(10.0**power)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">1e{power}</text>')
     for step in sorted({1, count, *range(5, count, 5)}):
         if step in (1, count) or count - step > 1:
             parts.append(f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{step}</text>')
     at = y(result.tolerance)
-    parts.append(f'<line class="tolerance" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT + 8}" y="{at + 4:.1f}">tolerance</text>')
+    parts.append(f'<line class="tolerance" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+    parts.append(f'<text class="tick" x="{width - RIGHT + 8}" y="{at + 4:.1f}">tolerance</text>')
     if result.cause is not None:
         at = x(max(result.cause.step, 1))
-        anchor, shift = ("end", -6) if at > WIDTH / 2 else ("start", 6)
+        anchor, shift = ("end", -6) if at > width / 2 else ("start", 6)
         parts.append(f'<line class="parting" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         words = f"parts here: {escape(result.cause.kind)}"
         parts.append(f'<text class="mark" x="{at + shift:.1f}" y="{TOP - 5}" text-anchor="{anchor}">{words}</text>')
-    parts.append(f'<line id="cursor" x1="{x(1):.1f}" x2="{x(1):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    parts.append(f'<line class="cursor" x1="{x(1):.1f}" x2="{x(1):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     last = list[float]()
     for kind in ("latents", "denoised"):
         points = [(x(row.step), y(getattr(row, kind))) for row in result.rows]
@@ -134,19 +135,20 @@ def _curve(result: Result) -> str:
         if last and abs(at - last[0]) < 14:
             at = last[0] + (14 if at >= last[0] else -14)
         last.append(at)
-        parts.append(f'<text class="{kind}" x="{WIDTH - RIGHT + 8}" y="{at + 4:.1f}">{kind}</text>')
+        parts.append(f'<text class="{kind}" x="{width - RIGHT + 8}" y="{at + 4:.1f}">{kind}</text>')
     return "".join(parts) + "</svg>"
 
 
 def _rows(result: Result) -> str:
     lines = []
+    marked = {max(cause.step, 1) for cause in [result.cause, *result.others] if cause is not None}
     for row in result.rows:
         timesteps = ["/".join(f"{t:.3f}".rstrip("0").rstrip(".") for t in side) for side in row.timesteps]
-        marked = result.cause is not None and row.step == max(result.cause.step, 1)
-        cells = [row.step, f"{row.level:.5g}", *timesteps, f"{row.latents:.1e}", f"{row.denoised:.1e}"]
-        past = [False] * 4 + [not value <= result.tolerance for value in (row.latents, row.denoised)]
-        tds = "".join(f"<td{' class=past' if over else ''}>{value}</td>" for value, over in zip(cells, past))
-        lines.append(f'<tr data-step="{row.step}"{" class=first" if marked else ""}>{tds}</tr>')
+        cells = [row.step, f"{row.level:.5g}", f"{row.latents:.1e}", f"{row.denoised:.1e}", *timesteps]
+        over = [not value <= result.tolerance for value in (row.latents, row.denoised)]
+        past = [False, False, *over, False, False]
+        tds = "".join(f"<td{' class=past' if one else ''}>{value}</td>" for value, one in zip(cells, past))
+        lines.append(f'<tr data-step="{row.step}"{" class=first" if row.step in marked else ""}>{tds}</tr>')
     return "".join(lines)
 
 
@@ -187,7 +189,7 @@ svg .grid { stroke: var(--line); } svg .tick { fill: var(--soft); } svg .mark { 
 svg .tolerance { stroke: var(--soft); stroke-dasharray: 5 4; } svg .parting { stroke: var(--bad); stroke-width: 1.5; }
 svg polyline { fill: none; stroke-width: 1.8; } svg polyline.latents { stroke: var(--latents); }
 svg polyline.denoised { stroke: var(--denoised); } svg circle.latents, svg text.latents { fill: var(--latents); }
-svg circle.denoised, svg text.denoised { fill: var(--denoised); } #cursor { stroke: var(--ink); stroke-opacity: .25;
+svg circle.denoised, svg text.denoised { fill: var(--denoised); } svg .cursor { stroke: var(--ink); stroke-opacity: .25;
   stroke-width: 7; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
 th { text-align: right; color: var(--soft); font-weight: 500; } th, td { padding: 3px 14px 3px 0; text-align: right;
@@ -195,7 +197,9 @@ th { text-align: right; color: var(--soft); font-weight: 500; } th, td { padding
 .words th, .words td { text-align: left; white-space: normal; } .past { color: var(--bad); }
 tr.first td { background: var(--mark); } tr.removes td { background: #ecf7f0; }
 tr.now td:first-child { font-weight: 700; } tr[data-step] { cursor: pointer; }
-@media (max-width: 640px) { .pictures { grid-template-columns: 1fr; } body { padding: 14px; } }
+svg.narrow { display: none; max-width: 480px; }
+@media (max-width: 640px) { body { padding: 14px; } .pictures, .pair { gap: 8px; }
+  svg.wide { display: none; } svg.narrow { display: block; } th, td { padding-right: 10px; } }
 """
 
 _SCRIPT = """
@@ -203,15 +207,16 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const slider = document.getElementById("step"), label = document.getElementById("label");
 const previews = [document.getElementById("ours"), document.getElementById("theirs")];
 const rows = document.querySelectorAll("tr[data-step]");
-const cursor = document.getElementById("cursor"), dots = document.querySelectorAll("circle.latents");
+const curves = document.querySelectorAll("svg");
 function show(step) {
   const now = data.steps[step - 1];
   if (!now) return;
   now.previews.forEach((uri, side) => { previews[side].src = uri; });
   label.replaceChildren(Object.assign(document.createElement("b"), { textContent: now.label }), now.text);
   slider.setAttribute("aria-valuetext", now.label + ", " + now.text);
-  if (cursor && dots[step - 1]) {
-    for (const end of ["x1", "x2"]) cursor.setAttribute(end, dots[step - 1].getAttribute("cx"));
+  for (const curve of curves) {
+    const at = curve.querySelectorAll("circle.latents")[step - 1].getAttribute("cx");
+    for (const end of ["x1", "x2"]) curve.querySelector(".cursor").setAttribute(end, at);
   }
   rows.forEach(row => row.classList.toggle("now", Number(row.dataset.step) === step));
 }
@@ -257,8 +262,8 @@ _STEPS = """<h2><label for="step">What each step predicts</label></h2>
 {curve}
 <h2>Step by step</h2>
 <div class="scroll"><table>
-<thead><tr><th>step</th><th>{level}</th><th>timestep, ours</th><th>timestep, theirs</th>
-<th>latents</th><th>denoised</th></tr></thead>
+<thead><tr><th>step</th><th>{level}</th><th>latents</th><th>denoised</th>
+<th>timestep, ours</th><th>timestep, theirs</th></tr></thead>
 <tbody>{rows}</tbody>
 </table></div>
 <script type="application/json" id="data">{data}</script>

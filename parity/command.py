@@ -1,0 +1,66 @@
+"""`compare.py`: one comparison, told as it is found, or all of them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from comfy_ksampler import SCHEDULERS
+from gallery.models import Refused
+from gallery.options import Family, unknown
+from gallery.start import working
+from parity.diagnose import compare_sides
+from parity.follow import Session
+from parity.report import report
+from parity.result import Result
+from parity.sides import find_side
+from parity.table import write_table, write_text
+
+
+def run(options: argparse.Namespace, family: Family) -> int:
+    """Exit status: 0 within the tolerance, 1 past it. Raises Refused for what the user can mend."""
+    working()
+    return write_table(options) if options.all else _compare(options, family)
+
+
+def _compare(options: argparse.Namespace, family: Family) -> int:
+    for path in (options.json, options.html):
+        if path not in (None, "-") and not Path(path).resolve().parent.is_dir():
+            raise Refused(f"can't write {path}: there is no folder {Path(path).resolve().parent}")
+    if options.against is None:
+        raise Refused("--against: name a scheduler, a sampler or a function, or use --all")
+    try:
+        module = importlib.import_module(family.module)
+    except ImportError as error:
+        raise Refused(str(error)) from error
+    ours, theirs = find_side(options.sampler, module, "--sampler"), find_side(options.against, module, "--against")
+    if ours.is_scheduler:
+        raise Refused("--sampler: has to be a sampler; name the scheduler with --against")
+    theirs.check_family(family)
+    if options.schedule is not None and options.schedule not in (known := [*module.SCHEDULES, *SCHEDULERS]):
+        raise Refused(f"--schedule: {unknown(options.schedule, known)}")
+    session = Session.load(family, module, options)
+    out = sys.stderr if options.json == "-" else sys.stdout
+
+    def tell(result: Result, words: str) -> None:
+        """The table with the first words; a paragraph for the others."""
+        if words == result.parting():
+            print(f"ours    {result.ours}\ntheirs  {result.theirs}\n\n{result.table()}", file=out)
+            for note in result.notes:
+                print(f"note: {note}", file=out)
+        print(f"\n{words}", file=out, flush=True)
+
+    result, a, b = compare_sides(session, ours, theirs, truths={} if options.truth else None, tell=tell)
+    if options.json:
+        text = json.dumps(result.as_json(), indent=1)
+        if options.json == "-":
+            print(text)
+        else:
+            write_text(Path(options.json), text + "\n")
+    if options.html:
+        write_text(Path(options.html), report(session, result, a, b))
+        print(f"report in {options.html}", file=out)
+    return int(result.cause is not None)

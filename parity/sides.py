@@ -1,0 +1,166 @@
+"""The two sides of a comparison, as they are named on the command line."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gallery.models import Refused, reason
+from gallery.options import FLUX, SDXL, Family, unknown
+
+
+@dataclass(frozen=True)
+class Side:
+    """A sampler with k-diffusion's signature or a scheduler of diffusers, with its options.
+
+    Args:
+        file: that it was loaded from, where that is one's own.
+    """
+
+    text: str
+    target: Any
+    options: dict[str, Any]
+    file: str | None = None
+
+    @property
+    def is_scheduler(self) -> bool:
+        return inspect.isclass(self.target)
+
+    def check_family(self, family: Family) -> None:
+        """Refuses a scheduler of diffusers that is made for the other kind of model."""
+        if not self.is_scheduler or not self.target.__module__.startswith("diffusers."):
+            return
+        name, flow = self.target.__name__, hasattr(self.target, "scale_noise")  # those that know no betas have it
+        if family is SDXL and flow:
+            raise Refused(f"--against: {name} is for flow models: add --family flux")
+        if family is FLUX and not flow and not self.options.get("use_flow_sigmas"):
+            takes = "use_flow_sigmas" in inspect.signature(self.target.__init__).parameters
+            flows = "(use_flow_sigmas=True, prediction_type='flow_prediction')"
+            raise Refused(f"--against: {name} {f'needs {flows} for FLUX' if takes else 'is not for flow models'}")
+
+    def told(self, error: Exception) -> str:
+        """What went wrong while this side ran, for one's own also in which line of its file."""
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
+        return f"{self.text}: {reason(error)}" + (f" ({self.file}, line {lines[-1]})" if lines else "")
+
+    @property
+    def comfy(self) -> bool:
+        """Whether it is ComfyUI's own."""
+        return getattr(self.target, "__module__", "").startswith("comfy.")
+
+    @property
+    def eta(self) -> float | None:
+        """How much step noise a sampler adds, 0 to 1; None for one without the option."""
+        parameter = inspect.signature(self.target).parameters.get("eta")
+        return self.options.get("eta", None if parameter is None else parameter.default)
+
+
+def find_side(text: str, module: ModuleType, flag: str) -> Side:
+    """`NAME` or `NAME(option=value, ...)`.
+
+    NAME is a sampler of k-diffusion, a scheduler class of diffusers, or a sampler function or scheduler class of one's
+    own, `path/to/file.py:name` or `package.module:name`. A file is run only when it is named here.
+
+    Args:
+        module: the pipeline file, which knows k-diffusion's samplers.
+        flag: the option that `text` came with, for messages.
+    """
+    name, options = _parse(text, flag)
+    file = None
+    if ":" in name:
+        target, file = _load(name, module, flag)
+    elif name.removeprefix("sample_") in module.sampler_names():
+        target = module.find_sampler(name)
+    else:
+        import diffusers
+
+        target = getattr(diffusers, name, None) if name.isidentifier() else None
+        if not _is_scheduler(target):
+            schedulers = (n for n in dir(diffusers) if n.endswith("Scheduler"))
+            known = [*module.sampler_names(), *(n for n in schedulers if _is_scheduler(getattr(diffusers, n, None)))]
+            if name.endswith(".py"):
+                raise Refused(f"{flag}: which function of {name}? name it as {name}:NAME")
+            raise Refused(f"{flag}: {unknown(name, known)}")
+    if inspect.isclass(target):
+        if not _is_scheduler(target):
+            raise Refused(f"{flag}: {name} is a class, but no scheduler: it needs set_timesteps() and step()")
+        known = list(inspect.signature(target.__init__).parameters)[1:]
+        inherits = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target.__init__).parameters.values())
+        if strange := [option for option in options if option not in known and not inherits]:
+            raise Refused(f"{flag}: {name} takes no {', '.join(strange)}; it takes {', '.join(known)}")
+        return Side(text, target, options, file)
+    try:
+        return Side(text, module.find_sampler(target), module.check_sampler_kwargs(target, options), file)
+    except (TypeError, ValueError) as error:
+        raise Refused(f"{flag}: {error}".replace("`", "")) from None
+
+
+def _is_scheduler(target: Any) -> bool:
+    return inspect.isclass(target) and hasattr(target, "set_timesteps") and hasattr(target, "step")
+
+
+def _parse(text: str, flag: str) -> tuple[str, dict[str, Any]]:
+    name, bracket, arguments = text.strip().partition("(")
+    if not bracket:
+        return name, {}
+    try:
+        call = ast.parse(f"f({arguments}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError
+        return name.strip(), {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError):
+        raise Refused(f"{flag}: expected NAME or NAME(option=value, ...), but got {text!r}") from None
+
+
+def _load(name: str, module: ModuleType, flag: str) -> tuple[Any, str | None]:
+    """The object of `path/to/file.py:name` or `package.module:name`, and its file."""
+    source, _, attribute = name.rpartition(":")
+    sampling = module.sampling  # k-diffusion's can't be imported as its package's
+    try:
+        if source == sampling.__name__ or Path(source).resolve() == Path(sampling.__file__).resolve():
+            loaded = sampling
+        else:
+            loaded = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except FileNotFoundError:
+        raise Refused(f"{flag}: there is no file {source}") from None
+    except Exception as error:
+        raise Refused(f"{flag}: {source} can't be imported: {type(error).__name__}: {error}") from error
+    if not callable(getattr(loaded, attribute, None)):
+        own = [n for n, value in vars(loaded).items() if n.startswith("sample_") and callable(value)]
+        own += [n for n, value in vars(loaded).items() if _is_scheduler(value) and value.__module__ == loaded.__name__]
+        own = [n for n in own if not n.startswith("_")]
+        raise Refused(f"{flag}: {source}: {unknown(attribute, own) if own else 'it has no sampler and no scheduler'}")
+    return getattr(loaded, attribute), loaded.__file__
+
+
+def _load_file(path: Path) -> ModuleType:
+    """A module from a file. One that belongs to a package which it imports by name is loaded as that package's.
+
+    ComfyUI's `comfy/k_diffusion/sampling.py` says `from . import utils` and `import comfy.model_sampling`, so it is
+    `comfy.k_diffusion.sampling` below the folder that holds `comfy`.
+    """
+    path = path.resolve(strict=True)
+    imports = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    absolute = {alias.name.split(".")[0] for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    froms = [node for node in imports if isinstance(node, ast.ImportFrom)]
+    absolute |= {node.module.split(".")[0] for node in froms if node.module and not node.level}
+    above = next((parent for parent in path.parents if parent.name in absolute), None)
+    if above is None and any(node.level for node in froms):
+        above = path.parent
+    if above is not None:
+        sys.path.append(str(above.parent))
+        return importlib.import_module(".".join(path.relative_to(above.parent).with_suffix("").parts))
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
+    assert spec is not None and spec.loader is not None  # it ends in .py and is there
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

@@ -1,0 +1,238 @@
+"""`compare.py --all`: every known pair, as a table in Markdown and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diffusers import FlowMatchHeunDiscreteScheduler
+
+from gallery.models import Refused, check_output
+from gallery.options import FLUX, SDXL, Family
+from parity.diagnose import compare_sides
+from parity.follow import Session
+from parity.result import Result
+from parity.schedulers import prepared
+from parity.sides import Side, find_side
+
+LEVELS = {"own": None, "Karras": "karras", "exponential": "exponential", "beta": "beta"}
+SDXL_PAIRS = [
+    ("euler", "EulerDiscreteScheduler"),
+    ("euler", "DDIMScheduler(clip_sample=False)"),
+    ("euler_ancestral", "EulerAncestralDiscreteScheduler"),
+    ("heun", "HeunDiscreteScheduler"),
+    ("dpm_2", "KDPM2DiscreteScheduler"),
+    ("dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler"),
+    ("lms", "LMSDiscreteScheduler"),
+    ("dpmpp_2m", "DPMSolverMultistepScheduler"),
+    ("dpmpp_2m_sde", "DPMSolverMultistepScheduler(algorithm_type='sde-dpmsolver++')"),
+    ("dpmpp_3m_sde", "DPMSolverMultistepScheduler(algorithm_type='sde-dpmsolver++', solver_order=3)"),
+    ("dpmpp_2s_ancestral(eta=0)", "DPMSolverSinglestepScheduler"),
+    ("dpmpp_sde", "DPMSolverSDEScheduler"),
+]
+FLOW = "use_flow_sigmas=True, prediction_type='flow_prediction'"
+FLUX_PAIRS = [
+    ("euler", "FlowMatchEulerDiscreteScheduler", "auto"),
+    ("heun", "FlowMatchHeunDiscreteScheduler", "auto"),
+    ("dpmpp_2m", f"DPMSolverMultistepScheduler({FLOW})", "ve"),
+    ("dpmpp_2m", f"UniPCMultistepScheduler({FLOW})", "ve"),
+    ("euler", f"DEISMultistepScheduler({FLOW}, solver_order=1)", "auto"),
+    ("lms(order=2)", f"DEISMultistepScheduler({FLOW})", "ve"),
+]
+
+
+class FlowMatchHeunForFlux(FlowMatchHeunDiscreteScheduler):
+    """FlowMatchHeunDiscreteScheduler, which takes no `sigmas` and no `mu`, as FluxPipeline can call it."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
+        """Its own levels, as many as there are sigmas."""
+        super().set_timesteps(num_inference_steps or len(sigmas), device)
+
+
+def write_table(options: argparse.Namespace) -> int:
+    """Runs all pairs and writes parity.json, row by row, and parity.md. Exit status: 0 if all are identical, else 1.
+
+    With `options.resume` the rows of parity.json that were made with the same settings are kept.
+    """
+    check_output(options.output)
+    path = options.output / "parity.json"
+    families = [family for family in (SDXL, FLUX) if options.family in (None, family.name)]
+    kept = _read_rows(path) if options.resume else []
+    rows = list[dict[str, Any]]()
+    for family in families:
+        made = _settings(options)
+        known = {_key(row): row for row in kept if row.get("settings") == made}
+        maker = Rows(family, options)
+        for job in maker.jobs():
+            row = known.get((family.name, *job.pair, job.levels)) or {**maker.make(job), "settings": made}
+            rows.append(row)
+            write_text(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+            counted = f"{family.name} {job.number} of {job.count}"
+            print(f"{counted}: {row['ours']} | {row['theirs']}\n    {row['verdict']}", flush=True)
+    write_text(options.output / "parity.md", markdown(rows, options))
+    print(f"{sum(row['identical'] for row in rows)} of {len(rows)} identical, in {options.output / 'parity.md'}")
+    return int(not all(row["identical"] for row in rows))
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return (row["family"], *row["pair"], row["levels"])
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        [_key(row) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"--resume: {path} is no table of compare.py ({type(error).__name__}): remove it") from None
+    return rows
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What a row depends on, beside its pair."""
+    names = ("model", "steps", "width", "height", "prompt", "seed", "dtype", "tolerance", "switches", "truth")
+    versions = {name: version(name) for name in ("k-diffusion", "diffusers", "torch")}
+    return {**{name: getattr(options, name) for name in names}, "truth_seconds": options.truth_seconds, **versions}
+
+
+@dataclass
+class Job:
+    """One row of the table that is to be made.
+
+    Args:
+        pair: the sampler and the scheduler as the table names them.
+        levels: a key of `LEVELS`.
+        parameterization: FLUX's.
+        number, count: of the family's rows, from 1.
+    """
+
+    pair: tuple[str, str]
+    levels: str
+    side: Side
+    parameterization: str = "auto"
+    number: int = 0
+    count: int = 0
+
+
+class Rows:
+    """The rows of one family. The model is loaded when the first one is made."""
+
+    def __init__(self, family: Family, options: argparse.Namespace):
+        self.family, self.options = family, copy.copy(options)
+        self.options.guidance = family.guidance if family is FLUX else 1.0
+        self.module = importlib.import_module(family.module)
+        self.truths = dict[Any, Any]()
+
+    @functools.cached_property
+    def session(self) -> Session:
+        return Session.load(self.family, self.module, self.options)
+
+    def jobs(self) -> list[Job]:
+        """All rows, in the order of the table."""
+        jobs = list(self._flux() if self.family is FLUX else self._sdxl())
+        return [replace(job, number=i, count=len(jobs)) for i, job in enumerate(jobs, 1)]
+
+    def _sdxl(self) -> Iterator[Job]:
+        for ours, theirs in SDXL_PAIRS:
+            for levels, name in LEVELS.items():
+                text = theirs
+                if name is not None:
+                    text = theirs.removesuffix(")") + (", " if "(" in theirs else "(") + f"use_{name}_sigmas=True)"
+                with contextlib.suppress(Refused):  # it has no such option
+                    yield Job((ours, theirs), levels, find_side(text, self.module, "--against"))
+
+    def _flux(self) -> Iterator[Job]:
+        for ours, theirs, parameterization in FLUX_PAIRS:
+            side = find_side(theirs, self.module, "--against")
+            yield Job((ours, theirs), "own", side, parameterization)
+            if theirs == "FlowMatchHeunDiscreteScheduler":
+                text = f"{theirs}, made to take FluxPipeline's arguments"
+                yield Job((ours, text), "own", Side(text, FlowMatchHeunForFlux, {}), parameterization)
+            if not theirs.startswith("FlowMatchEuler"):
+                continue  # flow sigmas are these schedulers' own
+            for levels, name in LEVELS.items():
+                if name is not None:
+                    option = f"use_{name}_sigmas"
+                    named = replace(side, text=f"{theirs}({option}=True)", options={option: True})
+                    yield Job((ours, theirs), levels, named, parameterization)
+
+    def make(self, job: Job) -> dict[str, Any]:
+        """Runs the pair. One that diffusers can't run gets a row that says so."""
+        session, (ours, theirs) = self.session, job.pair
+        session.options.parameterization = job.parameterization
+        row: dict[str, Any] = {"family": self.family.name, "pair": [ours, theirs], "levels": job.levels}
+        try:
+            prepared(session.scheduler(job.side), session.options.steps, session.tokens)
+        except Refused as refused:
+            why = str(refused)
+            row |= {"cell": "does not run", "identical": False, "ours": ours, "theirs": theirs}
+            return {**row, "verdict": why[0].upper() + why[1:]}
+        truths = self.truths if session.options.truth else None
+        result, *_ = compare_sides(session, find_side(ours, self.module, "--sampler"), job.side, truths=truths)
+        return {**row, "cell": cell(result), **result.as_json()}
+
+
+def cell(result: Result) -> str:
+    """The result in a few words, for the overview."""
+    if result.cause is None:
+        return f"{result.largest:.0e}"
+    kind = result.cause.kind
+    words = {"rounded": "rounded timesteps", "cut off": "timesteps cut off", "interpolated": "timesteps interpolated"}
+    if kind == "timestep":
+        kind = next((text for word, text in words.items() if word in result.cause.what), kind)
+    return f"**{result.largest:.0e}**, step {result.cause.step}: {kind}"
+
+
+def markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """The overview and the verdicts."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("k-diffusion", "diffusers", "torch"))
+    lines = [
+        "# Parity with diffusers",
+        "",
+        f"Made by `compare.py --all` with {packages}: {options.model} models, {options.steps} steps.",
+        "A number is the largest relative difference of latents and predictions in any step. A bold one is past the",
+        "tolerance; beside it, the step at which the sides part and what differs there. `docs/parity.md` explains.",
+        "",
+        *overview(rows),
+        "",
+        "## Verdicts",
+        "",
+    ]
+    for row in rows:
+        lines.append(f"- `{row['ours']}` and `{row['theirs']}` ({row['family'].upper()}): {row['verdict']}")
+    return "\n".join(lines) + "\n"
+
+
+def overview(rows: list[dict[str, Any]]) -> list[str]:
+    """The table: a line for each pair, a column for each kind of noise levels."""
+    lines = [f"| k-diffusion | diffusers | {' | '.join(LEVELS)} |", "|---|---|" + "---|" * len(LEVELS)]
+    pairs = dict.fromkeys((row["family"], *row["pair"]) for row in rows)
+    for family, ours, theirs in pairs:
+        cells = {row["levels"]: row["cell"] for row in rows if (row["family"], *row["pair"]) == (family, ours, theirs)}
+        name = ours if family == "sdxl" else f"{ours}` (FLUX)`"
+        name = f"`{name}`".replace("``", "")
+        lines.append(f"| {name} | `{theirs}` | {' | '.join(cells.get(levels, '') for levels in LEVELS)} |")
+    return lines
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text`, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise Refused(f"can't write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,219 @@
+"""The same ODE or SDE solved finely, and how far each side ends from it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from parity.follow import Session
+from parity.result import Ours, Trajectory, Truth, relative
+from parity.sides import Side
+
+ODE_SIZES = range(32, 8193, 32)  # into how many intervals the way may be cut
+SDE_SIZES = [2**i for i in range(1, 10)]  # into how many pieces each step
+
+
+class Solution(NamedTuple):
+    """The end of a fine solution: of which size, its relative error, and the evaluations of all solutions so far."""
+
+    final: torch.Tensor
+    size: int
+    error: float
+    evaluations: int
+
+
+def solve(
+    session: Session, sides: tuple[Side, Side], setup: Ours, a: Trajectory, b: Trajectory, known: dict[Any, Solution]
+) -> Truth:
+    """The distances of both sides from the truth of our side's first latents and step noise.
+
+    Args:
+        known: solutions of ODEs found before, by first level, last level and start; extended.
+    """
+    if not torch.isfinite(b.final).all() or not torch.isfinite(a.final).all():
+        return Truth("not defined, a side is not finite")
+    if any(side.options.get("s_churn") or side.options.get("s_noise", 1.0) != 1.0 for side in sides):
+        return Truth("not defined for s_churn, and for s_noise other than 1")
+    if a.noise or b.noise:
+        return _sde(session, sides[0], setup, a, b)
+    multistep = Side("lms", session.module.find_sampler("lms"), {"order": 3})  # why this one: docs/parity.md
+    first, last = setup.levels[0].item(), setup.levels[-1].item()
+    key = (session.family.name, first, last, setup.start.flatten()[0].item())
+
+    def run(size: int, tick: Callable[[], Any]) -> torch.Tensor:
+        levels = fine_levels(session, first, last, size)
+        return session.follow_sampler(multistep, Ours(levels, setup.start, flow=True, keep=False), tick).final
+
+    truth, found = refine(session, "ODE", run, lambda size: size + size // 100 + 4, ODE_SIZES, a, b, known.get(key))
+    if found is not None:
+        known[key] = found
+    return truth
+
+
+def fine_levels(session: Session, first: float, last: float, n: int) -> torch.Tensor:
+    """Some more than n levels from the first one down to the last: Karras', or FLUX's evenly in t.
+
+    The first interval is cut at a sixteenth and a quarter: a multistep method begins with a step of order 1. Below
+    SDXL's lowest trained level the network gets timestep 0; the way from there to zero is cut evenly in sigma.
+    """
+    if session.flux:
+        levels = torch.linspace(first, last, n + 1, dtype=torch.float64).tolist()[:-1]
+    else:
+        lowest, more = last or session.level_of(0.0), max(n // 100, 1)
+        levels = session.module.named_sigmas("karras", n + 1, lowest, first).double().tolist()[:-2]
+        if last == 0:
+            levels += [lowest * (1 - i / more) for i in range(more)]
+    begin = [first + share * ([*levels, last][1] - first) for share in (1 / 16, 1 / 4)]
+    return torch.tensor([first, *begin, *levels[1:], last], dtype=torch.float64)
+
+
+def refine(
+    session: Session,
+    equation: str,
+    run: Callable[[int, Callable[[], Any]], torch.Tensor],
+    cost: Callable[[int], int],
+    sizes: Sequence[int],
+    a: Trajectory,
+    b: Trajectory,
+    solution: Solution | None = None,
+) -> tuple[Truth, Solution | None]:
+    """Finer solutions, until they tell which side is nearer or the time is over.
+
+    The error is estimated by the change to a solution that was r times as coarse, over r - 1. That is right for order
+    1, to which the roughness of a network limits every method, and too large for smooth networks.
+
+    Args:
+        run: `run(size, tick)`, the end of a solution; calls `tick()` for each evaluation of the network.
+        cost: `cost(size)`, evaluations of that.
+        sizes: that may be taken, rising.
+    """
+    started, truth = time.process_time(), Truth(equation)
+    with tqdm(desc=f"solving the {equation} finely", unit=" evaluations", leave=False, disable=None) as bar:
+        while True:
+            if solution is not None and math.isfinite(solution.error):
+                ours, theirs = (relative(side.final, solution.final) for side in (a, b))
+                apart = ((a.final - b.final).norm() / solution.final.norm()).item()
+                truth = Truth(equation, ours, theirs, apart, solution.error, solution.evaluations)
+                if truth.nearer is not None:
+                    return truth, solution
+            left = session.options.truth_seconds - (time.process_time() - started)
+            size = next_size(solution, cost, sizes, session.affordable(0.9 * left))
+            if size is None:
+                break
+            bar.reset(cost(size))
+            final = run(size, bar.update)
+            error, evaluations = math.inf, cost(size)
+            if solution is not None:
+                error = relative(solution.final, final) / (size / solution.size - 1)
+                evaluations += solution.evaluations
+            solution = Solution(final, size, error, evaluations)
+    if math.isnan(truth.ours):
+        least = cost(sizes[0]) + cost(2 * sizes[0])
+        seconds = least / session.affordable(0.9)
+        truth = Truth(f"not looked for, {least} evaluations take {seconds:.0f} s or more (--truth-seconds)")
+    return replace(truth, stopped=True), solution
+
+
+def next_size(
+    solution: Solution | None, cost: Callable[[int], int], sizes: Sequence[int], affordable: float
+) -> int | None:
+    """Four times the last size, or the largest one if not even twice that would come after; None if none is affordable.
+
+    `affordable` is a number of evaluations.
+    """
+    if solution is None:
+        return sizes[0] if cost(sizes[0]) + cost(2 * sizes[0]) <= affordable else None
+    fit = [size for size in sizes if size >= 2 * solution.size and cost(size) <= affordable]
+    wanted = 4 * solution.size
+    if wanted in fit and cost(wanted) + cost(2 * wanted) <= affordable:
+        return wanted
+    return fit[-1] if fit else None
+
+
+# --- the SDE ---------------------------------------------------------------------------------------------------------
+
+
+def split(levels: torch.Tensor, pieces: int) -> torch.Tensor:
+    """Each interval of positive levels in `pieces`, evenly in log."""
+    positive = levels[levels > 0]
+    logs = positive.log()
+    shares = torch.arange(pieces, dtype=levels.dtype) / pieces
+    fine = (logs[:-1, None] + (logs[1:] - logs[:-1])[:, None] * shares).flatten().exp()
+    fine = torch.cat([fine, positive[-1:], levels[len(positive) :]])
+    fine[0] = levels[0]
+    return fine
+
+
+class Path:
+    """A Brownian path over the positive levels that has the given step noise, refined by bridges.
+
+    Args:
+        levels: positive, falling.
+        noise: of unit variance, one for each interval.
+    """
+
+    def __init__(self, levels: torch.Tensor, noise: list[torch.Tensor], seed: int):
+        self.levels, self.generator = levels, torch.Generator("cpu").manual_seed(seed)
+        self.w = [torch.zeros_like(noise[0])]
+        for draw, high, low in zip(noise, levels, levels[1:]):
+            self.w.append(self.w[-1] + draw * (high - low).sqrt().item())
+
+    def halve(self) -> None:
+        """Puts a level between every two, in the middle of their logs, and the path's value there."""
+        levels, w = [self.levels[0]], [self.w[0]]
+        for i in range(len(self.levels) - 1):
+            high, low = self.levels[i].item(), self.levels[i + 1].item()
+            middle = math.sqrt(high * low)
+            share = (high - middle) / (high - low)
+            draw = torch.randn(w[0].shape, generator=self.generator, dtype=torch.float64).to(w[0])
+            spread = math.sqrt((high - middle) * (middle - low) / (high - low))
+            w += [self.w[i] + share * (self.w[i + 1] - self.w[i]) + spread * draw, self.w[i + 1]]
+            levels += [self.levels.new_tensor(middle), self.levels[i + 1]]
+        self.levels, self.w = torch.stack(levels), w
+
+    def noise(self) -> dict[int, list[torch.Tensor]]:
+        """Unit step noise of each interval."""
+        widths = (self.levels[:-1] - self.levels[1:]).sqrt().tolist()
+        return {i: [(self.w[i + 1] - self.w[i]) / width] for i, width in enumerate(widths)}
+
+
+def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory) -> Truth:
+    """The reverse SDE that the sampler's steps tend to, on a Brownian path with this step noise."""
+    name = getattr(side.target, "__name__", "")
+    if session.flux:
+        return Truth("not computed for SDEs on FLUX, whose first sigma depends on the steps")
+    if name.removeprefix("sample_") not in session.module.sampler_names():
+        return Truth(f"not defined, {name} is not one of k-diffusion's SDE samplers")
+    if side.eta is None:
+        return Truth(f"not defined, {name} adds no step noise and theirs does")
+    # of ancestral steps, sigma_up ~ eta
+    eta = side.eta if name in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde") else side.eta**2
+    fine = Side("dpmpp_2m_sde", session.module.find_sampler("dpmpp_2m_sde"), {"eta": eta, "solver_type": "heun"})
+    positive = setup.levels[setup.levels > 0]
+    path = None
+    if setup.noise_sampler is None:
+        ends = _last_evaluations(a)[: len(positive) - 1]
+        if not all(a.noise.get(end) for end in ends):
+            return Truth("not defined, not every step has its noise")
+        path = Path(positive, [a.noise[end][-1] for end in ends], seed=(session.options.seed + 1) % 2**63)
+
+    def run(pieces: int, tick: Callable[[], Any]) -> torch.Tensor:
+        while path is not None and len(path.levels) - 1 < pieces * (len(positive) - 1):
+            path.halve()
+        noise = path.noise() if path is not None else None
+        levels = split(setup.levels, pieces)
+        fine_setup = replace(setup, levels=levels, noise=noise, quantize=False, timesteps=None, keep=False)
+        return session.follow_sampler(fine, fine_setup, tick).final
+
+    return refine(session, "SDE", run, lambda pieces: pieces * (len(positive) - 1) + 1, SDE_SIZES, a, b)[0]
+
+
+def _last_evaluations(a: Trajectory) -> list[int]:
+    """The evaluation that ends each step, after which its noise is drawn."""
+    return [start - 1 for start in a.starts[1:]] + [len(a.evaluations) - 1]

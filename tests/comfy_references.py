@@ -1,0 +1,98 @@
+"""What ComfyUI itself computed (tests/data), and the model that it was computed with, behind the pipelines."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from closed_form import Mixture, Transformer, UNet, flux_pipeline, sdxl_pipeline
+from conftest import ROOT
+from safetensors import safe_open
+
+from comfy_ksampler import model_sampling
+
+DATA = ROOT / "tests" / "data"
+SIGMAS = json.loads((DATA / "comfyui_sigmas.json").read_text())["sigmas"]
+LATENTS = safe_open(DATA / "comfyui_0.27_latents.safetensors", "pt")
+BEFORE = safe_open(DATA / "comfyui_latents.safetensors", "pt")  # of 0.3.64
+SHIFT = 1.15  # of the references, FLUX's at 1024x1024: diffusers' mu
+SIZE = {"width": 128, "height": 128}  # theirs
+
+
+def grid(channels: int) -> tuple[torch.Tensor, ...]:
+    """The channel, row and column of each number of the references' latents, float64."""
+    return torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (channels, 16, 16)), indexing="ij")
+
+
+def mixture(channels: int) -> Mixture:
+    """The references' model, by the words of their metadata, flat in the order of the latents."""
+    c, h, w = grid(channels)
+    means = torch.stack([torch.sin(0.1 * (k + 1) * (h + 2 * w) + c) for k in range(3)])
+    if channels == 16:  # FLUX's network sees them packed: 2x2 patches
+        means = means.view(3, 16, 8, 2, 8, 2).permute(0, 2, 4, 1, 3, 5)
+    return Mixture(means.flatten(1), torch.full((3,), 0.5))
+
+
+def latent_image(channels: int) -> torch.Tensor:
+    """The references' for denoise 0.6."""
+    c, h, w = grid(channels)
+    return torch.cos(0.2 * (h - w) + c)[None].float()
+
+
+class Guided(UNet):
+    """Predicts for the mixture of the negative means where the prompt's embedding is -1, as the references' does."""
+
+    def forward(self, sample, timestep, encoder_hidden_states, **conditioning):
+        known, halves = self.mixture, []
+        for x, t, sign in zip(sample, timestep.expand(len(sample)), encoder_hidden_states[:, 0, 0].sign().double()):
+            self.mixture = Mixture(known.means * sign, known.stds)
+            halves += super().forward(x[None], t[None])
+        self.mixture = known
+        return (torch.cat(halves),)
+
+
+class GuidedFlow(Transformer):
+    """The same for FLUX, whose pipeline asks for one prompt at a time."""
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, **conditioning):
+        known = self.mixture
+        self.mixture = Mixture(known.means * encoder_hidden_states[0, 0, 0].sign().double(), known.stds)
+        velocity = super().forward(hidden_states, timestep)
+        self.mixture = known
+        return velocity
+
+
+def pipelines() -> dict[str, Any]:
+    """Float32, as ComfyUI's sampling."""
+    zsnr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    with torch.random.fork_rng():
+        return {
+            "sdxl": sdxl_pipeline(mixture(4), torch.float32, Guided),
+            "sdxl_v_prediction_zsnr": sdxl_pipeline(mixture(4), torch.float32, **zsnr),
+            "flux": flux_pipeline(mixture(16), torch.float32, GuidedFlow, mu=SHIFT, channels=64),
+        }
+
+
+def draw(pipe: Any, **call: Any) -> torch.Tensor:
+    """The latents of a call, as ComfyUI has them: unpacked."""
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    prompt = torch.ones(1, 1, 1, dtype=network.dtype)
+    embeds = {"prompt_embeds": prompt, "pooled_prompt_embeds": prompt[:, 0]}
+    if max(call.get("guidance_scale", 1.0), call.get("true_cfg_scale", 1.0)) > 1:
+        embeds |= {"negative_prompt_embeds": -prompt, "negative_pooled_prompt_embeds": -prompt[:, 0]}
+    latents = pipe(**{"output_type": "latent", "guidance_scale": 1.0, **SIZE, **embeds, **call}).images
+    return model_sampling(pipe, **SIZE).unpacked(latents)
+
+
+def settings(key: str, **changes) -> dict:
+    """The fields of a reference's name."""
+    model, sampler_name, scheduler, steps, seed, *rest = key.split("/")
+    cfg, denoise = (float(number) for number in rest or (1, 1))
+    image = latent_image(4 if model == "sdxl" else 16) if denoise < 1 else None
+    names = {"sampler_name": sampler_name, "scheduler": scheduler, "denoise": denoise, "latent_image": image}
+    return {"seed": int(seed), "steps": int(steps), "cfg": cfg, **names, **SIZE, **changes}
+
+
+def references(model: str, sampler_name: str) -> list[str]:
+    return [key for key in LATENTS.keys() if key.startswith(f"{model}/{sampler_name}/")]

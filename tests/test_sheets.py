@@ -1,0 +1,185 @@
+"""The PNG files of the grids and their contact sheets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import ROOT
+from PIL import Image, ImageChops, ImageStat
+from PIL.PngImagePlugin import PngInfo
+
+from gallery import pictures
+from gallery.pictures import contact_sheet, read_settings, write_png
+from gallery.sheet import Drawn, Picture, title_of, write_sheet
+from sdxl_comfy_pipeline import sampler_names
+
+
+def test_png_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "picture.png"
+    write_png(Image.new("RGB", (8, 8)), path, {"prompt": "Grüße, 宇航员", "sampler": "euler"})
+    assert read_settings(path) == {"prompt": "Grüße, 宇航员", "sampler": "euler"}
+
+    class Broken(Image.Image):
+        def save(self, target, **options):
+            target.write_bytes(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_png(Broken(), path)
+    assert read_settings(path)["sampler"] == "euler"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_contact_sheet_shows_failures_too(tmp_path):
+    write_png(Image.new("RGB", (64, 32), "red"), tmp_path / "a.png")
+    sheet = contact_sheet(
+        ["title"], [("a", "4 evaluations", tmp_path / "a.png"), ("b", "out of memory", None)], cell=200
+    )
+    colours = {colour for _, colour in sheet.getcolors(100_000)}
+    assert (255, 0, 0) in colours and (245, 236, 236) in colours
+
+
+LONG = "a word of several that tell what failed " * 40
+
+
+def ink(entries, changed):
+    """The box around what is drawn for one text: where the sheet differs with `changed` in place of `entries`."""
+    return ImageChops.difference(contact_sheet(["title"], entries), contact_sheet(["title"], changed)).getbbox()
+
+
+@pytest.mark.parametrize("label", ["lms", "dpmpp_2s_ancestral"])
+@pytest.mark.parametrize("size", [(16, 64), (64, 64), (64, 6)])
+def test_labels_of_a_sheet_do_not_overlap(tmp_path, size, label):
+    """Names and notes side by side, however narrow the pictures, each within its own column."""
+    write_png(Image.new("RGB", size, "red"), tmp_path / "a.png")
+    entries = [(label, "17 evaluations, 1234.5 s", tmp_path / "a.png")] * 4
+    boxes = []
+    for i in range(3):  # the fourth keeps the columns as they are
+        boxes.append(ink(entries, [*entries[:i], ("", "", entries[i][2]), *entries[i + 1 :]]))
+    assert all(a[2] < b[0] for a, b in zip(boxes, boxes[1:]))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 6), (320, 10)])
+def test_why_a_sampler_failed_stays_in_its_row(tmp_path, size):
+    write_png(Image.new("RGB", size, "red"), tmp_path / "a.png")
+    entries = [("a", "1 evaluation", tmp_path / "a.png"), ("b", LONG, None)] + [("c", "", tmp_path / "a.png")] * 5
+    why = ink(entries, [entries[0], ("b", "", None), *entries[2:]])
+    below = ink(entries, [*entries[:6], ("", "", entries[6][2])])  # the label in the next row
+    beside = ink(entries, [*entries[:2], ("", "", entries[2][2]), *entries[3:]])
+    assert why[3] < below[1] and why[2] < beside[0] and why[3] - why[1] > 10
+    sheet, left = contact_sheet(["title"], entries), why[0] - 4
+    box = [y for y in range(sheet.height) if sheet.getpixel((left, y)) == (245, 236, 236)]
+    assert box[0] < why[1] and why[3] < box[-1] - 4  # whole lines, with room below
+
+
+@pytest.mark.parametrize("word", ["WWWW ", "iiii ", "W", "a/long-path/with_no_space"])
+def test_text_is_wrapped_by_its_width(word):
+    """No line reaches into the margin, and none is broken long before it."""
+    sheet = contact_sheet([word * 60, word * 60], [("a", "failed", None)])
+    right = ImageChops.invert(sheet).getbbox()[2]
+    assert 0.85 * (sheet.width - 14) < right <= sheet.width - 14
+
+
+def test_the_first_text_of_a_title_is_large_on_all_of_its_lines():
+    sheet = contact_sheet(
+        ["several words that take more than one line of a title " * 2, "prompt"], [("a", "failed", None)]
+    )
+    rows = [sheet.crop((0, 14 + 26 * i, sheet.width, 40 + 26 * i)) for i in range(3)]
+    heights = [box[3] - box[1] for box in (ImageChops.invert(row).getbbox() for row in rows)]
+    assert heights[0] == heights[1] > heights[2]
+
+
+def test_title_names_what_the_pictures_have_in_common():
+    settings = {"steps": "4", "schedule": "beta", "guidance": "3.5", "seed": "7", "prompt": "a cat", "comfy": "False"}
+    settings |= {"negative_prompt": "", "true_cfg": "1.0"}
+    plain = "flux-demo: 2 samplers of k-diffusion, 4 steps, beta noise levels, guidance 3.5, seed 7"
+    assert title_of("flux-demo", 2, settings) == [plain, "a cat"]
+    settings |= {"negative_prompt": "snow", "true_cfg": "2.0", "comfy": "True"}
+    assert title_of("flux-demo", 2, settings) == [
+        plain.replace("k-diffusion", "k-diffusion as in ComfyUI").replace("3.5", "3.5, true CFG 2.0"),
+        "a cat   (not: snow)",
+    ]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_the_committed_sheets_are_laid_out_as_they_were(tmp_path, family):
+    """The committed pictures on a sheet are the committed sheet, but for how Pillow's versions draw letters."""
+    sheet = ROOT / "output" / f"{family}-demo-grid.png"
+    drawn = []
+    for sampler in sampler_names():
+        path = ROOT / "output" / f"{family}-demo-sample_{sampler}.png"
+        said = read_settings(path)
+        picture = Picture(f"{family}-demo", said["prompt"], int(said["seed"]), sampler, path)
+        drawn.append(Drawn(picture, path, float(said["seconds"]), int(said["evaluations"])))
+    settings = {"comfy": "False", **read_settings(sheet)}
+    write_sheet(tmp_path / "sheet.png", f"{family}-demo", settings, drawn)
+    again, there = Image.open(tmp_path / "sheet.png"), Image.open(sheet)
+    assert again.size == there.size
+    assert max(ImageStat.Stat(ImageChops.difference(again, there)).mean) < 0.5
+
+
+# --- what other tools find in a picture ---
+
+
+def test_no_chunk_of_a_picture_is_another_tools(tmp_path):
+    """ComfyUI takes `prompt` and `workflow` for its JSON, and only without them reads `parameters`."""
+    settings = {"prompt": "Grüße, 宇航员", "sampler": "euler", "workflow": "none"}
+    write_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", settings, "Grüße\nSteps: 2")
+    with Image.open(tmp_path / "a.png") as image:
+        assert dict(image.text).keys() == {"k-diffusing", "parameters"}
+        assert json.loads(image.text["k-diffusing"]) == settings and image.text["parameters"] == "Grüße\nSteps: 2"
+    assert read_settings(tmp_path / "a.png") == {**settings, "parameters": "Grüße\nSteps: 2"}
+
+
+@pytest.mark.parametrize("chunk", ["", "{", "[]", "1"])
+def test_a_chunk_that_another_wrote_is_no_settings(tmp_path, chunk):
+    info = PngInfo()
+    info.add_itxt("k-diffusing", chunk)
+    info.add_text("parameters", "a cat")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    assert read_settings(tmp_path / "a.png") == {"parameters": "a cat"}
+
+
+# --- long texts, and letters that the font lacks ---
+
+
+@pytest.mark.parametrize("word", ["word ", "x", "宇航员"])
+def test_a_long_prompt_is_cut_with_an_ellipsis(monkeypatch, word):
+    """A sheet with 60,000 letters is no higher than with 6,000, and measures few of them."""
+    measured = []
+    real = pictures.ImageFont.FreeTypeFont.getlength
+
+    def getlength(font, text, *rest, **options):
+        measured.append(len(text))
+        return real(font, text, *rest, **options)
+
+    monkeypatch.setattr(pictures.ImageFont.FreeTypeFont, "getlength", getlength)
+    entries = [("a", word * 20_000, None)]
+    sheet = contact_sheet(["title", word * 20_000], entries)
+    assert sum(measured) < 60_000 and sheet.height == contact_sheet(["title", word * 2_000], entries).height
+    lines = pictures.wrapped(word * 20_000, pictures.ImageFont.load_default(size=15), 600, 6)
+    assert len(lines) == 6 and lines[-1].endswith("…") and not any(line.endswith("…") for line in lines[:5])
+
+
+def test_a_short_text_is_not_cut():
+    font = pictures.ImageFont.load_default(size=15)
+    assert pictures.wrapped("a cat in snow", font, 600, 1) == ["a cat in snow"]
+    assert pictures.wrapped("", font, 600, 3) == []
+
+
+def test_letters_that_no_font_has_are_escaped(monkeypatch):
+    monkeypatch.setattr(pictures, "FONTS", ())
+    monkeypatch.setattr(pictures, "fonts_with", lambda letters: [])
+    assert pictures.readable("an astronaut, 宇航员 🚀", 15)[0] == "an astronaut, \\u5b87\\u822a\\u5458 \\U0001f680"
+    assert pictures.readable("a cat", 15)[0] == "a cat"
+
+
+def test_a_font_that_has_the_letters_is_used(monkeypatch):
+    """Cyrillic, which Pillow's own lacks: by a font of this machine, if it has one."""
+    fonts = pictures.fonts_with(frozenset("Пёс"))
+    if not fonts:
+        pytest.skip("no font here has Cyrillic letters")
+    monkeypatch.setattr(pictures, "FONTS", ())
+    text, font = pictures.readable("Пёс 🚀", 15)
+    assert text == "Пёс \\U0001f680" and font.path in fonts
