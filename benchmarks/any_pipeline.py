@@ -155,7 +155,9 @@ def vector(value: Any) -> torch.Tensor:
     if isinstance(value, (list, tuple)):
         return torch.cat([vector(v) for v in value]) if value else torch.zeros(0)
     try:
-        return torch.as_tensor(value if hasattr(value, "shape") else __import__("numpy").asarray(value)).double().flatten()
+        return (
+            torch.as_tensor(value if hasattr(value, "shape") else __import__("numpy").asarray(value)).double().flatten()
+        )
     except Exception:
         return torch.zeros(0)
 

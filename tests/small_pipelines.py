@@ -102,9 +102,7 @@ def animate_diff(n: int) -> tuple[Any, dict[str, Any]]:
         motion_norm_num_groups=2,
         motion_num_attention_heads=2,
     )
-    pipe = built(
-        diffusers.AnimateDiffPipeline, unet=unet(), vae=vae(), scheduler=euler(), motion_adapter=adapter
-    )
+    pipe = built(diffusers.AnimateDiffPipeline, unet=unet(), vae=vae(), scheduler=euler(), motion_adapter=adapter)
     embeds = {"prompt_embeds": random(1, TOKENS, 8), "negative_prompt_embeds": random(1, TOKENS, 8, seed=2)}
     return pipe, {**embeds, "num_frames": 2, "height": 16, "width": 16, "num_videos_per_prompt": n}
 
@@ -148,7 +146,10 @@ def sd3(kind: str, n: int, **extra: Any) -> tuple[Any, dict[str, Any]]:
         pos_embed_max_size=SIZE // 2,
     )
     pipe = built(
-        getattr(diffusers, f"StableDiffusion3{kind}Pipeline"), transformer=network, vae=vae(shift_factor=0.1), scheduler=flow(shift=3.0)
+        getattr(diffusers, f"StableDiffusion3{kind}Pipeline"),
+        transformer=network,
+        vae=vae(shift_factor=0.1),
+        scheduler=flow(shift=3.0),
     )
     text = {"prompt_embeds": random(1, TOKENS, 8), "pooled_prompt_embeds": random(1, 8)}
     text |= {"negative_prompt_embeds": random(1, TOKENS, 8, seed=2), "negative_pooled_prompt_embeds": random(1, 8)}
@@ -182,7 +183,10 @@ def flux(kind: str, n: int, channels: int = 16, **extra: Any) -> tuple[Any, dict
         vae=vae(shift_factor=0.1, scaling_factor=0.4),
         scheduler=flow(use_dynamic_shifting=True),
     )
-    text = {"prompt_embeds": random(n, TOKENS, 8)[:1].repeat(n, 1, 1), "pooled_prompt_embeds": random(1, 8).repeat(n, 1)}
+    text = {
+        "prompt_embeds": random(n, TOKENS, 8)[:1].repeat(n, 1, 1),
+        "pooled_prompt_embeds": random(1, 8).repeat(n, 1),
+    }
     return pipe, {**text, "height": SIZE, "width": SIZE, **extra}
 
 
@@ -284,7 +288,9 @@ def modular(pipeline: str, blocks: str, made: tuple[Any, dict[str, Any]], skip: 
     chosen = dict(getattr(diffusers, blocks)().sub_blocks)
     kept = {name: block for name, block in chosen.items() if name not in skip}
     modular = SequentialPipelineBlocks.from_blocks_dict(kept).init_pipeline()
-    modular.update_components(**{k: v for k, v in pipe.components.items() if v is not None and k in modular.component_names})
+    modular.update_components(
+        **{k: v for k, v in pipe.components.items() if v is not None and k in modular.component_names}
+    )
     return modular, arguments
 
 
@@ -445,9 +451,7 @@ def stable_audio(n: int) -> tuple[Any, dict[str, Any]]:
         decoder_input_channels=4,
         sampling_rate=4,
     )
-    projection = seeded(
-        StableAudioProjectionModel, text_encoder_dim=8, conditioning_dim=8, min_value=0, max_value=32
-    )
+    projection = seeded(StableAudioProjectionModel, text_encoder_dim=8, conditioning_dim=8, min_value=0, max_value=32)
     pipe = built(
         diffusers.StableAudioPipeline,
         transformer=network,
