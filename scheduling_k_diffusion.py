@@ -71,6 +71,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(base, diffusers.CogVideoXDPMScheduler):  # its pipelines call its step with other arguments
             base = diffusers.CogVideoXDDIMScheduler.from_config(base.config)
         config, self.base = base.config, type(base).from_config(base.config)
+        self.__module__ = type(base).__module__  # beside __class__, for savers
         self.sampler = find_sampler(sampler)
         self.sampler_kwargs = check_sampler_kwargs(self.sampler, sampler_kwargs)
         self.schedule = check_sigmas(schedule, "schedule") if not isinstance(schedule, str | None) else schedule
@@ -128,7 +129,6 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     # To pipelines and savers it is the base with another step: what they ask of it, its class included, is the base's.
     __class__ = property(lambda self: type(self.base))  # type: ignore[assignment]
-    __module__ = property(lambda self: type(self.base).__module__)  # type: ignore[assignment]
     _internal_dict = property(
         lambda self: self.base._internal_dict, lambda self, config: setattr(self.base, "_internal_dict", config)
     )
@@ -363,7 +363,9 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if "s_churn" in options and is_k_diffusions(self.sampler) and len(rest):
             options["s_churn"] *= (len(rest) - 1) / (len(sigmas) - 1)  # it is spread over the steps
         generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
-        return _Run(i, total, self.sampler, options, x.clone(), ahead, rest.to(x.dtype), generator)
+        # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
+        rest = rest if is_k_diffusions(self.sampler) else rest.to(x.dtype)
+        return _Run(i, total, self.sampler, options, x.clone(), ahead, rest, generator)
 
 
 class _Evaluation(NamedTuple):

@@ -240,12 +240,13 @@ def flux2(n: int) -> tuple[Any, dict[str, Any]]:
     return pipe, {"prompt_embeds": random(1, TOKENS, 8).repeat(n, 1, 1), "height": SIZE, "width": SIZE}
 
 
-def qwen_vae() -> Any:
-    config = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]}
-    return seeded(diffusers.AutoencoderKLQwenImage, latents_mean=[0.0] * 4, latents_std=[1.0] * 4, **config)
+def qwen_vae(halvings: int, width: int) -> Any:
+    config = {"base_dim": width, "z_dim": 4, "dim_mult": [1] * (halvings + 1), "num_res_blocks": 1}
+    config |= {"temperal_downsample": [False] * halvings, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    return seeded(diffusers.AutoencoderKLQwenImage, **config)
 
 
-def qwen(kind: str, n: int, **extra: Any) -> tuple[Any, dict[str, Any]]:
+def qwen(kind: str, n: int, halvings: int = 1, width: int = 8, **extra: Any) -> tuple[Any, dict[str, Any]]:
     network = seeded(
         diffusers.QwenImageTransformer2DModel,
         patch_size=2,
@@ -260,12 +261,13 @@ def qwen(kind: str, n: int, **extra: Any) -> tuple[Any, dict[str, Any]]:
     pipe = built(
         getattr(diffusers, f"QwenImage{kind}Pipeline"),
         transformer=network,
-        vae=qwen_vae(),
+        vae=qwen_vae(halvings, width),
         scheduler=flow(use_dynamic_shifting=True),
     )
     ones = torch.ones(n, TOKENS, dtype=torch.long)
     text = {"prompt_embeds": random(1, TOKENS, 8).repeat(n, 1, 1), "prompt_embeds_mask": ones, "true_cfg_scale": 1.0}
-    return pipe, {**text, "height": SIZE, "width": SIZE, **extra}
+    side = SIZE * 2 ** (halvings - 1) // (halvings // 5 + 1)
+    return pipe, {**text, "height": side, "width": side, **extra}
 
 
 def qwen_text(n: int) -> tuple[Any, dict[str, Any]]:
@@ -277,7 +279,8 @@ def qwen_image(n: int) -> tuple[Any, dict[str, Any]]:
 
 
 def qwen_edit(n: int) -> tuple[Any, dict[str, Any]]:
-    return qwen("Edit", n, image=picture())
+    # the pipeline makes a megapixel of any picture
+    return qwen("Edit", n, halvings=5, width=2, image=picture())
 
 
 def modular(pipeline: str, blocks: str, made: tuple[Any, dict[str, Any]], skip: tuple[str, ...]) -> Any:
