@@ -264,6 +264,8 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def _locate(self, timestep: Any) -> int:
         """The evaluation that comes next. Where none was named, the first timestep says where the run begins."""
+        if self._step_index == len(self._times):  # after a run that went to its end
+            self._step_index = None
         if self._step_index is None and self._begin_index is None and timestep is not None:
             time = float(torch.as_tensor(timestep).max())
             away = [abs(t - time) for t in self._times]
@@ -332,10 +334,9 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
             return sample, denoised  # Cosmos asks for x0 of both sides of guidance, then goes back
         if self._run is None or self._run.position != i:
             self._run = self._begin(i, x / here.scale, generator)
-        run, self._run, self._step_index = self._run, None, None  # gone if the sampler fails
+        run, self._run = self._run, None  # gone if the sampler fails
         y = run.step(x / here.scale, denoised, after.scale, model_output.dtype)
-        if run.position < run.total:
-            self._run, self._step_index = run, i + 1
+        self._run, self._step_index = None if run.greenlet.dead else run, i + 1
         return EulerDiscreteSchedulerOutput(y, denoised) if return_dict else (y, denoised)
 
     def _denoised(self, output: torch.Tensor, x: torch.Tensor, at: _Evaluation) -> torch.Tensor:
@@ -390,8 +391,7 @@ class _Run:
 
         The pipeline may have changed what it got (inpainting, callbacks): the state is that and what rounding had taken.
         """
-        self.asked.copy_(y + self.residual)
-        self.asked, self.position = self._switch(denoised), self.position + 1
+        self.asked, self.position = self._switch(denoised, y + self.residual), self.position + 1
         if self.greenlet.dead != (self.position == self.total):
             raise ValueError("`sampler`: it asks for other evaluations than in its trial on a single number")
         sample = (self.asked * scale).to(dtype)
@@ -425,10 +425,11 @@ def _sample(
             raise ValueError("`sampler`: a scheduler can't see the prediction without guidance, as our pipelines can")
         with _left(*outside):
             try:
-                outside, denoised = getcurrent().parent.switch(x)
+                outside, denoised, state = getcurrent().parent.switch(x)
             except GreenletExit:
                 outside = (0, torch.is_grad_enabled(), False)
                 raise
+        x.copy_(state)
         return denoised
 
     try:

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import inspect
-import pickle
-import threading
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, PARENTS, PROMPT, ROOT, load, relative, seeded
-from small_pipelines import MAKERS, mask, picture, random, sd_inpaint, sd_text, sd3_text
-from small_pipelines import flux_image as flux_image_maker
+from conftest import PROMPT, relative, seeded
+from small_pipelines import MAKERS, sd3_text, sd_inpaint, sd_text
 from small_pipelines import flux_text as flux_text_maker
 
-from flux_comfy_pipeline import FluxComfyPipeline
-from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampler_names, sampling, step_starts
-from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
+from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampler_names
 
 SAMPLERS = [name for name in sampler_names() if name != "dpm_adaptive"]
 STEPS = 4
@@ -68,12 +61,16 @@ def test_every_sampler_in_every_small_pipeline(maker):
         assert relative(draw(maker, ours(maker, sampler), steps=2), pair[:1]) < CLOSE, sampler
 
 
-@pytest.mark.parametrize("sampler, stock", [("heun", "HeunDiscreteScheduler"), ("dpmpp_2m", "DPMSolverMultistepScheduler")])
+@pytest.mark.parametrize(
+    "sampler, stock", [("heun", "HeunDiscreteScheduler"), ("dpmpp_2m", "DPMSolverMultistepScheduler")]
+)
 @pytest.mark.parametrize("maker", [sd_text, sd_inpaint], ids=lambda maker: maker.__name__)
 def test_other_samplers_are_diffusers_own(maker, sampler, stock):
     """Over the same levels. DPM-Solver++ keeps its latents in another scale, which noise that is added is then in too."""
     config = made(maker)[2].config
-    scheduler = getattr(diffusers, stock).from_config(config, **({} if sampler == "heun" else {"final_sigmas_type": "zero"}))
+    scheduler = getattr(diffusers, stock).from_config(
+        config, **({} if sampler == "heun" else {"final_sigmas_type": "zero"})
+    )
     expected = draw(maker, copy.deepcopy(scheduler))
     # diffusers' multistep solver ends with a step of order 1 to zero, as k-diffusion's; below 15 steps it asks for it
     assert relative(draw(maker, KDiffusionScheduler.from_scheduler(scheduler, sampler=sampler)), expected) < 2 * CLOSE
@@ -113,7 +110,9 @@ def test_levels_are_the_bases(options):
     assert relative(draw(sd_text, KDiffusionScheduler.from_scheduler(scheduler)), expected) < 3 * CLOSE
 
 
-@pytest.mark.parametrize("options", [{"shift": 3.0}, {"use_karras_sigmas": True}, {"invert_sigmas": True}, {"shift_terminal": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"shift": 3.0}, {"use_karras_sigmas": True}, {"invert_sigmas": True}, {"shift_terminal": 0.1}]
+)
 def test_levels_of_flow(options):
     """`invert_sigmas` is Mochi's: t is 1 - t, and the network predicts the velocity the other way."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**options)
@@ -122,7 +121,11 @@ def test_levels_of_flow(options):
 
 
 def test_a_pipeline_passes_levels():
-    for maker, levels in ((sd_text, {"timesteps": [900, 500, 100]}), (sd_text, {"sigmas": [9.0, 3.0, 1.0]}), (flux_text_maker, {"sigmas": [0.9, 0.5, 0.2]})):
+    for maker, levels in (
+        (sd_text, {"timesteps": [900, 500, 100]}),
+        (sd_text, {"sigmas": [9.0, 3.0, 1.0]}),
+        (flux_text_maker, {"sigmas": [0.9, 0.5, 0.2]}),
+    ):
         assert relative(draw(maker, ours(maker), steps=3, **levels), draw(maker, steps=3, **levels)) < CLOSE
 
 
