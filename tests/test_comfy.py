@@ -16,7 +16,7 @@ import torch
 from closed_form import flux_pipeline, sdxl_pipeline
 from comfy_references import BEFORE, LATENTS, SHIFT, SIGMAS, SIZE, draw, mixture, pipelines, references, settings
 from comfy_samplers import ON_BOTH, ON_FLUX
-from conftest import ROOT, relative, seeded
+from conftest import ROOT, parent_of, relative, seeded
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -152,6 +152,26 @@ def test_latents_do_not_depend_on_the_scheduler_that_keeps_the_betas(pipes):
     )
     other.set_progress_bar_config(disable=True)
     assert relative(draw(other, **ksampler(other, **settings(key))), LATENTS.get_tensor(key)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["sdxl/dpmpp_2m_sde/karras/20/0/7/1", "sdxl/lms/simple/20/0/1/1", "sdxl/dpm_2/simple/20/0/1/0.6"]
+    + ["flux/heun/beta/20/0/1/1", "flux/dpm_2/simple/20/0/1/0.6"],
+)
+def test_in_a_stock_pipeline(pipes, key):
+    """The scheduler takes the sampler's part of the arguments, the stock pipeline the rest."""
+    schedulers = pytest.importorskip("scheduling_k_diffusion")
+    pipe = parent_of(pipes[key.split("/")[0]], key.split("/")[0])
+    pipe.set_progress_bar_config(disable=True)
+    call = ksampler(pipe, **settings(key))
+    names = ("sampler", "sampler_kwargs", "schedule", "parameterization", "quantize_timesteps")
+    options = {name: call.pop(name) for name in names if name in call}
+    pipe.scheduler = schedulers.KDiffusionScheduler.from_scheduler(pipe.scheduler, **options)
+    if key.startswith("sdxl"):  # the stock pipeline scales given latents to the first level
+        pipe.scheduler.set_timesteps(call["num_inference_steps"])
+        call["latents"] = call["latents"] / float(pipe.scheduler.init_noise_sigma)
+    assert relative(draw(pipe, **call), LATENTS.get_tensor(key)) < 2e-6
 
 
 def test_zero_terminal_snr(pipes):
@@ -311,6 +331,23 @@ def test_callbacks_change_its_latents(pipes, model):
     ours = draw(pipe, **call | {"sampler": comfy_sampler(comfy_euler, pipe, **SIZE)})
     assert seen[:6] == seen[6:] and len(seen) == 12
     assert relative(ours, expected) < 1e-6
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_callbacks_get_the_steps_state(comfyui, pipes, model):
+    """Where the function calls back with its first x in every step, as ipndm and deis do; they can change it, too."""
+    pipe, call, seen = pipes[model], ksampler(pipes[model], **settings(f"{model}/ipndm/simple/6/0")), []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        return {"latents": tensors["latents"] / 2} if halve and step == 2 else {}
+
+    halve, call["callback_on_step_end"] = False, look
+    latents = draw(pipe, **call)
+    assert model_sampling(pipe, **SIZE).unpacked(seen[-1]).equal(latents)
+    assert len(seen) == 6 and not any(a.equal(b) for a, b in zip(seen, seen[1:]))
+    halve = True
+    assert relative(draw(pipe, **call), latents) > 0.01
 
 
 def test_uncond_denoised(pipes):
