@@ -126,11 +126,10 @@ def test_start_below_one_is_the_stock_pipelines(sdxl64, spacing, call):
     ids=lambda s: s.__name__,
 )
 def test_levels_of_other_schedulers(sdxl, scheduler):
-    """Schedulers that keep alpha x, list a level twice or have no sigmas give falling levels and a good start."""
+    """Schedulers that keep alpha x, list a level twice or have no sigmas give falling levels."""
     pipe = with_scheduler(sdxl, scheduler.from_config(sdxl.scheduler.config))
-    sigmas, start = pipe.noise_levels(10)
+    sigmas = pipe.noise_levels(10)
     assert len(sigmas) == 11 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
-    assert 1 <= start / sigmas[0] < 1.01
 
 
 def test_ddim_is_euler(sdxl64):
