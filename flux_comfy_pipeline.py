@@ -373,7 +373,7 @@ def find_sampler(sampler: str | Callable) -> Callable:
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, or pass {signature}"
         raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
     try:
-        places_levels(sampler) or inspect.signature(sampler).bind("model", "x", "sigmas")
+        inspect.signature(sampler).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
     return sampler
@@ -449,10 +449,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
     itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
     """
-    generator, nodes = (
-        torch.Generator(device),
-        [-1] * 22,
-    )  # the last level's are kept, so that a next one draws about 13
+    generator, nodes = torch.Generator(device), [-1] * 22  # the last level's are kept: a next one draws about 13
     normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
 
     def normal(depth: int, node: int) -> torch.Tensor:
@@ -619,8 +616,8 @@ def run_sampler(
     noisy, own, parameters = adds_noise(sampler, sampler_kwargs), is_k_diffusions(sampler), inspect.signature(sampler)
     mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()))
     given = arguments.get("noise_sampler") is not None
-    # k-diffusion's make neither of the mode's calls here
-    plain = own and x.device.type == "cpu" and not given and not arguments.get("s_churn")
+    # k-diffusion's without `s_churn` make neither of the mode's calls here; one step is Euler's, which has it
+    plain = own and x.device.type == "cpu" and not given and len(sigmas) > 2 and "s_churn" not in parameters.parameters
     outside = contextlib.nullcontext if plain else mode.outside
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -634,7 +631,8 @@ def run_sampler(
                     raise _Interrupted(x, sigma[0].cpu())
             evaluations += 1
             denoised = denoiser(x, sigma, **kwargs)
-            last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
+            if not own:
+                last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
             return denoised
 
     def callback(info: dict[str, Any]) -> None:

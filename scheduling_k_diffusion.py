@@ -532,7 +532,7 @@ def find_sampler(sampler: str | Callable) -> Callable:
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, or pass {signature}"
         raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
     try:
-        places_levels(sampler) or inspect.signature(sampler).bind("model", "x", "sigmas")
+        inspect.signature(sampler).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
     return sampler
@@ -608,10 +608,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
     itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
     """
-    generator, nodes = (
-        torch.Generator(device),
-        [-1] * 22,
-    )  # the last level's are kept, so that a next one draws about 13
+    generator, nodes = torch.Generator(device), [-1] * 22  # the last level's are kept: a next one draws about 13
     normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
 
     def normal(depth: int, node: int) -> torch.Tensor:

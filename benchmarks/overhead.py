@@ -114,7 +114,7 @@ def alone(bench: Bench) -> Callable[[int, str], torch.Tensor]:
     def run(steps: int, sampler: str) -> torch.Tensor:
         if bench.name == "sdxl":
             sigmas, noise = bench.ours.noise_levels(steps), args[0][:1].float()
-            start = (1 + sigmas[0] ** 2).sqrt().item()
+            start = (sigmas[0] ** 2 + 1).sqrt().item()  # as the scheduler's, whose timesteps are 'leading'
             alphas_cumprod = bench.ours.scheduler.alphas_cumprod.to(noise)
             model = external.DiscreteEpsDDPMDenoiser(predict, alphas_cumprod, quantize=False)
         else:
