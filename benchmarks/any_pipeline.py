@@ -1,0 +1,274 @@
+"""Every pipeline of diffusers with its own scheduler and with KDiffusionScheduler: the table of docs/any-pipeline.md.
+
+    python benchmarks/any_pipeline.py --diffusers FOLDER
+
+FOLDER is a checkout of diffusers' repository. Its tests build each pipeline with small random networks; the tokenizers
+and encoders that they load from the hub are replaced by small local ones, so that nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import importlib
+import inspect
+import json
+import logging
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import diffusers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from scheduling_k_diffusion import KDiffusionScheduler, sampler_names  # noqa: E402
+
+TESTS_NEED = ("parameterized", "requests_mock")
+STEPS = 4
+SECONDS = 120  # for one pipeline with one scheduler
+CLOSE = 1e-5
+CHAT = "{% for m in messages %}{{ m['content'] if m['content'] is string else m['content'][-1]['text'] }}{% endfor %}"
+
+
+def stand_in(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:
+    """A small local object of the kind that `cls.from_pretrained(name)` would get from the hub."""
+    kind = cls.__name__
+    if "Tokenizer" in kind:
+        folder = "sdxl/tokenizer" if "CLIP" in kind else "flux/tokenizer_2"
+        real = transformers.CLIPTokenizer if "CLIP" in kind else transformers.T5TokenizerFast
+        tokenizer = real.from_pretrained(ROOT / "demo" / folder)
+        tokenizer.chat_template = CHAT
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+    t5 = {"d_model": 32, "d_ff": 37, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 1103}
+    if kind == "AutoConfig":
+        return transformers.T5Config(**t5)
+    if hasattr(cls, "config_class") and cls.config_class is not None:
+        torch.manual_seed(0)
+        if "T5" in kind:
+            return cls(cls.config_class(**t5)).eval()
+        small = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return cls(cls.config_class(**small)).eval()
+    raise OSError(f"no stand-in for {kind}.from_pretrained({name!r})")
+
+
+@contextlib.contextmanager
+def without_hub() -> Iterator[None]:
+    """What tests load from the hub is made here, for as long as this lasts."""
+    bases = [
+        transformers.PreTrainedTokenizerBase,
+        transformers.PreTrainedModel,
+        transformers.AutoConfig,
+        transformers.AutoTokenizer,
+        transformers.ProcessorMixin,
+        transformers.AutoProcessor,
+    ]
+    with contextlib.ExitStack() as stack:
+        # its decorators stand above tests, none of which runs here
+        stack.enter_context(mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in TESTS_NEED}))
+        for base in bases:
+            stock = base.__dict__["from_pretrained"].__func__
+
+            def load(cls: type, name: Any, *args: Any, stock: Any = stock, **kwargs: Any) -> Any:
+                local = Path(str(name)).is_dir()
+                return stock(cls, name, *args, **kwargs) if local else stand_in(cls, name, *args, **kwargs)
+
+            stack.enter_context(mock.patch.object(base, "from_pretrained", classmethod(load)))
+        yield
+
+
+def testers(folder: Path) -> Iterator[tuple[str, Any]]:
+    """(module, class) of the tests that can build a pipeline, one for each class of pipelines; or (module, error)."""
+    sys.path.insert(0, str(folder))
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]
+    seen = set()
+    for path in sorted(folder.glob("tests/pipelines/*/**/test_*.py")):
+        name = ".".join(path.relative_to(folder).with_suffix("").parts)
+        try:
+            module = importlib.import_module(name)
+        except Exception as error:
+            yield name, error
+            continue
+        for cls in vars(module).values():
+            own = inspect.isclass(cls) and cls.__module__ == name and hasattr(cls, "get_dummy_inputs")
+            pipeline = getattr(cls, "pipeline_class", None) if own else None
+            if own and hasattr(cls, "get_dummy_components") and inspect.isclass(pipeline) and pipeline not in seen:
+                seen.add(pipeline)
+                yield name, cls
+
+
+def stock_schedulers(scheduler: Any) -> list[Any]:
+    """Euler's method as schedulers of diffusers, for what this one was made for; the first that runs is taken.
+
+    The last is none: what only a scheduler that draws noise can run has nothing to be equal to.
+    """
+    config = scheduler.config
+    if "sigma_data" in config:
+        return [diffusers.EDMEulerScheduler.from_config(config), None]
+    if config.get("use_flow_sigmas"):
+        options = {"solver_order": 1, "final_sigmas_type": "zero", "algorithm_type": "dpmsolver++"}
+        return [diffusers.DPMSolverMultistepScheduler.from_config(config, **options), None]
+    if hasattr(scheduler, "alphas_cumprod"):
+        # without eta it is Euler's method, in another scale
+        ddim = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
+        return [
+            diffusers.EulerDiscreteScheduler.from_config(config),
+            diffusers.DDIMScheduler.from_config(config, **ddim),
+            None,
+        ]
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return [diffusers.FlowMatchEulerDiscreteScheduler.from_config(config), None]
+    return [copy.deepcopy(scheduler), None]
+
+
+def call(method: Any, *arguments: Any) -> Any:
+    """A method with as many of the arguments as it needs."""
+    parameters = inspect.signature(method).parameters.values()
+    return method(*arguments[: sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)])
+
+
+def draw(tester: Any, pipe: Any, scheduler: Any, steps: int) -> torch.Tensor:
+    """All that a call of this pipeline returns, as one vector."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    pipe.scheduler = scheduler
+    torch.manual_seed(0)
+    inputs = call(tester.get_dummy_inputs, "cpu")
+    if "num_inference_steps" in inputs:
+        inputs["num_inference_steps"] = max(steps, inputs["num_inference_steps"])
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        output = pipe(**inputs)
+    finally:
+        signal.alarm(0)
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
+    return torch.cat([vector(value) for value in values])
+
+
+def vector(value: Any) -> torch.Tensor:
+    if isinstance(value, (list, tuple)):
+        return torch.cat([vector(v) for v in value]) if value else torch.zeros(0)
+    try:
+        return (
+            torch.as_tensor(value if hasattr(value, "shape") else __import__("numpy").asarray(value)).double().flatten()
+        )
+    except Exception:
+        return torch.zeros(0)
+
+
+def reason(error: BaseException) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip().replace("|", "/")
+    return f"{type(error).__name__}: {text[:110]}"
+
+
+def measure(tester_class: type, samplers: list[str]) -> dict[str, Any]:
+    """One row of the table."""
+    row: dict[str, Any] = {"pipeline": tester_class.pipeline_class.__name__}
+    stage = "built"
+    try:
+        tester = tester_class.__new__(tester_class)
+        pipe = tester.pipeline_class(**call(tester.get_dummy_components))
+        pipe.set_progress_bar_config(disable=True)
+        own = getattr(pipe, "scheduler", None)
+        row["scheduler"] = type(own).__name__
+        row["prediction"] = own.config.get("prediction_type", "flow") if own is not None else None
+        stage = "run with its own scheduler"
+        draw(tester, pipe, own, STEPS)
+        stage = "taken"
+        KDiffusionScheduler.from_scheduler(own)
+        for stock in stock_schedulers(own):
+            with contextlib.suppress(Exception):
+                expected = None if stock is None else draw(tester, pipe, copy.deepcopy(stock), STEPS)
+                break
+        stage, base = "run", own if expected is None else stock
+        found = draw(tester, pipe, KDiffusionScheduler.from_scheduler(base), STEPS)
+        row["stock"] = None if expected is None else type(stock).__name__
+        row["difference"] = None if expected is None else ((found - expected).norm() / expected.norm()).item()
+    except Exception as error:
+        return {**row, "stage": stage, "reason": reason(error)}
+    row["samplers"], row["failed"] = 0, {}
+    for name in samplers:
+        try:
+            one, two = (draw(tester, pipe, KDiffusionScheduler.from_scheduler(base, sampler=name), 2) for _ in "12")
+            if not one.isfinite().all():
+                raise ValueError("not finite")
+            if not torch.equal(one, two):
+                raise ValueError("not the same twice")
+            row["samplers"] += 1
+        except Exception as error:
+            row["failed"][name] = reason(error)
+    return row
+
+
+def table(rows: list[dict[str, Any]], samplers: int) -> str:
+    """The page's table: those that ran, then those that did not, with the reason."""
+    ran = sorted((row for row in rows if "difference" in row), key=lambda row: row["pipeline"])
+    others = sorted((row for row in rows if "difference" not in row), key=lambda row: row["pipeline"])
+    lines = ["| pipeline | prediction | `euler` from diffusers' | samplers |", "|---|---|---|---|"]
+    for row in ran:
+        failed = "; ".join(f"`{name}`: {why}" for name, why in row["failed"].items())
+        difference = f"{row['difference']:.0e}" if row["difference"] is not None else "draws noise"
+        count = f"{row['samplers']} of {samplers}" + (f" ({failed})" if failed else "")
+        lines.append(f"| {row['pipeline']} | {row['prediction']} | {difference} | {count} |")
+    lines += ["", "Not run, or not taken:", "", "| pipeline | could not be | reason |", "|---|---|---|"]
+    lines += [f"| {row['pipeline']} | {row['stage']} | {row['reason']} |" for row in others]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--diffusers", type=Path, required=True, metavar="FOLDER", help="a checkout of diffusers")
+    parser.add_argument("--only", default="", metavar="TEXT", help="pipelines with this in their test's name")
+    parser.add_argument("--samplers", nargs="*", help="names; default: all but dpm_adaptive")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep rows in this JSON file, and go on from it")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "any-pipeline.md", help="whose table is replaced")
+    options = parser.parse_args()
+    known = [name for name in sampler_names() if name != "dpm_adaptive"]
+    samplers = known if options.samplers is None else options.samplers
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)
+    rows = json.loads(options.rows.read_text()) if options.rows and options.rows.exists() else []
+    done = {row["pipeline"] for row in rows}
+    with without_hub():
+        for module, cls in testers(options.diffusers.resolve()):
+            if options.only not in module or isinstance(cls, Exception) or cls.pipeline_class.__name__ in done:
+                if isinstance(cls, Exception):
+                    print(f"{module}: {reason(cls)}", flush=True)
+                continue
+            row = measure(cls, samplers)
+            gc.collect()
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if options.rows:
+                options.rows.write_text(json.dumps(rows, indent=1))
+    close = sum((row.get("difference") or 0 if row.get("stock") else 1) <= CLOSE for row in rows)
+    ran = [row for row in rows if "difference" in row]
+    head = f"diffusers {diffusers.__version__}: {len(rows)} pipelines, {len(ran)} ran, {close} equal to {CLOSE:.0e}."
+    every = sum(row["samplers"] == len(samplers) for row in ran)
+    head += f" With {every} of them every sampler ran, was finite, and the same twice."
+    print(head)
+    if not options.only:
+        page = options.page.read_text() if options.page.exists() else "<!-- table -->\n"
+        before = page.split("<!-- table -->")[0]
+        options.page.write_text(f"{before}<!-- table -->\n\n{head}\n\n{table(rows, len(samplers))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,743 @@
+"""KDiffusionScheduler: the samplers of k-diffusion in every pipeline of diffusers.
+
+    pipe.scheduler = KDiffusionScheduler.from_scheduler(pipe.scheduler, sampler="dpmpp_2m_sde")
+
+This file works alone: it needs torch, diffusers, k-diffusion and greenlet, and can be copied anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch.overrides import TorchFunctionMode
+
+
+class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
+    """A scheduler that runs a k-diffusion sampler, `sampler(model, x, sigmas)`, inside the loop of a stock pipeline.
+
+    The sampler runs in a greenlet. Where it calls `model(x, sigma)` it is left, and the pipeline gives x to its network.
+    `step` makes `denoised` of the prediction and goes on with the sampler until that asks again. So `timesteps` has one
+    for each evaluation of the network; a trial on a single number finds them before the run.
+
+    The base scheduler says what the network was trained with, in which scale latents are, and which levels a call uses
+    where no schedule is named. `config` is the base's, and what is saved is the base, which every loader knows.
+
+    Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or t is taken for sigma ("flow").
+    In "ve" the network still sees pure noise at t = 1, where the first sigma is finite.
+
+    Where a pipeline gives `step` no generator, as FLUX's, each image's noise is seeded by its first sample.
+
+    Args:
+        scheduler: the base: one with betas (epsilon, v_prediction, sample), for flow matching, or EDM.
+        sampler: a sampler of k-diffusion by name, with or without `sample_`, or a callable with its signature.
+        sampler_kwargs: options for it: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, ...
+        schedule: k-diffusion's "karras", "exponential", "polyexponential" or "vp", or the levels themselves, falling
+            (sigma; for flow models t). None: the base's, also for the `sigmas` or `timesteps` that a pipeline passes.
+        parameterization: of flow models: "flow", "ve", or "auto", "ve" for samplers that add noise or place their levels.
+        quantize_timesteps: round to the trained timesteps.
+
+    Raises:
+        ValueError, TypeError: for what does not fit, and for `dpm_adaptive`, which can't tell its timesteps beforehand.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        *,
+        sampler: str | Callable = "euler",
+        sampler_kwargs: dict[str, Any] | None = None,
+        schedule: str | Sequence[float] | torch.Tensor | None = None,
+        parameterization: str = "auto",
+        quantize_timesteps: bool = False,
+    ):
+        base = scheduler.base if type(scheduler) is KDiffusionScheduler else scheduler
+        if isinstance(base, diffusers.CogVideoXDPMScheduler):  # its pipelines call its step with other arguments
+            base = diffusers.CogVideoXDDIMScheduler.from_config(base.config)
+        config, self.base = base.config, type(base).from_config(base.config)
+        self.__module__ = type(base).__module__  # beside __class__, for savers
+        self.sampler = find_sampler(sampler)
+        self.sampler_kwargs = check_sampler_kwargs(self.sampler, sampler_kwargs)
+        self.schedule = check_sigmas(schedule, "schedule") if not isinstance(schedule, str | None) else schedule
+        self.parameterization, self.quantize_timesteps = parameterization, quantize_timesteps
+        self._train = config.get("num_train_timesteps", 1000)
+        self._prediction = config.get("prediction_type", "epsilon")
+        self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
+        self._table, scaled = None, "init_noise_sigma" in dir(base)
+        parameters = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if needed != ["model_output", "timestep", "sample"] or "stage_index" in _parameters(base.set_timesteps):
+            self._scale = None
+        elif hasattr(base, "precondition_outputs"):
+            self._scale = "edm"
+        elif config.get("use_flow_sigmas") or ("shift" in config and not hasattr(base, "alphas_cumprod")):
+            self._scale, self._prediction = "flow", "flow_prediction"
+        elif not (scaled and hasattr(base, "alphas_cumprod")) or "Inverse" in type(base).__name__:
+            self._scale = None
+        else:
+            self._scale = "vp" if float(base.init_noise_sigma) == 1 else "betas"
+            # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
+            alphas_cumprod = base.alphas_cumprod.double().cpu().clamp(min=2**-24)
+            self._table = external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
+        kinds = ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction")
+        if self._scale is None or self._prediction not in kinds:
+            raise ValueError(
+                "`scheduler`: needs betas with 'epsilon', 'v_prediction' or 'sample', flow matching or EDM, and a step that"
+                f" takes model_output, timestep and sample, but is {type(base).__name__} with {self._prediction!r}"
+            )
+        if parameterization not in ("auto", "flow", "ve"):
+            raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
+        self.num_inference_steps: int | None = None
+        self._plan(torch.tensor([0.8, 0.4, 0.2, 0.1, 0.0], dtype=torch.float64, device="cpu"), [])
+        self.timesteps = self.base.timesteps
+
+    @classmethod
+    def from_scheduler(cls, scheduler: SchedulerMixin, **options: Any) -> KDiffusionScheduler:
+        """In place of a pipeline's scheduler, which stays as it is. The options are those of the class."""
+        return cls(scheduler, **options)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As any scheduler's, with the options of the class beside those of the base."""
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in _parameters(cls.__init__)}
+        name = config.get("_class_name")  # None if it was made in code: what is in it tells flow from betas
+        if name is None and "beta_start" in config:
+            name = "DPMSolverMultistepScheduler" if config.get("use_flow_sigmas") else "EulerDiscreteScheduler"
+        name = name or ("EDMEulerScheduler" if "sigma_data" in config else "FlowMatchEulerDiscreteScheduler")
+        base, unused = getattr(diffusers, name).from_config(config, return_unused_kwargs=True, **kwargs)
+        return (cls(base, **options), unused) if return_unused_kwargs else cls(base, **options)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the base."""
+        self.base.save_pretrained(*args, **kwargs)
+
+    # To pipelines and savers it is the base with another step: what they ask of it, its class included, is the base's.
+    __class__ = property(lambda self: type(self.base))  # type: ignore[assignment]
+    _internal_dict = property(
+        lambda self: self.base._internal_dict, lambda self, config: setattr(self.base, "_internal_dict", config)
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base":  # while a copy is made
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def __repr__(self) -> str:
+        return f"KDiffusionScheduler(sampler={self.sampler}, sampler_kwargs={self.sampler_kwargs}, {self.base!r})"
+
+    def __reduce__(self) -> tuple:
+        return object.__new__, (KDiffusionScheduler,), {**self.__dict__, "_run": None}  # a run can't be copied
+
+    @property
+    def set_timesteps(self) -> Callable[..., None]:
+        """The base's, with its signature: pipelines look for `sigmas`, `timesteps` and `mu` in it."""
+
+        @functools.wraps(self.base.set_timesteps)
+        def set_timesteps(*args: Any, **kwargs: Any) -> None:
+            self.base.set_timesteps(*args, **kwargs)
+            listed = self.base.timesteps.double().cpu()[:: getattr(self.base, "order", 1)]  # one a step
+            if self._table is not None and not hasattr(self.base, "sigmas"):
+                listed = listed.unique_consecutive()  # PNDM's lists one twice
+                levels = self._table.t_to_sigma(listed)
+            else:
+                levels = self.base.sigmas.double().cpu()
+                levels = (1 - levels if self._inverted else levels).unique_consecutive()[: len(listed)]
+            # one that lists its last level twice, or ends above zero, keeps its number of steps and gets the zero
+            levels, times = torch.cat([levels, levels.new_zeros(1)]), listed.tolist()
+            if self.schedule is not None:
+                levels, times = self._scheduled(len(listed), kwargs.get("mu")), []
+            if len(levels) - 1 != len(listed):
+                given = f"`schedule` has {len(levels) - 1} steps, but the pipeline asks for"
+                raise ValueError(f"{given} {len(listed)}: pass num_inference_steps={len(levels) - 1}")
+            check_sigmas(levels, f"{type(self.base).__name__}.sigmas")
+            self.num_inference_steps = len(listed)
+            self._plan(levels, times)
+
+        return set_timesteps
+
+    def _scheduled(self, n: int, mu: float | None) -> torch.Tensor:
+        """The levels of `schedule`: named ones lie between the lowest and the highest that the network was trained with."""
+        config = self.base.config
+        if not isinstance(self.schedule, str):
+            return self.schedule  # type: ignore[return-value]
+        if self._scale != "flow":
+            low, high = (config.sigma_min, config.sigma_max) if self._table is None else self._table.sigmas[[0, -1]]
+            return named_sigmas(self.schedule, n, float(low), float(high))
+        shift = getattr(self.base, "shift", config.get("flow_shift", 1.0))
+        if mu is not None and config.get("use_dynamic_shifting"):
+            shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+        if self.schedule == "vp":
+            with SamplerMode():
+                sigmas = sampling.get_sigmas_vp(n)
+            return sigmas / (1 + sigmas)
+        return named_sigmas(self.schedule, n, shift / (shift + 9999), 1.0)
+
+    def _plan(self, levels: torch.Tensor, known: list[float]) -> None:
+        """The evaluations that the sampler will make, their timesteps and levels. `known`: timesteps of the levels."""
+        ve = self._scale == "flow" and levels[0] <= 1 and self._uses_ve(levels)
+        self._levels = _ve_sigmas(levels) if ve else levels
+        asked, self._starts = step_starts(self.sampler, 4, self._levels, {"disable": True, **self.sampler_kwargs})
+        if not asked:
+            name = getattr(self.sampler, "__name__", self.sampler)
+            raise ValueError(
+                f"`sampler`: {name} can't tell its timesteps before the run, which a pipeline's loop needs; for"
+                " dpm_adaptive there are StableDiffusionXLComfyPipeline and FluxComfyPipeline"
+            )
+        if not self._starts:
+            self._starts = {i: i for i in range(len(asked))} if len(asked) == len(levels) - 1 else {0: 0}
+        self.order = math.ceil(len(asked) / (len(levels) - 1))
+        self._evaluations, times, given = list[_Evaluation](), list[float](), levels.tolist()
+        for i, sigma in enumerate([*asked, float(self._levels[-1])]):
+            pure = ve and i == 0 and given[0] > 0.9999
+            level = given[0] if pure else sigma / (1 + sigma) if ve else sigma
+            alpha, noise = self._shares(level)
+            scale = 1.0 if self._scale == "flow" and not ve else 1 / float(self._levels[0]) if pure else alpha
+            self._evaluations.append(_Evaluation(sigma, alpha, noise, scale))
+            near = [t for one, t in zip(given, known) if abs(one - level) <= 1e-9 * one]
+            times.append(near[0] if near and not self.quantize_timesteps else self._time(level))
+        times, dtype = times[:-1], self.base.timesteps.dtype
+        if not dtype.is_floating_point and any(t != round(t) for t in times):
+            dtype = torch.float32
+        self.timesteps = torch.tensor(times, dtype=dtype, device=self.base.timesteps.device)
+        self._times = self.timesteps.tolist()
+        shown = [one.sigma if self._table is not None else one.noise for one in self._evaluations]
+        self.sigmas = torch.tensor(
+            [1 - t for t in shown] if self._inverted else shown, dtype=torch.float32, device="cpu"
+        )
+        self._run: _Run | None = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    def _uses_ve(self, levels: torch.Tensor) -> bool:
+        if self.parameterization != "auto" or self.sampler_kwargs.get("s_churn"):
+            return self.parameterization != "flow"
+        if len(levels) == 2 and levels[1] == 0 and is_k_diffusions(self.sampler):
+            return False  # one step to zero is x0 either way, and this way it begins at t = 1
+        return "noise_sampler" in _parameters(self.sampler) or places_levels(self.sampler)
+
+    def _shares(self, level: float) -> tuple[float, float]:
+        """(alpha, sigma) of the pipeline's x = alpha x0 + sigma noise at a level of the base."""
+        if self._scale == "flow" and level <= 1:
+            return 1 - level, level
+        norm = math.hypot(1, level) if self._scale == "vp" else 1.0
+        return 1 / norm, level / norm
+
+    def _time(self, level: float) -> float:
+        """The network's timestep at a level of the base."""
+        sigma = torch.tensor([level], dtype=torch.float64, device="cpu")
+        if self._scale == "flow":
+            time = self._train * (1 - level if self._inverted else level)
+        else:
+            time = float((self.base.precondition_noise if self._table is None else self._table.sigma_to_t)(sigma))
+        return float(round(time)) if self.quantize_timesteps and self._scale != "edm" and level > 0 else time
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What the pipeline multiplies unit noise by, for the first sample."""
+        base, first = float(getattr(self.base, "init_noise_sigma", 1.0)), self._evaluations[0]
+        if self.num_inference_steps is None or base == 1 and (self.schedule is None or self._scale == "flow"):
+            return base
+        return first.noise if self.schedule is not None else base * first.sigma / float(self._levels[0])
+
+    step_index = property(lambda self: self._step_index, doc="The evaluation that comes next.")
+    begin_index = property(lambda self: self._begin_index, doc="The evaluation that the pipeline began the run with.")
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begins the run with this one of `timesteps`."""
+        self._begin_index = begin_index
+
+    def _locate(self, timestep: Any) -> int:
+        """The evaluation that comes next. Where none was named, the first timestep says where the run begins."""
+        if self._step_index == len(self._times):  # after a run that went to its end
+            self._step_index = None
+        if self._step_index is None and self._begin_index is None and timestep is not None:
+            time = float(torch.as_tensor(timestep).max())
+            away = [abs(t - time) for t in self._times]
+            close = [i for i, distance in enumerate(away) if distance <= min(away) + 1e-6]
+            found = min(away) <= 1e-2 * max(abs(time), 0.1)  # some round, and some pass others
+            self._step_index = next((i for i in close if i in self._starts), close[0]) if found else 0
+        elif self._step_index is None:
+            self._step_index = self._begin_index or 0
+        return self._step_index
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """The network's input."""
+        sigma = self._evaluations[self._locate(timestep)].sigma
+        if self._scale == "edm":
+            return self.base.precondition_inputs(sample, sigma)
+        return sample / math.hypot(sigma, 1) if self._scale == "betas" else sample
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """alpha x0 + sigma noise at any timesteps, one for each image or for all."""
+        shares = []
+        for time in timesteps.flatten().tolist():
+            known = [one for one, t in zip(self._evaluations, self._times) if abs(t - time) <= 1e-6 * abs(t)]
+            level = (self._train - time if self._inverted else time) / self._train
+            if self._table is not None:
+                level = float(self._table.t_to_sigma(torch.tensor(float(time))))
+            elif self._scale == "edm" and not known:
+                raise ValueError(f"`timesteps`: {time} is none of the run's")
+            shares.append((known[0].alpha, known[0].noise) if known else self._shares(level))
+        shape = [len(shares)] + [1] * (original_samples.ndim - 1)
+        alpha, sigma = (torch.tensor(each).to(original_samples).view(shape) for each in zip(*shares))
+        return alpha * original_samples + sigma * noise
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`add_noise`, as flow pipelines call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        per_token_timesteps: torch.Tensor | None = None,
+        pred_original_sample: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> EulerDiscreteSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Goes on with the sampler: the network predicted `model_output` at `sample`.
+
+        Returns:
+            `prev_sample`, for the network at the next timestep, in model_output's dtype, and `pred_original_sample`, x0.
+        """
+        i = self._locate(timestep)
+        here, after = self._evaluations[i : i + 2]
+        dtype = torch.promote_types(torch.promote_types(sample.dtype, model_output.dtype), torch.float32)
+        if model_output.shape[:2] == (len(sample), 2 * sample.shape[1]):
+            model_output = model_output.chunk(2, dim=1)[0]  # the other half is the variance
+        x, output = sample.to(dtype), model_output.to(dtype)
+        if pred_original_sample is None:  # Cosmos has it from a call before
+            # LTXCondition's, which also keeps its own tokens, has the sign of its network's output turned
+            denoised = self._denoised(output if per_token_timesteps is None else -output, x, here)
+        else:
+            denoised = pred_original_sample.to(dtype)
+        if self._run is not None and self._run.asked.shape != x.shape:
+            self._step_index = i + 1
+            return sample, denoised  # Cosmos asks for x0 of both sides of guidance, then goes back
+        if self._run is None or self._run.position != i:
+            self._run = self._begin(i, x / here.scale, generator)
+        run, self._run = self._run, None  # gone if the sampler fails
+        y = run.step(x / here.scale, denoised, after.scale, model_output.dtype)
+        self._run, self._step_index = None if run.greenlet.dead else run, i + 1
+        return EulerDiscreteSchedulerOutput(y, denoised) if return_dict else (y, denoised)
+
+    def _denoised(self, output: torch.Tensor, x: torch.Tensor, at: _Evaluation) -> torch.Tensor:
+        """The x0 of a prediction at x = alpha x0 + sigma noise."""
+        if self._scale == "edm":
+            return self.base.precondition_outputs(x, output, at.sigma)
+        if self._prediction == "epsilon":
+            return (x - at.noise * output) / at.alpha
+        if self._prediction == "v_prediction":
+            norm = math.hypot(at.alpha, at.noise)
+            return (at.alpha / norm * x - at.noise * output) / norm
+        if self._prediction == "flow_prediction":
+            return x + at.noise * output if self._inverted else x - at.noise * output
+        return output
+
+    def _begin(self, i: int, x: torch.Tensor, generator: Any) -> _Run:
+        """The sampler, left where it asks for evaluation i."""
+        options, sigmas, total = dict(self.sampler_kwargs), self._levels, len(self._evaluations) - 1
+        first = next((one for one in sorted(self._starts) if one >= i), total)
+        # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
+        ahead = [one.sigma for one in self._evaluations[i : first + 1]]
+        rest = sigmas[self._starts[first] :] if first < total else sigmas[:0]
+        if first < total and places_levels(self.sampler):  # it has a level for each evaluation
+            rest = torch.cat([rest.new_tensor([self._evaluations[first].sigma]), sigmas[first + 1 :]])
+        if "s_churn" in options and is_k_diffusions(self.sampler) and len(rest):
+            options["s_churn"] *= (len(rest) - 1) / (len(sigmas) - 1)  # it is spread over the steps
+        generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
+        # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
+        rest = rest if is_k_diffusions(self.sampler) else rest.to(x.dtype)
+        return _Run(i, total, self.sampler, options, x.clone(), ahead, rest, generator)
+
+
+class _Evaluation(NamedTuple):
+    """One call of the network: the pipeline's sample is alpha x0 + noise n, and scale y for the sampler's state y."""
+
+    sigma: float
+    alpha: float
+    noise: float
+    scale: float
+
+
+class _Run:
+    """A sampler under way. Nothing in its greenlet refers to it, so one that is left half way goes with the scheduler."""
+
+    def __init__(self, position: int, total: int, *arguments: Any):
+        self.position, self.total, self.residual = position, total, 0.0
+        self.greenlet = greenlet(_sample)
+        self.asked = self._switch(*arguments)
+
+    def step(self, y: torch.Tensor, denoised: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+        """The next sample: `scale` times the state that the sampler asks for, in this dtype. y is the state now.
+
+        The pipeline may have changed what it got (inpainting, callbacks): the state is that and what rounding had taken.
+        """
+        self.asked, self.position = self._switch(denoised, y + self.residual), self.position + 1
+        if self.greenlet.dead != (self.position == self.total):
+            raise ValueError("`sampler`: it asks for other evaluations than in its trial on a single number")
+        sample = (self.asked * scale).to(dtype)
+        self.residual = self.asked - sample.to(self.asked.dtype) / scale
+        return sample
+
+    def _switch(self, *values: Any) -> torch.Tensor:
+        """Goes on with the sampler. What is torch's and thread-local is the same after as before."""
+        grad, self.greenlet.parent = torch.is_grad_enabled(), getcurrent()
+        outside = (torch._C._len_torch_function_stack(), grad, torch.is_inference_mode_enabled())
+        try:
+            return self.greenlet.switch(outside, *values)
+        finally:
+            torch.set_grad_enabled(grad)
+
+
+def _sample(
+    outside: tuple[int, bool, bool],
+    sampler: Callable,
+    options: dict[str, Any],
+    x: torch.Tensor,
+    ahead: list[float],
+    sigmas: torch.Tensor,
+    generator: Any,
+) -> torch.Tensor:
+    """A run of the sampler, in its greenlet: Euler's steps through the levels `ahead`, then `sigmas`."""
+
+    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
+        nonlocal outside
+        if with_uncond:
+            raise ValueError("`sampler`: a scheduler can't see the prediction without guidance, as our pipelines can")
+        with _left(*outside):
+            try:
+                outside, denoised, state = getcurrent().parent.switch(x)
+            except GreenletExit:
+                outside = (0, torch.is_grad_enabled(), False)
+                raise
+        x.copy_(state)
+        return denoised
+
+    try:
+        for sigma, after in zip(ahead, ahead[1:]):
+            x = x + (x - model(x, x.new_full([len(x)], sigma))) * (after / sigma - 1)
+        if not len(sigmas):
+            return x
+        noisy, given = adds_noise(sampler, options), options.get("noise_sampler") is not None
+        if noisy and generator is None and not given:
+            generator = [_seeded_by(image) for image in x]
+        arguments = {"disable": True, **options}
+        mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()))
+        if "noise_sampler" in _parameters(sampler) and not given:
+            noise = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
+            arguments["noise_sampler"] = mode.outside()(noise)
+        with mode:
+            return call_sampler(sampler, model, x, sigmas, arguments)
+    except GreenletExit:
+        torch.set_grad_enabled(outside[1])  # the sampler's own no_grad put back what was when it began
+        raise
+
+
+@contextlib.contextmanager
+def _left(depth: int, grad: bool, inference: bool) -> Iterator[None]:
+    """Takes off torch's function modes, grad mode and inference mode that the sampler entered; puts them back after."""
+    inner = torch.is_grad_enabled()
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - depth)]
+    same = torch.is_inference_mode_enabled() == inference
+    try:
+        with contextlib.nullcontext() if same else torch.inference_mode(inference):
+            torch.set_grad_enabled(grad)
+            yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)
+        torch.set_grad_enabled(inner)
+
+
+def _seeded_by(image: torch.Tensor) -> torch.Generator:
+    digest = hashlib.blake2b(image.double().cpu().numpy().tobytes(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def _parameters(function: Callable) -> Any:
+    return inspect.signature(function).parameters
+
+
+def _ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
+    """sigma = t / (1 - t). At t = 1, where it is infinite, the first one continues the ratio of the next two.
+
+    It is at least 15, SDXL's highest: noise of a lower sigma would hide less of the picture than pure noise does.
+    """
+    sigmas = ts / (1 - ts)
+    if ts[0] > 0.9999:
+        second, third = sigmas[1].item(), sigmas[2].item() if len(sigmas) > 2 else 0.0
+        sigmas[0] = max(second * (second / third if third > 0 else 4.0), 15.0)
+    return sigmas
+
+
+# --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
+# k-diffusion without its package, samplers and noise levels by name, step noise, the call of a sampler.
+
+
+def _k_diffusion(*submodules: str) -> list[ModuleType]:
+    """`k_diffusion.sampling` and its kind, without the package's `__init__`, which imports the training code.
+
+    All of k_diffusion leaves `sys.modules` then: a later `import k_diffusion` by anyone does what it always did.
+    """
+    if (spec := importlib.util.find_spec("k_diffusion")) is None:
+        raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "k_diffusion"}
+    sys.modules["k_diffusion"] = importlib.util.module_from_spec(spec)
+    try:
+        return [importlib.import_module(f"k_diffusion.{name}") for name in submodules]
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "k_diffusion"]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+sampling, external = _k_diffusion("sampling", "external")
+SCHEDULES = ("karras", "exponential", "polyexponential", "vp")
+GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
+
+
+def sampler_names() -> list[str]:
+    """The samplers of the installed k-diffusion, without `sample_`, in the order of its source."""
+    return [name[7:] for name, value in vars(sampling).items() if name.startswith("sample_") and callable(value)]
+
+
+def find_sampler(sampler: str | Callable) -> Callable:
+    """The sampler of this name, with or without `sample_`, or the callable. ValueError, TypeError: there is none."""
+    signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
+    if isinstance(sampler, str):
+        name, names = sampler.removeprefix("sample_"), sampler_names()
+        if name in names:
+            return getattr(sampling, f"sample_{name}")
+        near = difflib.get_close_matches(name.lower(), names, cutoff=0.7)  # "lcm" is not near "lms"
+        near = near[:1] if name.lower() in near else near
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, or pass {signature}"
+        raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
+    try:
+        places_levels(sampler) or inspect.signature(sampler).bind("model", "x", "sigmas")
+    except (TypeError, ValueError):
+        raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
+    return sampler
+
+
+def places_levels(sampler: Callable) -> bool:
+    """Whether it takes a range and places its own noise levels, in log sigma: dpm_fast and dpm_adaptive."""
+    return {"sigma_min", "sigma_max"} <= set(inspect.signature(sampler).parameters)
+
+
+def is_k_diffusions(sampler: Callable) -> bool:
+    """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
+    return any(getattr(sampler, "func", sampler) is value for value in vars(sampling).values())
+
+
+def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """A copy of the sampler's options. ValueError, with those it takes: another one, or one that it lacks."""
+    options, parameters = dict(sampler_kwargs or {}), list(inspect.signature(sampler).parameters.values())
+    # the first three are model, x and sigmas, whatever their names
+    named = [p for p in parameters[3:] if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unknown = [name for name in options if name not in [p.name for p in named]]
+    missing = [p.name for p in named if p.default is p.empty and p.name not in options]
+    if missing or (unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters)):
+        wrong = f"needs {', '.join(missing)}" if missing else f"takes no {', '.join(unknown)}"
+        known, name = ", ".join(p.name for p in named) or "none", getattr(sampler, "__name__", repr(sampler))
+        raise ValueError(f"`sampler_kwargs`: {name} {wrong}; it takes {known}")
+    if any(name in ("rtol", "atol") and not value > 0 for name, value in options.items()):
+        raise ValueError("`sampler_kwargs`: rtol and atol have to be above 0, or the steps never end")
+    return options
+
+
+def check_sigmas(sigmas: Any, name: str = "sigmas") -> torch.Tensor:
+    """`sigmas` (any scale) in float64 on the CPU. ValueError: not finite, not falling, not positive to a last zero."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
+    if not len(levels) or not levels.isfinite().all() or not levels[0] > 0 <= levels[-1] or (levels.diff() >= 0).any():
+        raise ValueError(f"`{name}` have to be finite and fall from a positive number to zero or above: {sigmas}")
+    return levels
+
+
+def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
+    """k-diffusion's noise levels of this name, n from sigma_max down to sigma_min, then zero; float64, on the CPU.
+
+    "vp" gets the betas that make it begin and end there. "polyexponential" is "exponential", its default rho being 1.
+    """
+    arguments = {"sigma_min": sigma_min, "sigma_max": sigma_max}
+    if schedule == "vp":
+        eps, low, high = 1e-3, math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+        beta_min = (low - high * eps**2) / (eps - eps**2)
+        arguments = {"beta_d": 2 * (high - beta_min), "beta_min": beta_min, "eps_s": eps}
+    elif schedule not in SCHEDULES:
+        raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}, or pass the levels")
+    with SamplerMode():
+        return getattr(sampling, f"get_sigmas_{schedule}")(n, **arguments)
+
+
+def white_noise(x: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+    """Standard normals of x's shape, dtype and device, drawn where the caller's generators are."""
+    first = generator[0] if isinstance(generator, list) else generator
+    return _sent(randn_tensor(x.shape, generator, first.device if first else x.device, x.dtype), x.device)
+
+
+def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Noise on the latents' device. From pinned memory, so that the CPU does not wait for a GPU to take it."""
+    pinned = noise.device.type == "cpu" and device.type == "cuda"
+    return noise.pin_memory().to(device, non_blocking=True) if pinned else noise.to(device)
+
+
+def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device | str) -> Callable:
+    """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
+
+    In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels: Levy's
+    construction, from W(2^-64) = 0. Normal 0 gives W(2^64), normal 1 how far W is from the line between the ends in
+    their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
+    itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
+    """
+    generator, nodes = (
+        torch.Generator(device),
+        [-1] * 22,
+    )  # the last level's are kept, so that a next one draws about 13
+    normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
+
+    def normal(depth: int, node: int) -> torch.Tensor:
+        for image, seed in zip(normals[depth], seeds if nodes[depth] != node else ()):
+            # the CPU's generator reads 32 bits of its seed: odd factors differ between the nodes of a path
+            image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
+        nodes[depth] = node
+        return normals[depth]
+
+    @functools.lru_cache(2)  # a step begins where another ended
+    def w(sigma: float) -> torch.Tensor:
+        low, high, node = 2.0**-64, 2.0**64, 1
+        total = normal(0, 0) * ((sigma - low) / math.sqrt(high - low))
+        for depth in range(1, 21):
+            middle = math.sqrt(low * high)
+            weight = math.sqrt((middle - low) * (high - middle) / (high - low))
+            weight *= (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
+            total.add_(normal(depth, node), alpha=weight)
+            low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
+        return total.add_(normal(21, node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
+
+    def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+        before, after = w(float(sigma)), w(float(sigma_next))
+        return _sent((after - before) / math.sqrt(abs(float(sigma_next) - float(sigma))), x.device)
+
+    return noise_sampler
+
+
+def adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
+    """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
+    parameters = inspect.signature(sampler).parameters.items()
+    amounts = [sampler_kwargs.get(name, p.default) for name, p in parameters if name in ("s_churn", "eta")]
+    return any(amounts) or not is_k_diffusions(sampler)
+
+
+def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
+    """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
+    name = getattr(getattr(sampler, "func", sampler), "__name__", "")
+    if not ("dpmpp" in name and name.endswith("_sde")):
+        return lambda sigma, sigma_next: white_noise(x, generator)
+    generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
+    seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
+    return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
+
+
+class SamplerMode(TorchFunctionMode):
+    """What torch does otherwise while a sampler runs, in this thread, but not `outside` of it: in the network.
+
+    `torch.randn_like`, the noise of `s_churn` and of callables, is `draw(like)`. A sigma spread over the latents'
+    dimensions stays a number, which goes with tensors on any device. Without `draw` levels are made, as float64.
+    """
+
+    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        super().__init__()
+        self.draw, self.active = draw, True
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.draw is None and func is torch.linspace:
+            kwargs = {**kwargs, "dtype": torch.float64, "device": "cpu"}
+        elif self.active and self.draw and func is torch.randn_like:
+            return self.draw(torch.empty_like(*args, **kwargs))
+        elif self.active and func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
+            if isinstance(args[1], tuple) and args[1][:1] == (...,) and not any(args[1][1:]):  # (..., None, None)
+                return args[0]
+        return func(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        before, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = before
+
+
+def call_sampler(
+    sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, arguments: dict[str, Any]
+) -> torch.Tensor:
+    """Calls a sampler of either signature with those of the arguments that it takes.
+
+    One step to zero is `denoised` in all of k-diffusion's, but some fail on it: it is Euler's. A sampler by range stops
+    at the lowest positive level: Euler's step from there to zero is taken here, and counted by dpm_fast.
+    """
+    if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
+        sampler = sampling.sample_euler
+    parameters, positive = inspect.signature(sampler).parameters, sigmas[sigmas > 0]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        arguments = {name: value for name, value in arguments.items() if name in parameters}
+    if not places_levels(sampler):
+        return sampler(model, x, sigmas, **arguments)
+    arguments |= {"n": max(len(positive) - 1, 1)} if "n" in parameters else {}
+    if 0 < arguments.get("eta", 0) < 1e-3:
+        arguments["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
+    if len(positive) > 1:
+        x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **arguments)
+        x = x[0] if isinstance(x, tuple) else x  # return_info=True
+    return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
+
+
+def step_starts(
+    sampler: Callable, ndim: int, sigmas: torch.Tensor, arguments: dict[str, Any]
+) -> tuple[list[float], dict[int, int]]:
+    """The level of each evaluation, and which of them begins which step, {evaluation: step}: by a trial on one element.
+
+    Both are empty where that can't be run, and for dpm_adaptive; the second where a callback has not the model's x.
+    """
+    inputs, levels, starts, x = [], list[float](), dict[int, int](), torch.ones([1] * ndim, dtype=sigmas.dtype)
+
+    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
+        inputs.append(x)
+        levels.append(float(sigma))
+        return x.new_zeros([2, *x.shape] if with_uncond else x.shape)
+
+    def callback(info: dict[str, Any]) -> None:
+        starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
+
+    parameters = inspect.signature(sampler).parameters  # nothing is drawn from what the caller gave
+    mine = {"callback": callback, "noise_sampler": lambda *_: torch.zeros_like(x)}
+    mine = {name: value for name, value in mine.items() if name in {*parameters, *arguments, "callback"}}
+    try:
+        with SamplerMode(torch.zeros_like):
+            "rtol" in parameters or call_sampler(sampler, model, x, sigmas, {**arguments, **mine})
+    except Exception:
+        return [], {}
+    return levels, {} if -1 in starts else starts
+
+
+# --- end of the shared block ---

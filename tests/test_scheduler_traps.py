@@ -1,0 +1,404 @@
+"""What a pipeline's loop may do to a scheduler, and what it must not notice of the sampler in it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import threading
+import weakref
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from conftest import ROOT, relative, seeded
+from small_pipelines import flux_image, flux_text, random, sd_text
+from test_scheduler import BETAS, CLOSE, draw, made, ours
+
+from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling
+
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+EULER = diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading")
+
+
+def loop(scheduler: Any, steps: int = 6, start: int = 0, change: Any = None, generator: Any = None, named: bool = True):
+    """A pipeline's loop over a network that predicts half of its input; the samples that it saw, and the last."""
+    scheduler.set_timesteps(steps)
+    if named:
+        scheduler.set_begin_index(start)
+    x, seen = random(1, 2, 4, 4) * float(getattr(scheduler, "init_noise_sigma", 1.0)), []
+    for i, t in enumerate(scheduler.timesteps[start:]):
+        seen.append(x)
+        given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(given * 0.5, t, x, return_dict=False, **({"generator": generator} if generator else {}))[0]
+        x = x if change is None else change(i, x)
+    return seen, x
+
+
+# --- where a run begins -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "told by the first timestep"])
+@pytest.mark.parametrize("base", [EULER, FLOW], ids=["sdxl", "flow"])
+def test_a_run_may_begin_later(base, named):
+    """As the stock scheduler's does: `strength` and `denoising_start` cut `timesteps`."""
+    expected = loop(copy.deepcopy(base), start=2, named=named)[1]
+    assert relative(loop(KDiffusionScheduler.from_scheduler(base), start=2, named=named)[1], expected) < CLOSE
+
+
+def test_order_counts_the_evaluations_of_a_step():
+    counts = {"euler": (6, 1), "heun": (11, 2), "dpm_2_ancestral": (11, 2), "dpmpp_sde": (11, 2), "dpm_fast": (6, 1)}
+    for sampler, expected in counts.items():
+        scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
+        assert scheduler.order == expected[1]  # before timesteps are set, too
+        scheduler.set_timesteps(6)
+        assert (len(scheduler.timesteps), scheduler.order) == expected
+
+
+def test_heun_begins_with_a_step_and_not_within_one():
+    """Evaluation 4 begins step 2. One that ignores `order` begins with 3, whose Euler step to the next level is none."""
+    stock = diffusers.HeunDiscreteScheduler.from_config(EULER.config)
+    expected = loop(stock, start=4)[1]
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="heun")
+    assert relative(loop(scheduler, start=4)[1], expected) < CLOSE
+    assert relative(loop(scheduler, start=3)[1], expected) < CLOSE
+
+
+def test_a_run_that_begins_within_a_step_goes_on_by_euler():
+    """dpm_2's second evaluation is in the middle of a step, by log sigma."""
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="dpm_2")
+    seen, _ = loop(scheduler, start=3)
+    now, after = scheduler._evaluations[3], scheduler._evaluations[4]
+    slope = seen[0] / (1 + now.sigma**2) ** 0.5 * 0.5  # the network's epsilon
+    assert relative(seen[1], seen[0] + slope * (after.sigma - now.sigma)) < CLOSE
+
+
+def test_dpm_fast_keeps_its_grid_when_it_begins_later():
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="dpm_fast")
+    whole, end = loop(scheduler, steps=9)
+    scheduler.set_timesteps(9)
+    scheduler.set_begin_index(3)
+    x = whole[3]
+    for t in scheduler.timesteps[3:]:
+        x = scheduler.step(scheduler.scale_model_input(x, t) * 0.5, t, x).prev_sample
+    assert relative(x, end) < CLOSE
+
+
+def test_churn_is_spread_over_the_whole_run():
+    """A run that begins later adds as much noise in each step: k-diffusion divides `s_churn` by the steps it is given."""
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="euler", sampler_kwargs={"s_churn": 1.0})
+    seen, _ = loop(scheduler, start=3, generator=seeded())
+    now, after = scheduler._evaluations[3], scheduler._evaluations[4]
+    level = float(scheduler._levels[4])
+    assert after.sigma == pytest.approx(level * (1 + 1 / 6))
+    slope = seen[0] / (1 + now.sigma**2) ** 0.5 * 0.5  # the network's epsilon
+    noise = seen[1] - (seen[0] + slope * (level - now.sigma))
+    # of 32 numbers the standard deviation is within 12 %; spread over the last three steps it were 45 % more
+    assert float(noise.std()) == pytest.approx((after.sigma**2 - level**2) ** 0.5, rel=0.25)
+
+
+def test_a_pipeline_that_cuts_its_timesteps_goes_on_in_another():
+    """`denoising_end` of one is `denoising_start` of the next: together the whole."""
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="heun")
+    seen, end = loop(scheduler)
+    scheduler.set_timesteps(6)
+    scheduler.set_begin_index(6)  # begins step 3
+    x = seen[6]
+    for t in scheduler.timesteps[6:]:
+        x = scheduler.step(scheduler.scale_model_input(x, t) * 0.5, t, x).prev_sample
+    assert relative(x, end) < CLOSE
+
+
+# --- what a pipeline does to samples ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("base", [EULER, FLOW], ids=["sdxl", "flow"])
+def test_changed_samples_are_the_state(base, sampler):
+    """As inpainting and callbacks change them, in place or not."""
+    classes = {"sdxl": diffusers.HeunDiscreteScheduler, "flow": diffusers.FlowMatchHeunDiscreteScheduler}
+    stock = base if sampler == "euler" else classes["flow" if base is FLOW else "sdxl"].from_config(base.config)
+    places = (0, 2)  # between steps of both
+
+    def change(i, x):
+        return x * 0.5 + 1 if i in places else x
+
+    def in_place(i, x):
+        return x.mul_(0.5).add_(1) if i in places else x
+
+    expected = loop(copy.deepcopy(stock), change=change)[1]
+    for each in (change, in_place):
+        scheduler = KDiffusionScheduler.from_scheduler(base, sampler=sampler)
+        assert relative(loop(scheduler, change=each)[1], expected) < CLOSE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_state_goes_on_unrounded(dtype):
+    """In half precision only what the network sees is rounded. With a prediction that does not depend on it, the last
+    sample is that of float32, rounded once."""
+
+    def run(dtype: torch.dtype) -> torch.Tensor:
+        scheduler = KDiffusionScheduler.from_scheduler(FLOW)
+        scheduler.set_timesteps(50)
+        x, v = random(1, 2, 4, 4).to(dtype), random(1, 2, 4, 4, seed=2).to(dtype)
+        for t in scheduler.timesteps:
+            x = scheduler.step(v, t, x).prev_sample
+            assert x.dtype == dtype
+        return x
+
+    start, v = (random(1, 2, 4, 4, seed=seed).to(dtype).double() for seed in (1, 2))
+    assert relative(run(dtype), start - v) < torch.finfo(dtype).eps  # one rounding, of half an eps
+
+
+def test_noise_is_added_at_any_timestep():
+    for base in (EULER, FLOW, diffusers.DDIMScheduler(**BETAS, steps_offset=1)):
+        scheduler, stock = KDiffusionScheduler.from_scheduler(base), copy.deepcopy(base)
+        x0, noise = random(2, 2, 4, 4), random(2, 2, 4, 4, seed=2)
+        for each in (scheduler, stock):
+            each.set_timesteps(5)
+        name = "scale_noise" if base is FLOW else "add_noise"
+        for i in range(5):
+            t = scheduler.timesteps[i].repeat(2)
+            given = (x0, t, noise) if base is FLOW else (x0, noise, t)
+            assert relative(getattr(scheduler, name)(*given), getattr(stock, name)(*given)) < CLOSE
+
+
+def test_noise_is_added_during_a_run():
+    """Inpainting asks at each next timestep, whatever the scheduler's own place in the run is."""
+    scheduler = KDiffusionScheduler.from_scheduler(EULER)
+    scheduler.set_timesteps(5)
+    x0, noise = torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 4, 4)
+    x = random(1, 2, 4, 4)
+    for i, t in enumerate(scheduler.timesteps[:-1]):
+        x = scheduler.step(scheduler.scale_model_input(x, t), t, x).prev_sample
+        added = scheduler.add_noise(x0, noise, scheduler.timesteps[i + 1 : i + 2])
+        assert float(added.mean()) == pytest.approx(float(scheduler.sigmas[i + 1]), rel=1e-6)
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("maker", [sd_text, flux_text, flux_image], ids=lambda maker: maker.__name__)
+def test_noise_follows_from_the_generator(maker, sampler):
+    """Also where the pipeline gives none to `step`: then from the first sample, which the generator drew."""
+    first, again, other = (draw(maker, ours(maker, sampler), generator=seeded(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and relative(other, first) > 0.1
+
+
+def test_ve_is_for_samplers_that_add_noise():
+    steps = {"euler": "flow", "dpmpp_2m": "flow", "euler_ancestral": "ve", "dpmpp_2m_sde": "ve", "dpm_fast": "ve"}
+    for sampler, expected in steps.items():
+        scheduler = KDiffusionScheduler.from_scheduler(FLOW, sampler=sampler)
+        scheduler.set_timesteps(5)
+        assert (float(scheduler._levels[0]) > 1) == (expected == "ve"), sampler
+        assert float(scheduler.timesteps[0]) == 1000  # where the network sees pure noise
+
+
+def test_the_network_sees_flow_latents_in_ve():
+    """x = y / (1 + sigma) at t = sigma / (1 + sigma): with a network that knows x0 = 0, samples are noise of size t."""
+    for parameterization in ("flow", "ve"):
+        scheduler = KDiffusionScheduler.from_scheduler(FLOW, parameterization=parameterization)
+        scheduler.set_timesteps(5)
+        x = random(1, 2, 4, 4)
+        noise = x.clone()
+        for t in scheduler.timesteps:
+            share = float(t) / 1000
+            assert relative(x, share * noise) < CLOSE
+            x = scheduler.step(x / share, t, x).prev_sample
+
+
+# --- what is thread-local, and what is left ---------------------------------------------------------------------------
+
+
+def entering(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """A sampler that enters all that it can and stays in there for the whole run."""
+    with torch.inference_mode(), torch.device("meta"), torch.enable_grad():
+        return find_sampler("euler")(model, x, sigmas, callback=callback, disable=True)
+
+
+def state() -> tuple:
+    modes = torch._C._len_torch_function_stack()
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), modes, torch.empty(0).device.type
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral", entering])
+@pytest.mark.parametrize("grad", [True, False])
+def test_nothing_of_the_sampler_is_seen_outside(sampler, grad):
+    with torch.set_grad_enabled(grad):
+        before = state()
+
+        def look(i, x):
+            assert state() == before
+            return x
+
+        loop(KDiffusionScheduler.from_scheduler(EULER, sampler=sampler), change=look)
+        assert state() == before
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
+def test_a_run_left_half_way_leaves_nothing(sampler):
+    """It began without grad. Its end, which may come with the garbage, must not take that away from whoever has it."""
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
+    scheduler.set_timesteps(4)
+    x = random(1, 2, 4, 4)
+    with torch.no_grad():
+        t = scheduler.timesteps[0]
+        scheduler.step(scheduler.scale_model_input(x, t), t, x)
+    left = weakref.ref(scheduler._run)
+    before = state()
+    assert before[0]
+    del scheduler
+    gc.collect()
+    assert left() is None and state() == before
+
+
+def test_an_error_half_way_ends_the_run_alone():
+    scheduler, expected = KDiffusionScheduler.from_scheduler(EULER, sampler="dpmpp_2m"), None
+    expected = loop(scheduler)[1]
+
+    def fail(i, x):
+        if i == 2:
+            raise RuntimeError("interrupted")
+        return x
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        loop(scheduler, change=fail)
+    assert torch.equal(loop(scheduler)[1], expected)
+
+
+def test_an_error_of_the_sampler_comes_out_of_step():
+    def broken(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        x = model(x, sigmas[0] * x.new_ones(len(x)))
+        if x.numel() > 1:  # not in the trial
+            raise ArithmeticError("broken")
+        return x
+
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=broken)
+    with pytest.raises(ArithmeticError, match="broken"):
+        loop(scheduler)
+
+
+def test_copies_and_threads():
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="dpmpp_2m")
+    expected = loop(scheduler)[1]
+    scheduler.set_timesteps(6)
+    x = random(1, 2, 4, 4) * float(scheduler.init_noise_sigma)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    other = copy.deepcopy(scheduler)
+    assert type(other) is KDiffusionScheduler and torch.equal(loop(other)[1], expected)
+    found = [None] * 4
+
+    def run(i):
+        with torch.no_grad():
+            found[i] = loop(KDiffusionScheduler.from_scheduler(EULER, sampler="dpmpp_2m"))[1]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(one, expected) for one in found)
+
+
+# --- construction and saving ------------------------------------------------------------------------------------------
+
+
+def test_what_is_refused_in_words():
+    for base, words in (
+        (diffusers.CMStochasticIterativeScheduler(), "needs betas"),
+        (diffusers.SCMScheduler(), "needs betas"),
+        (diffusers.DDIMInverseScheduler(), "needs betas"),
+        (diffusers.RePaintScheduler(), "needs betas"),
+        (diffusers.HeliosScheduler(), "needs betas"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            KDiffusionScheduler.from_scheduler(base)
+    for options, words in (
+        ({"sampler": "dpm_adaptive"}, "StableDiffusionXLComfyPipeline"),
+        ({"sampler": "eular"}, "did you mean euler"),
+        ({"sampler_kwargs": {"eta": 1.0}}, "takes no eta"),
+        ({"parameterization": "vp"}, "parameterization"),
+        ({"schedule": [1.0, 2.0]}, "schedule"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            KDiffusionScheduler.from_scheduler(EULER, **options)
+    with pytest.raises(ValueError, match="num_inference_steps=2"):
+        KDiffusionScheduler.from_scheduler(EULER, schedule=[2.0, 1.0, 0.0]).set_timesteps(5)
+
+
+def test_set_timesteps_has_the_bases_signature():
+    for base in (EULER, FLOW, diffusers.DDIMScheduler(**BETAS)):
+        scheduler = KDiffusionScheduler.from_scheduler(base)
+        assert inspect.signature(scheduler.set_timesteps) == inspect.signature(base.set_timesteps)
+    assert "generator" in inspect.signature(scheduler.step).parameters
+
+
+def test_a_configuration_makes_one():
+    """Also one of a scheduler made in code, which does not name its class."""
+    for base in (
+        diffusers.EulerDiscreteScheduler(**BETAS),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.EDMEulerScheduler(),
+        diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    ):
+        assert "_class_name" not in base.config
+        scheduler = KDiffusionScheduler.from_config(base.config, sampler="dpmpp_2m")
+        assert isinstance(scheduler, type(base)) and scheduler.sampler is sampling.sample_dpmpp_2m
+    again = KDiffusionScheduler.from_config(scheduler.config, sampler="heun", flow_shift=2.0)
+    assert again.config.flow_shift == 2.0 and again.order == 2
+
+
+@pytest.mark.parametrize(
+    "folder, name", [("sdxl", "EulerDiscreteScheduler"), ("flux", "FlowMatchEulerDiscreteScheduler")]
+)
+def test_what_is_saved_is_the_base(tmp_path, folder, name):
+    scheduler = KDiffusionScheduler.from_pretrained(ROOT / "demo" / folder, subfolder="scheduler", sampler="heun")
+    assert scheduler.sampler is sampling.sample_heun
+    scheduler.save_pretrained(tmp_path)
+    read = getattr(diffusers, name).from_pretrained(tmp_path)
+    assert type(read) is getattr(diffusers, name) and read.config.items() >= scheduler.base.config.items()
+    pipe = made(sd_text if folder == "sdxl" else flux_text)[0]
+    pipe.scheduler = scheduler
+    assert pipe.config["scheduler"] == ("diffusers", name)
+
+
+def test_what_the_base_knows_is_there():
+    scheduler = KDiffusionScheduler.from_scheduler(EULER)
+    assert scheduler.alphas_cumprod is scheduler.base.alphas_cumprod and scheduler.config.beta_start == 0.00085
+    assert not hasattr(scheduler, "nonsense")
+
+
+# --- samplers of one's own --------------------------------------------------------------------------------------------
+
+
+def test_callables_run():
+    def without_callback(model, x, sigmas):
+        for now, after in zip(sigmas, sigmas[1:]):
+            x = x + (x - model(x, now * x.new_ones(len(x)))) * (after / now - 1)
+        return x
+
+    expected = loop(KDiffusionScheduler.from_scheduler(EULER))[1]
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=without_callback)
+    assert relative(loop(scheduler)[1], expected) < CLOSE
+    assert relative(loop(scheduler, start=2)[1], loop(copy.deepcopy(EULER), start=2)[1]) < CLOSE
+
+
+def test_named_and_given_levels():
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, schedule="karras")
+    scheduler.set_timesteps(5)
+    expected = sampling.get_sigmas_karras(5, 0.029167532920837402, 14.614642143249512)
+    assert relative(scheduler.sigmas, expected) < CLOSE
+    scheduler = KDiffusionScheduler.from_scheduler(FLOW, schedule=[0.9, 0.5, 0.1])
+    scheduler.set_timesteps(2)
+    assert scheduler.timesteps.tolist() == [900.0, 500.0]
+    seen, end = loop(scheduler, steps=2)
+    # ends at t = 0.1: Euler's two steps of a velocity that is half of x
+    assert relative(end, seen[0] * (1 - 0.2) * (1 - 0.2)) < CLOSE
+
+
+def test_quantized_timesteps_are_whole():
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="dpm_2", quantize_timesteps=True)
+    scheduler.set_timesteps(5)
+    assert all(t == round(t) for t in scheduler.timesteps.tolist())
