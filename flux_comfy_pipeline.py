@@ -509,6 +509,9 @@ class SamplerMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.draw is None and func is torch.linspace:
             kwargs = {**kwargs, "dtype": torch.float64, "device": "cpu"}
+        elif self.active and (func is torch.linspace or func is torch.tensor and isinstance(args[0], float)):
+            # levels of dpm_fast and dpm_adaptive, whatever the default dtype
+            kwargs = {"dtype": torch.promote_types(torch.get_default_dtype(), torch.float32), **kwargs}
         elif self.active and self.draw and func is torch.randn_like:
             return self.draw(torch.empty_like(*args, **kwargs))
         elif self.active and func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
@@ -615,8 +618,9 @@ def run_sampler(
     noisy, own, parameters = adds_noise(sampler, sampler_kwargs), is_k_diffusions(sampler), inspect.signature(sampler)
     mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()))
     given = arguments.get("noise_sampler") is not None
-    # k-diffusion's without `s_churn` make neither of the mode's calls here; one step is Euler's, which has it
-    plain = own and x.device.type == "cpu" and not given and len(sigmas) > 2 and "s_churn" not in parameters.parameters
+    # most of k-diffusion's make none of the mode's calls here; one step is Euler's, which does
+    calls = "s_churn" in parameters.parameters or places_levels(sampler) or len(sigmas) == 2
+    plain = own and x.device.type == "cpu" and not given and not calls
     outside = contextlib.nullcontext if plain else mode.outside
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:

@@ -669,6 +669,9 @@ class SamplerMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.draw is None and func is torch.linspace:
             kwargs = {**kwargs, "dtype": torch.float64, "device": "cpu"}
+        elif self.active and (func is torch.linspace or func is torch.tensor and isinstance(args[0], float)):
+            # levels of dpm_fast and dpm_adaptive, whatever the default dtype
+            kwargs = {"dtype": torch.promote_types(torch.get_default_dtype(), torch.float32), **kwargs}
         elif self.active and self.draw and func is torch.randn_like:
             return self.draw(torch.empty_like(*args, **kwargs))
         elif self.active and func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
