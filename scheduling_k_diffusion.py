@@ -32,14 +32,14 @@ from torch.overrides import TorchFunctionMode
 class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
     """A scheduler that runs a k-diffusion sampler, `sampler(model, x, sigmas)`, inside the loop of a stock pipeline.
 
-    The sampler runs in a greenlet. Where it calls `model(x, sigma)` it is left, and the pipeline gives x to its network.
+    The sampler runs in a greenlet. Where it calls `model(x, sigma)` it is left: the pipeline gives x to its network.
     `step` makes `denoised` of the prediction and goes on with the sampler until that asks again. So `timesteps` has one
     for each evaluation of the network; a trial on a single number finds them before the run.
 
     The base scheduler says what the network was trained with, in which scale latents are, and which levels a call uses
     where no schedule is named. `config` is the base's, and what is saved is the base, which every loader knows.
 
-    Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or t is taken for sigma ("flow").
+    Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or t is sigma ("flow").
     In "ve" the network still sees pure noise at t = 1, where the first sigma is finite.
 
     Where a pipeline gives `step` no generator, as FLUX's, each image's noise is seeded by its first sample.
@@ -50,7 +50,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         sampler_kwargs: options for it: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, ...
         schedule: k-diffusion's "karras", "exponential", "polyexponential" or "vp", or the levels themselves, falling
             (sigma; for flow models t). None: the base's, also for the `sigmas` or `timesteps` that a pipeline passes.
-        parameterization: of flow models: "flow", "ve", or "auto", "ve" for samplers that add noise or place their levels.
+        parameterization: of flow models: "flow", "ve", or "auto", "ve" for those that add noise or place levels.
         quantize_timesteps: round to the trained timesteps.
 
     Raises:
@@ -70,7 +70,8 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         base = scheduler.base if type(scheduler) is KDiffusionScheduler else scheduler
         if isinstance(base, diffusers.CogVideoXDPMScheduler):  # its pipelines call its step with other arguments
             base = diffusers.CogVideoXDDIMScheduler.from_config(base.config)
-        config, self.base = base.config, type(base).from_config(base.config)
+        config = base.config
+        self.base: Any = type(base).from_config(base.config)
         self.__module__ = type(base).__module__  # beside __class__, for savers
         self.sampler = find_sampler(sampler)
         self.sampler_kwargs = check_sampler_kwargs(self.sampler, sampler_kwargs)
@@ -98,7 +99,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         kinds = ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction")
         if self._scale is None or self._prediction not in kinds:
             raise ValueError(
-                "`scheduler`: needs betas with 'epsilon', 'v_prediction' or 'sample', flow matching or EDM, and a step that"
+                "`scheduler`: needs betas with 'epsilon', 'v_prediction' or 'sample', flow matching or EDM, a step that"
                 f" takes model_output, timestep and sample, but is {type(base).__name__} with {self._prediction!r}"
             )
         if parameterization not in ("auto", "flow", "ve"):
@@ -172,7 +173,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         return set_timesteps
 
     def _scheduled(self, n: int, mu: float | None) -> torch.Tensor:
-        """The levels of `schedule`: named ones lie between the lowest and the highest that the network was trained with."""
+        """The levels of `schedule`: named ones lie between the ends that the network was trained with."""
         config = self.base.config
         if not isinstance(self.schedule, str):
             return self.schedule  # type: ignore[return-value]
@@ -316,7 +317,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         """Goes on with the sampler: the network predicted `model_output` at `sample`.
 
         Returns:
-            `prev_sample`, for the network at the next timestep, in model_output's dtype, and `pred_original_sample`, x0.
+            `prev_sample`, for the network at the next timestep, in model_output's dtype; `pred_original_sample`, x0.
         """
         i = self._locate(timestep)
         here, after = self._evaluations[i : i + 2]
@@ -379,17 +380,18 @@ class _Evaluation(NamedTuple):
 
 
 class _Run:
-    """A sampler under way. Nothing in its greenlet refers to it, so one that is left half way goes with the scheduler."""
+    """A sampler under way. Nothing in its greenlet refers to it, so one left half way goes with the scheduler."""
 
     def __init__(self, position: int, total: int, *arguments: Any):
-        self.position, self.total, self.residual = position, total, 0.0
+        self.position, self.total = position, total
+        self.residual: torch.Tensor | float = 0.0
         self.greenlet = greenlet(_sample)
         self.asked = self._switch(*arguments)
 
     def step(self, y: torch.Tensor, denoised: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
         """The next sample: `scale` times the state that the sampler asks for, in this dtype. y is the state now.
 
-        The pipeline may have changed what it got (inpainting, callbacks): the state is that and what rounding had taken.
+        The pipeline may have changed what it got (inpainting, callbacks): the state is that and what rounding took.
         """
         self.asked, self.position = self._switch(denoised, y + self.residual), self.position + 1
         if self.greenlet.dead != (self.position == self.total):

@@ -132,8 +132,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
         denoiser_class, alphas_cumprod = self._trained_with()
         levels = self.noise_levels(num_inference_steps, timesteps, sigmas, schedule, denoising_end)
-        given = prompt_embeds if prompt is None else prompt
-        batch_size = (1 if isinstance(given, str) else len(given)) * num_images_per_prompt
+        given: Any = prompt_embeds if prompt is None else prompt
+        batch_size = (1 if isinstance(given, str) else len(given)) * (num_images_per_prompt or 1)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator`: has to be one or {batch_size}, one an image, but is {len(generator)}")
 
@@ -295,10 +295,11 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         given = [f"`{name}`" for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None]
         if schedule is not None and given:
             raise ValueError(f"`schedule` and {given[0]} both give the noise levels: pass one of them")
-        if not given and (schedule is None or isinstance(schedule, str)) and not num_inference_steps >= 1:
+        if not given and (schedule is None or isinstance(schedule, str)) and (num_inference_steps or 0) < 1:
             raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}")
+        n = num_inference_steps or 0  # 0 where the levels are given
         if isinstance(schedule, str):
-            levels = named_sigmas(schedule, num_inference_steps, trained.sigma_min.item(), trained.sigma_max.item())
+            levels = named_sigmas(schedule, n, trained.sigma_min.item(), trained.sigma_max.item())
         elif schedule is not None:
             levels = check_sigmas(schedule, "schedule")
         else:
@@ -317,7 +318,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 levels = trained.t_to_sigma(scheduler.timesteps.cpu()).double()
                 levels = torch.cat([levels, levels.new_zeros(1)])
             levels = levels.unique_consecutive()  # Heun's and KDPM2's schedulers list a level twice
-            if not given and len(levels) <= num_inference_steps:
+            if not given and len(levels) <= n:
                 made = f"the scheduler makes {len(levels) - 1} of {num_inference_steps} steps"
                 raise ValueError(f"`num_inference_steps`: {made}; name a `schedule` or ask for fewer")
             check_sigmas(levels, f"{type(scheduler).__name__}.sigmas")

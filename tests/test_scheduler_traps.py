@@ -57,7 +57,7 @@ def test_order_counts_the_evaluations_of_a_step():
 
 
 def test_heun_begins_with_a_step_and_not_within_one():
-    """Evaluation 4 begins step 2. One that ignores `order` begins with 3, whose Euler step to the next level is none."""
+    """Evaluation 4 begins step 2. One that ignores `order` begins with 3, which Euler's step ends."""
     stock = diffusers.HeunDiscreteScheduler.from_config(EULER.config)
     expected = loop(stock, start=4)[1]
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="heun")
@@ -86,7 +86,7 @@ def test_dpm_fast_keeps_its_grid_when_it_begins_later():
 
 
 def test_churn_is_spread_over_the_whole_run():
-    """A run that begins later adds as much noise in each step: k-diffusion divides `s_churn` by the steps it is given."""
+    """A run that begins later adds as much noise in each step: k-diffusion divides `s_churn` by its steps."""
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="euler", sampler_kwargs={"s_churn": 1.0})
     seen, _ = loop(scheduler, start=3, generator=seeded())
     now, after = scheduler._evaluations[3], scheduler._evaluations[4]

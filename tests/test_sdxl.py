@@ -258,7 +258,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("call, error, message", BAD, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("call, error, message", BAD, ids=[message[:40] for _, _, message in BAD])
 def test_bad_input_is_told_before_any_network_runs(sdxl, monkeypatch, call, error, message):
     for name in ("unet", "text_encoder", "text_encoder_2", "vae"):
         monkeypatch.setattr(getattr(sdxl, name), "forward", no_network)
