@@ -36,7 +36,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
 
     Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler says which betas the network
     was trained with and, when the caller names no schedule, which noise levels to use; its `step` is never called.
-    A pipeline serves one call at a time, as the parent does: for a second thread make another with `from_pipe`.
+    A pipeline serves one call at a time, as the parent does: for a second thread make another with `from_pipe`, and
+    encode the prompts beforehand, since the two share their tokenizers.
     """
 
     _callback_tensor_inputs = [*StableDiffusionXLPipeline._callback_tensor_inputs, "denoised", "sigma"]
