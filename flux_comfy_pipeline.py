@@ -36,7 +36,8 @@ class FluxComfyPipeline(FluxPipeline):
 
     Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler gives the shift and, when the
     caller names no schedule, the noise levels; its `step` is never called. A pipeline serves one call at a time, as the
-    parent does: for a second thread make another with `from_pipe`.
+    parent does: for a second thread make another with `from_pipe`, and encode the prompts beforehand, since the two share
+    their tokenizers.
 
     FLUX predicts the velocity v = noise - x0 at x = (1 - t) x0 + t noise, so x0 = x - t v. k-diffusion's samplers know
     y = x0 + sigma noise. With y = x / (1 - t) and sigma = t / (1 - t) the one is the other, exactly ("ve"). Samplers
@@ -504,26 +505,36 @@ class SamplerMode(TorchFunctionMode):
 
     def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] | None = None):
         super().__init__()
-        self.draw, self.active = draw, True
+        self.draw = draw
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.draw is None and func is torch.linspace:
             kwargs = {**kwargs, "dtype": torch.float64, "device": "cpu"}
-        elif self.active and self.draw and func is torch.randn_like:
+        elif self.draw and (func is torch.linspace or func is torch.tensor and isinstance(args[0], float)):
+            # levels of dpm_fast and dpm_adaptive, whatever the default dtype
+            kwargs = {"dtype": torch.promote_types(torch.get_default_dtype(), torch.float32), **kwargs}
+        elif self.draw and func is torch.randn_like:
             return self.draw(torch.empty_like(*args, **kwargs))
-        elif self.active and func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
+        elif func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
             if isinstance(args[1], tuple) and args[1][:1] == (...,) and not any(args[1][1:]):  # (..., None, None)
                 return args[0]
         return func(*args, **kwargs)
 
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
-        before, self.active = self.active, False
+        """Off torch's stack, below what the sampler put there: a compiled network is compiled anew for each stack."""
+        size, pop = torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack
+        push, modes = torch._C._push_on_torch_function_stack, [pop() for _ in range(size())][::-1]
+        for mode in modes:
+            mode is self or push(mode)
         try:
             yield
         finally:
-            self.active = before
+            while size():
+                pop()
+            for mode in modes:
+                push(mode)
 
 
 def call_sampler(
@@ -613,11 +624,14 @@ def run_sampler(
     evaluations, ended, last = 0, None, (x, sigmas[:1], x)  # the step that waits for its end; what was last evaluated
     arguments = {"disable": True, **sampler_kwargs}
     starts = step_starts(sampler, x.ndim, sigmas, arguments)[1] if after_step else {}
-    noisy, own, parameters = adds_noise(sampler, sampler_kwargs), is_k_diffusions(sampler), inspect.signature(sampler)
+    own, parameters = is_k_diffusions(sampler), inspect.signature(sampler)
+    euler = own and len(sigmas) == 2 and sigmas[1] == 0  # as `call_sampler` has it
+    noisy = adds_noise(sampling.sample_euler if euler else sampler, sampler_kwargs)
     mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()))
     given = arguments.get("noise_sampler") is not None
-    # k-diffusion's without `s_churn` make neither of the mode's calls here; one step is Euler's, which has it
-    plain = own and x.device.type == "cpu" and not given and len(sigmas) > 2 and "s_churn" not in parameters.parameters
+    # most of k-diffusion's make none of the mode's calls here; one step is Euler's, which does
+    calls = "s_churn" in parameters.parameters or places_levels(sampler) or len(sigmas) == 2
+    plain = own and x.device.type == "cpu" and not given and not calls
     outside = contextlib.nullcontext if plain else mode.outside
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:

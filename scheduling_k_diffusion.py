@@ -665,26 +665,36 @@ class SamplerMode(TorchFunctionMode):
 
     def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] | None = None):
         super().__init__()
-        self.draw, self.active = draw, True
+        self.draw = draw
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.draw is None and func is torch.linspace:
             kwargs = {**kwargs, "dtype": torch.float64, "device": "cpu"}
-        elif self.active and self.draw and func is torch.randn_like:
+        elif self.draw and (func is torch.linspace or func is torch.tensor and isinstance(args[0], float)):
+            # levels of dpm_fast and dpm_adaptive, whatever the default dtype
+            kwargs = {"dtype": torch.promote_types(torch.get_default_dtype(), torch.float32), **kwargs}
+        elif self.draw and func is torch.randn_like:
             return self.draw(torch.empty_like(*args, **kwargs))
-        elif self.active and func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
+        elif func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
             if isinstance(args[1], tuple) and args[1][:1] == (...,) and not any(args[1][1:]):  # (..., None, None)
                 return args[0]
         return func(*args, **kwargs)
 
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
-        before, self.active = self.active, False
+        """Off torch's stack, below what the sampler put there: a compiled network is compiled anew for each stack."""
+        size, pop = torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack
+        push, modes = torch._C._push_on_torch_function_stack, [pop() for _ in range(size())][::-1]
+        for mode in modes:
+            mode is self or push(mode)
         try:
             yield
         finally:
-            self.active = before
+            while size():
+                pop()
+            for mode in modes:
+                push(mode)
 
 
 def call_sampler(

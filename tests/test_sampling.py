@@ -221,13 +221,14 @@ def test_a_picture_does_not_depend_on_its_batch(name):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 20])
 def test_any_number_of_steps(name, steps):
     """No NaN, no warning (the Brownian tree warns of a time beyond its ends), and one step gives `denoised` itself."""
-    x, sigmas = noise(), named_sigmas("karras", steps, 0.03, 14.6)
+    x, sigmas = noise(), named_sigmas("karras", steps, 0.03, 14.6).float()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         y = run_sampler(find_sampler(name), {}, gaussian, x, sigmas, torch.Generator().manual_seed(0))[0]
     assert y.isfinite().all()
     if steps == 1:
-        torch.testing.assert_close(y, gaussian(x, sigmas[:1].expand(2)), rtol=1e-5, atol=1e-6)
+        # float32 rounding of states of up to 60
+        torch.testing.assert_close(y, gaussian(x, sigmas[:1].expand(2)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in THIRTEEN if name != "dpm_adaptive"])

@@ -1,0 +1,236 @@
+"""The right numbers whatever the scheduler, torch's defaults and the way latents are handed in and out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+
+import pytest
+import torch
+from conftest import FAMILIES, PROMPT, parent_of, relative, seeded
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    SASolverScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    UniPCMultistepScheduler,
+)
+
+from sdxl_comfy_pipeline import SCHEDULES, sampling
+
+CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
+CALL = {"prompt": PROMPT, "height": 64, "width": 64, "output_type": "latent"}
+SIZES = {"original_size": (64, 64), "target_size": (64, 64)}
+
+
+def with_scheduler(pipe, kind, **options):
+    scheduler = kind.from_config(pipe.scheduler.config, **options)
+    pipe = type(pipe)(**{**pipe.components, "scheduler": scheduler})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def as_class(pipe, kind):
+    """A stock pipeline on the same networks."""
+    stock = kind(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+# --- latents have the scheduler's scale ------------------------------------------------------------------------------
+
+# of the first order each is Euler's step (DPM-Solver, Lu et al. 2022, section 3.1), so that the whole run is known
+FIRST_ORDER = {
+    "Euler": (EulerDiscreteScheduler, {}),
+    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
+    "DPM-Solver": (DPMSolverMultistepScheduler, {"solver_order": 1, "final_sigmas_type": "zero"}),
+    "UniPC": (
+        UniPCMultistepScheduler,
+        {"solver_order": 1, "disable_corrector": list(range(10)), "final_sigmas_type": "zero"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_hand_over_to_a_stock_refiner(sdxl, name):
+    """`denoising_end`, then diffusers' image-to-image pipeline from there with the same scheduler: the whole run."""
+    kind, options = FIRST_ORDER[name]
+    pipe = with_scheduler(sdxl, kind, **options)
+    call = {**CALL, "num_inference_steps": 10}
+    whole = pipe(generator=seeded(), **call).images
+    handed = pipe(generator=seeded(), denoising_end=0.6, **call).images
+    del call["height"], call["width"]
+    refiner = as_class(pipe, StableDiffusionXLImg2ImgPipeline)
+    refined = refiner(image=handed, denoising_start=0.6, **SIZES, **call).images
+    assert relative(refined, whole) < CLOSE
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_a_callback_inpaints_with_add_noise(sdxl, name):
+    """What is kept of a picture is blended in with noise of the level, as in the stock pipeline, by the scheduler."""
+    kind, options = FIRST_ORDER[name]
+    pipe = with_scheduler(sdxl, kind, **options)
+    noiser = copy.deepcopy(pipe.scheduler)
+    noiser.set_timesteps(4)
+    kept, noise = torch.randn(2, 1, 4, 8, 8, generator=seeded(5))
+    mask = (torch.arange(8) < 4).float()
+
+    def inpaint(one, i, timestep, tensors):
+        noisy = noiser.add_noise(kept, noise, noiser.timesteps[i + 1 : i + 2]) if i < 3 else kept
+        return {"latents": mask * noisy + (1 - mask) * tensors["latents"]}
+
+    call = {**CALL, "num_inference_steps": 4, "callback_on_step_end": inpaint}
+    expected = parent_of(pipe, "sdxl")(generator=seeded(), **call).images
+    assert relative(pipe(generator=seeded(), **call).images, expected) < 10 * CLOSE
+
+
+# --- levels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (DEISMultistepScheduler, {}),
+        (SASolverScheduler, {}),
+        (DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
+    ],
+    ids=["DEIS", "SA-Solver", "DPM-Solver"],
+)
+def test_own_levels_are_as_many_as_asked_for_and_end_at_zero(sdxl, kind, options):
+    """These list the lowest level twice."""
+    levels = with_scheduler(sdxl, kind, use_karras_sigmas=True, **options).noise_levels(10)
+    assert len(levels) == 11 and levels[-1] == 0 and levels[-2] > 0
+
+
+def test_own_levels_of_flux(flux):
+    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    levels = with_scheduler(flux, DEISMultistepScheduler, **options).noise_levels(64, 20)
+    assert len(levels) == 21 and levels[-1] == 0
+    fixed = with_scheduler(flux, DPMSolverMultistepScheduler, use_dynamic_shifting=False, **options)
+    assert len(fixed.noise_levels(64, 8)) == 9
+
+
+def test_levels_whatever_the_scheduler(sdxl):
+    """`sigmas` are the parent's, for schedulers that take some; `schedule` takes levels for any."""
+    pipe = with_scheduler(sdxl, DDIMScheduler)
+    with pytest.raises(ValueError, match=r"DDIMScheduler takes none; schedule=\[\.\.\.\] takes levels"):
+        pipe(sigmas=[10.0, 3.0], **CALL)
+    assert pipe.noise_levels(schedule=[10.0, 3.0, 0.0]).tolist() == [10, 3, 0]
+    low, high = pipe.noise_levels(2, schedule="karras")[:2].flip(0).tolist()
+    own = sampling.get_sigmas_polyexponential(8, low, high, rho=0.5)
+    assert pipe.noise_levels(schedule=own).float().equal(own)
+    exponential, poly = (pipe.noise_levels(8, schedule=name) for name in ("exponential", "polyexponential"))
+    torch.testing.assert_close(poly, exponential)  # rho is 1
+
+
+# --- torch's defaults ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+MODES = {
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float16": lambda: default_dtype(torch.float16),
+    "float64": lambda: default_dtype(torch.float64),
+    "device": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@FAMILIES
+@pytest.mark.parametrize("mode", MODES)
+def test_levels_under_other_defaults(name, mode, sdxl, flux):
+    """Those of a name, those of the scheduler and given ones."""
+    pipe, tokens = {"sdxl": (sdxl, ()), "flux": (flux, (64,))}[name]
+    # the schedulers make their own where torch says
+    schedules = [*SCHEDULES, [0.9, 0.5, 0.0], *([] if mode == "device" else [None])]
+    plain = [pipe.noise_levels(*tokens, 8, schedule=schedule) for schedule in schedules]
+    with MODES[mode]():
+        under = [pipe.noise_levels(*tokens, 8, schedule=schedule) for schedule in schedules]
+    for schedule, levels, expected in zip(schedules, under, plain):
+        assert levels.dtype == torch.float64 and levels.equal(expected), schedule
+
+
+@FAMILIES
+@pytest.mark.parametrize("mode", ["bfloat16", "float64", "inference"])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "dpm_fast"])
+def test_pictures_under_other_defaults(name, mode, sampler, sdxl, flux):
+    pipe = {"sdxl": sdxl, "flux": flux}[name]
+    call = {**CALL, "num_inference_steps": 4, "sampler": sampler, "schedule": "karras"}
+    call |= {"max_sequence_length": 64} if name == "flux" else {}
+    plain = pipe(generator=seeded(), **call).images
+    with MODES[mode]():
+        assert relative(pipe(generator=seeded(), **call).images, plain) < CLOSE
+
+
+# --- one call at a time ----------------------------------------------------------------------------------------------
+
+
+def test_four_threads_with_a_pipeline_each(sdxl):
+    """`from_pipe` makes them on the same weights. Each draws with its own guidance, as it does alone.
+
+    The prompt is encoded before, since the tokenizers are shared, and serve one thread at a time.
+    """
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    embeds = dict(zip(names, sdxl.encode_prompt(PROMPT)))
+    pipes = [type(sdxl).from_pipe(sdxl) for _ in range(4)]
+    scales = [1.0, 3.0, 6.0, 9.0]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+
+    def run(i):
+        call = {**CALL, **embeds, "prompt": None, "num_inference_steps": 4, "guidance_scale": scales[i]}
+        call |= {"sampler": "dpmpp_2m_sde"}
+        return pipes[i](generator=seeded(i), **call).images
+
+    alone, together = [run(i) for i in range(4)], {}
+    threads = [threading.Thread(target=lambda i=i: together.update({i: run(i)})) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(relative(together[i], alone[i]) < CLOSE for i in range(4))
+
+
+# --- image to image by hand ------------------------------------------------------------------------------------------
+
+
+def test_image_to_image_on_sdxl(sdxl):
+    """The levels from the middle on, and x0 + sigma noise at the first: StableDiffusionXLImg2ImgPipeline's picture."""
+    x0 = torch.randn(1, 4, 8, 8, generator=seeded(5))
+    levels = sdxl.noise_levels(8)[4:]
+    noisy = x0 + levels[0].float() * torch.randn(x0.shape, generator=seeded())
+    call = {"prompt": PROMPT, "output_type": "latent"}
+    drawn = sdxl(schedule=levels, latents=noisy, height=64, width=64, **call).images
+    stock = as_class(sdxl, StableDiffusionXLImg2ImgPipeline)
+    call |= {"strength": 0.5, "num_inference_steps": 8, "guidance_scale": 5.0, **SIZES}
+    assert relative(drawn, stock(image=x0, generator=seeded(), **call).images) < CLOSE
+
+
+def test_image_to_image_on_flux(flux):
+    """The same with (1 - t) x0 + t noise, packed."""
+    x0 = torch.randn(1, 16, 8, 8, generator=seeded(5))
+    noise = torch.randn(x0.shape, generator=seeded())
+    levels = flux.noise_levels(16, 8)[4:]
+    t = levels[0].float()
+    noisy = flux._pack_latents((1 - t) * x0 + t * noise, 1, 16, 8, 8)
+    call = {"prompt": PROMPT, "output_type": "latent", "height": 64, "width": 64, "max_sequence_length": 64}
+    drawn = flux(schedule=levels, latents=noisy, **call).images
+    components = {k: v for k, v in flux.components.items() if k not in ("image_encoder", "feature_extractor")}
+    stock = FluxImg2ImgPipeline(**{**components, "scheduler": copy.deepcopy(flux.scheduler)})
+    stock.set_progress_bar_config(disable=True)
+    call |= {"strength": 0.5, "num_inference_steps": 8, "guidance_scale": 3.5}
+    assert relative(drawn, stock(image=x0, generator=seeded(), **call).images) < CLOSE
