@@ -32,14 +32,14 @@ from torch.overrides import TorchFunctionMode
 class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
     """A scheduler that runs a k-diffusion sampler, `sampler(model, x, sigmas)`, inside the loop of a stock pipeline.
 
-    The sampler runs in a greenlet. Where it calls `model(x, sigma)` it is left, and the pipeline gives x to its network.
+    Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma) with sigma = t / (1 - t) ("ve"), or sigma is t ("flow").
     `step` makes `denoised` of the prediction and goes on with the sampler until that asks again. So `timesteps` has one
     for each evaluation of the network; a trial on a single number finds them before the run.
 
     The base scheduler says what the network was trained with, in which scale latents are, and which levels a call uses
     where no schedule is named. `config` is the base's, and what is saved is the base, which every loader knows.
 
-    Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or t is taken for sigma ("flow").
+    Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or sigma is t ("flow").
     In "ve" the network still sees pure noise at t = 1, where the first sigma is finite.
 
     Where a pipeline gives `step` no generator, as FLUX's, each image's noise is seeded by its first sample.
@@ -50,7 +50,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         sampler_kwargs: options for it: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, ...
         schedule: k-diffusion's "karras", "exponential", "polyexponential" or "vp", or the levels themselves, falling
             (sigma; for flow models t). None: the base's, also for the `sigmas` or `timesteps` that a pipeline passes.
-        parameterization: of flow models: "flow", "ve", or "auto", "ve" for samplers that add noise or place their levels.
+        parameterization: "flow" or "ve"; "auto" is "ve" for samplers that add noise or place their own levels.
         quantize_timesteps: round to the trained timesteps.
 
     Raises:
@@ -98,8 +98,8 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         kinds = ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction")
         if self._scale is None or self._prediction not in kinds:
             raise ValueError(
-                "`scheduler`: needs betas with 'epsilon', 'v_prediction' or 'sample', flow matching or EDM, and a step that"
-                f" takes model_output, timestep and sample, but is {type(base).__name__} with {self._prediction!r}"
+                "`scheduler`: needs betas with 'epsilon', 'v_prediction' or 'sample', flow matching or EDM, and a step"
+                f" that takes model_output, timestep and sample, but is {type(base).__name__} with {self._prediction!r}"
             )
         if parameterization not in ("auto", "flow", "ve"):
             raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
@@ -172,7 +172,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         return set_timesteps
 
     def _scheduled(self, n: int, mu: float | None) -> torch.Tensor:
-        """The levels of `schedule`: named ones lie between the lowest and the highest that the network was trained with."""
+        """The levels of `schedule`: named ones lie between the lowest and the highest trained one."""
         config = self.base.config
         if not isinstance(self.schedule, str):
             return self.schedule  # type: ignore[return-value]
@@ -211,10 +211,10 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
             self._evaluations.append(_Evaluation(sigma, alpha, noise, scale))
             near = [t for one, t in zip(given, known) if abs(one - level) <= 1e-9 * one]
             times.append(near[0] if near and not self.quantize_timesteps else self._time(level))
-        times, dtype = times[:-1], self.base.timesteps.dtype
-        if not dtype.is_floating_point and any(t != round(t) for t in times):
-            dtype = torch.float32
-        self.timesteps = torch.tensor(times, dtype=dtype, device=self.base.timesteps.device)
+        times, like = times[:-1], self.base.timesteps
+        like = torch.zeros(()) if like is None else like  # PNDM's, before the first set_timesteps
+        whole = all(t == round(t) for t in times)
+        self.timesteps = torch.tensor(times, dtype=like.dtype if whole else torch.float32, device=like.device)
         self._times = self.timesteps.tolist()
         shown = [one.sigma if self._table is not None else one.noise for one in self._evaluations]
         self.sigmas = torch.tensor(
@@ -316,7 +316,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         """Goes on with the sampler: the network predicted `model_output` at `sample`.
 
         Returns:
-            `prev_sample`, for the network at the next timestep, in model_output's dtype, and `pred_original_sample`, x0.
+            `prev_sample`, for the network at the next timestep, in model_output's dtype; `pred_original_sample`, x0.
         """
         i = self._locate(timestep)
         here, after = self._evaluations[i : i + 2]
@@ -379,7 +379,7 @@ class _Evaluation(NamedTuple):
 
 
 class _Run:
-    """A sampler under way. Nothing in its greenlet refers to it, so one that is left half way goes with the scheduler."""
+    """A sampler under way. Nothing in its greenlet refers to it: left half way, it goes with the scheduler."""
 
     def __init__(self, position: int, total: int, *arguments: Any):
         self.position, self.total, self.residual = position, total, 0.0
@@ -389,7 +389,7 @@ class _Run:
     def step(self, y: torch.Tensor, denoised: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
         """The next sample: `scale` times the state that the sampler asks for, in this dtype. y is the state now.
 
-        The pipeline may have changed what it got (inpainting, callbacks): the state is that and what rounding had taken.
+        The pipeline may have changed what it got (inpainting, callbacks): the state is that and what rounding took.
         """
         self.asked, self.position = self._switch(denoised, y + self.residual), self.position + 1
         if self.greenlet.dead != (self.position == self.total):
