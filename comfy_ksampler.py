@@ -88,7 +88,7 @@ def ksampler(
     call |= {"true_cfg_scale": cfg} if isinstance(model, Flow) else {"guidance_scale": cfg, "quantize_timesteps": True}
 
     later = noise == "today" and device.type == "cpu"
-    step_generator = torch.Generator(device).manual_seed(seed + later)
+    step_generator = torch.Generator(device).manual_seed((seed + later) % 2**64)
 
     def white(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
         return torch.randn(latents.shape, generator=step_generator, dtype=torch.float32, device=device)
@@ -178,7 +178,6 @@ class _Model:
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, model_options: Any = None, **kwargs: Any) -> torch.Tensor:
         packed, functions = self.pack(x), (model_options or {}).get("sampler_post_cfg_function", [])
-        self.last = x, packed, sigma[0]
         both = self.model(packed, sigma, with_uncond=True) if functions else [self.model(packed, sigma)]
         if packed is not x:
             x.copy_(self.unpack(packed))  # which a callback of the pipeline's may have changed
@@ -186,12 +185,13 @@ class _Model:
         for function in functions:
             rest = {"input": x, "sigma": sigma, "model": self.inner_model.inner_model, "model_options": model_options}
             denoised = function({"denoised": denoised, "uncond_denoised": unconditional[0], **rest})
+        self.last = packed, sigma[0], denoised
         return denoised
 
     def call_back(self, callback: Callable, info: dict[str, Any]) -> None:
-        """Packed, and with the sigma of the last evaluation where the function tells none."""
-        x, packed, sigma = self.last
-        x = packed if info["x"] is x else self.pack(info["x"])
+        """Packed, with the step's x where the function tells its first one (ipndm, deis), and with sigma (uni_pc)."""
+        packed, sigma, denoised = self.last
+        x = packed if info["denoised"] is denoised else self.pack(info["x"])
         callback({"sigma": sigma, "sigma_hat": sigma, **info, "x": x, "denoised": self.pack(info["denoised"])})
 
 

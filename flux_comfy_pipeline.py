@@ -125,8 +125,8 @@ class FluxComfyPipeline(FluxPipeline):
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
         levels = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)
         ve = uses_ve(parameterization, sampler, sampler_kwargs, levels)
-        given = prompt_embeds if prompt is None else prompt
-        batch_size = (1 if isinstance(given, str) else len(given)) * num_images_per_prompt
+        given: Any = prompt_embeds if prompt is None else prompt
+        batch_size = (1 if isinstance(given, str) else len(given)) * (num_images_per_prompt or 1)
 
         self._guidance_scale = guidance_scale
         self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
@@ -246,8 +246,9 @@ class FluxComfyPipeline(FluxPipeline):
         """
         if schedule is not None and sigmas is not None:
             raise ValueError("`schedule` and `sigmas` both give the noise levels: pass one of them")
-        if sigmas is None and (schedule is None or isinstance(schedule, str)) and not num_inference_steps >= 1:
+        if sigmas is None and (schedule is None or isinstance(schedule, str)) and (num_inference_steps or 0) < 1:
             raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}")
+        n = num_inference_steps or 0  # 0 where the levels are given
         for name, levels in (("sigmas", sigmas), ("schedule", schedule)):
             if levels is not None and not isinstance(levels, str) and check_sigmas(levels, name)[0] > 1:
                 raise ValueError(f"`{name}`: FLUX's t lies in 0..1, but the first is {float(levels[0])}")
@@ -256,7 +257,7 @@ class FluxComfyPipeline(FluxPipeline):
         mu = calculate_shift(tokens, *(config.get(key, default) for key, default in keys.items()))
         if schedule == "vp":
             with SamplerMode():
-                levels = sampling.get_sigmas_vp(num_inference_steps)
+                levels = sampling.get_sigmas_vp(n)
             return levels / (1 + levels)
         if isinstance(schedule, str):  # between t = 1 and the lowest of 10,000 levels, shifted
             shift = config.get("flow_shift", config.get("shift", 1.0))
@@ -264,12 +265,12 @@ class FluxComfyPipeline(FluxPipeline):
                 shift = self.scheduler.shift
             if config.get("use_dynamic_shifting"):
                 shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-            return named_sigmas(schedule, num_inference_steps, shift / (shift + 9999), 1.0)
+            return named_sigmas(schedule, n, shift / (shift + 9999), 1.0)
         if schedule is not None:
             return check_sigmas(schedule, "schedule")
         scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
         if sigmas is None:
-            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+            sigmas = np.linspace(1.0, 1 / n, n)
         sigmas = None if config.get("use_flow_sigmas") else [sigma for sigma in sigmas if sigma > 0]  # it appends zero
         shifting = {"mu": mu} if config.get("use_dynamic_shifting") else {}
         retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, **shifting)
@@ -372,7 +373,7 @@ def find_sampler(sampler: str | Callable) -> Callable:
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, or pass {signature}"
         raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
     try:
-        places_levels(sampler) or inspect.signature(sampler).bind("model", "x", "sigmas")
+        inspect.signature(sampler).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
     return sampler
@@ -448,10 +449,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
     itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
     """
-    generator, nodes = (
-        torch.Generator(device),
-        [-1] * 22,
-    )  # the last level's are kept, so that a next one draws about 13
+    generator, nodes = torch.Generator(device), [-1] * 22  # the last level's are kept: a next one draws about 13
     normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
 
     def normal(depth: int, node: int) -> torch.Tensor:
@@ -618,8 +616,8 @@ def run_sampler(
     noisy, own, parameters = adds_noise(sampler, sampler_kwargs), is_k_diffusions(sampler), inspect.signature(sampler)
     mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()))
     given = arguments.get("noise_sampler") is not None
-    # k-diffusion's make neither of the mode's calls here
-    plain = own and x.device.type == "cpu" and not given and not arguments.get("s_churn")
+    # k-diffusion's without `s_churn` make neither of the mode's calls here; one step is Euler's, which has it
+    plain = own and x.device.type == "cpu" and not given and len(sigmas) > 2 and "s_churn" not in parameters.parameters
     outside = contextlib.nullcontext if plain else mode.outside
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -633,7 +631,8 @@ def run_sampler(
                     raise _Interrupted(x, sigma[0].cpu())
             evaluations += 1
             denoised = denoiser(x, sigma, **kwargs)
-            last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
+            if not own:
+                last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
             return denoised
 
     def callback(info: dict[str, Any]) -> None:

@@ -32,14 +32,14 @@ from torch.overrides import TorchFunctionMode
 class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
     """A scheduler that runs a k-diffusion sampler, `sampler(model, x, sigmas)`, inside the loop of a stock pipeline.
 
-    Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma) with sigma = t / (1 - t) ("ve"), or sigma is t ("flow").
+    The sampler runs in a greenlet. Where it calls `model(x, sigma)` it is left: the pipeline gives x to its network.
     `step` makes `denoised` of the prediction and goes on with the sampler until that asks again. So `timesteps` has one
     for each evaluation of the network; a trial on a single number finds them before the run.
 
     The base scheduler says what the network was trained with, in which scale latents are, and which levels a call uses
     where no schedule is named. `config` is the base's, and what is saved is the base, which every loader knows.
 
-    Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or sigma is t ("flow").
+    Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or t is sigma ("flow").
     In "ve" the network still sees pure noise at t = 1, where the first sigma is finite.
 
     Where a pipeline gives `step` no generator, as FLUX's, each image's noise is seeded by its first sample.
@@ -50,7 +50,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         sampler_kwargs: options for it: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, ...
         schedule: k-diffusion's "karras", "exponential", "polyexponential" or "vp", or the levels themselves, falling
             (sigma; for flow models t). None: the base's, also for the `sigmas` or `timesteps` that a pipeline passes.
-        parameterization: "flow" or "ve"; "auto" is "ve" for samplers that add noise or place their own levels.
+        parameterization: of flow models: "flow", "ve", or "auto", "ve" for those that add noise or place levels.
         quantize_timesteps: round to the trained timesteps.
 
     Raises:
@@ -70,7 +70,8 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         base = scheduler.base if type(scheduler) is KDiffusionScheduler else scheduler
         if isinstance(base, diffusers.CogVideoXDPMScheduler):  # its pipelines call its step with other arguments
             base = diffusers.CogVideoXDDIMScheduler.from_config(base.config)
-        config, self.base = base.config, type(base).from_config(base.config)
+        config = base.config
+        self.base: Any = type(base).from_config(base.config)
         self.__module__ = type(base).__module__  # beside __class__, for savers
         self.sampler = find_sampler(sampler)
         self.sampler_kwargs = check_sampler_kwargs(self.sampler, sampler_kwargs)
@@ -98,8 +99,8 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         kinds = ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction")
         if self._scale is None or self._prediction not in kinds:
             raise ValueError(
-                "`scheduler`: needs betas with 'epsilon', 'v_prediction' or 'sample', flow matching or EDM, and a step"
-                f" that takes model_output, timestep and sample, but is {type(base).__name__} with {self._prediction!r}"
+                "`scheduler`: needs betas with 'epsilon', 'v_prediction' or 'sample', flow matching or EDM, a step that"
+                f" takes model_output, timestep and sample, but is {type(base).__name__} with {self._prediction!r}"
             )
         if parameterization not in ("auto", "flow", "ve"):
             raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
@@ -172,7 +173,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         return set_timesteps
 
     def _scheduled(self, n: int, mu: float | None) -> torch.Tensor:
-        """The levels of `schedule`: named ones lie between the lowest and the highest trained one."""
+        """The levels of `schedule`: named ones lie between the ends that the network was trained with."""
         config = self.base.config
         if not isinstance(self.schedule, str):
             return self.schedule  # type: ignore[return-value]
@@ -329,10 +330,12 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
             denoised = self._denoised(output if per_token_timesteps is None else -output, x, here)
         else:
             denoised = pred_original_sample.to(dtype)
+        if self._run is not None and self._run.position != i:
+            self._run = None  # the pipeline went back
         if self._run is not None and self._run.asked.shape != x.shape:
             self._step_index = i + 1
             return sample, denoised  # Cosmos asks for x0 of both sides of guidance, then goes back
-        if self._run is None or self._run.position != i:
+        if self._run is None:
             self._run = self._begin(i, x / here.scale, generator)
         run, self._run = self._run, None  # gone if the sampler fails
         y = run.step(x / here.scale, denoised, after.scale, model_output.dtype)
@@ -379,10 +382,11 @@ class _Evaluation(NamedTuple):
 
 
 class _Run:
-    """A sampler under way. Nothing in its greenlet refers to it: left half way, it goes with the scheduler."""
+    """A sampler under way. Nothing in its greenlet refers to it, so one left half way goes with the scheduler."""
 
     def __init__(self, position: int, total: int, *arguments: Any):
-        self.position, self.total, self.residual = position, total, 0.0
+        self.position, self.total = position, total
+        self.residual: torch.Tensor | float = 0.0
         self.greenlet = greenlet(_sample)
         self.asked = self._switch(*arguments)
 
@@ -532,7 +536,7 @@ def find_sampler(sampler: str | Callable) -> Callable:
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, or pass {signature}"
         raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
     try:
-        places_levels(sampler) or inspect.signature(sampler).bind("model", "x", "sigmas")
+        inspect.signature(sampler).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
     return sampler
@@ -608,10 +612,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
     itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
     """
-    generator, nodes = (
-        torch.Generator(device),
-        [-1] * 22,
-    )  # the last level's are kept, so that a next one draws about 13
+    generator, nodes = torch.Generator(device), [-1] * 22  # the last level's are kept: a next one draws about 13
     normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
 
     def normal(depth: int, node: int) -> torch.Tensor:

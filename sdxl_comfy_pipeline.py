@@ -132,8 +132,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
         denoiser_class, alphas_cumprod = self._trained_with()
         levels = self.noise_levels(num_inference_steps, timesteps, sigmas, schedule, denoising_end)
-        given = prompt_embeds if prompt is None else prompt
-        batch_size = (1 if isinstance(given, str) else len(given)) * num_images_per_prompt
+        given: Any = prompt_embeds if prompt is None else prompt
+        batch_size = (1 if isinstance(given, str) else len(given)) * (num_images_per_prompt or 1)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator`: has to be one or {batch_size}, one an image, but is {len(generator)}")
 
@@ -174,12 +174,12 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 self._get_add_time_ids(*s, dtype, projection_dim).repeat(batch_size, 1) for s in (sizes, negative_sizes)
             )
             pairs = {"prompt_embeds": embeds[:2], "add_text_embeds": embeds[2:], "add_time_ids": tuple(time_ids)}
-            del embeds  # not to be kept beside their copies
             guided = self.do_classifier_free_guidance  # then the negative half of the batch comes first
             conditioning = {
                 name: (torch.cat([negative, positive]) if guided else positive).to(device, dtype)
                 for name, (positive, negative) in pairs.items()
             }
+            del embeds, pairs  # not to be kept beside their copies
             image_embeds = {}
             if any(image is not None for image in images):
                 image_embeds["image_embeds"] = self.prepare_ip_adapter_image_embeds(*images, device, batch_size, guided)
@@ -245,8 +245,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 returned = callback_on_step_end(self, i, timestep, chosen) or {}  # type: ignore
                 for name in conditioning.keys() & returned.keys():
                     conditioning[name] = returned[name].to(device, dtype)
-                changed = returned.get("latents")
-                return x if changed is None else changed * scale
+                changed = returned.get("latents", tensors["latents"])
+                return x + (changed - x / scale) * scale if torch.is_tensor(scale) else changed  # x if unchanged
 
             # noise, levels -> latents
             after = None if callback_on_step_end is None else after_step
@@ -295,10 +295,11 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         given = [f"`{name}`" for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None]
         if schedule is not None and given:
             raise ValueError(f"`schedule` and {given[0]} both give the noise levels: pass one of them")
-        if not given and (schedule is None or isinstance(schedule, str)) and not num_inference_steps >= 1:
+        if not given and (schedule is None or isinstance(schedule, str)) and (num_inference_steps or 0) < 1:
             raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}")
+        n = num_inference_steps or 0  # 0 where the levels are given
         if isinstance(schedule, str):
-            levels = named_sigmas(schedule, num_inference_steps, trained.sigma_min.item(), trained.sigma_max.item())
+            levels = named_sigmas(schedule, n, trained.sigma_min.item(), trained.sigma_max.item())
         elif schedule is not None:
             levels = check_sigmas(schedule, "schedule")
         else:
@@ -311,12 +312,13 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             retrieve_timesteps(scheduler, num_inference_steps, "cpu", timesteps, sigmas)
             if hasattr(scheduler, "sigmas"):
                 levels = torch.as_tensor(scheduler.sigmas).double().cpu().clone()
-                levels[-1] = 0.0  # DEIS and others end with the lowest level
+                if sigmas is None:
+                    levels[-1] = 0.0  # DEIS and others end with the lowest level
             else:
                 levels = trained.t_to_sigma(scheduler.timesteps.cpu()).double()
                 levels = torch.cat([levels, levels.new_zeros(1)])
             levels = levels.unique_consecutive()  # Heun's and KDPM2's schedulers list a level twice
-            if not given and len(levels) <= num_inference_steps:
+            if not given and len(levels) <= n:
                 made = f"the scheduler makes {len(levels) - 1} of {num_inference_steps} steps"
                 raise ValueError(f"`num_inference_steps`: {made}; name a `schedule` or ask for fewer")
             check_sigmas(levels, f"{type(scheduler).__name__}.sigmas")
@@ -392,7 +394,7 @@ def find_sampler(sampler: str | Callable) -> Callable:
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, or pass {signature}"
         raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
     try:
-        places_levels(sampler) or inspect.signature(sampler).bind("model", "x", "sigmas")
+        inspect.signature(sampler).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
     return sampler
@@ -468,10 +470,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
     itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
     """
-    generator, nodes = (
-        torch.Generator(device),
-        [-1] * 22,
-    )  # the last level's are kept, so that a next one draws about 13
+    generator, nodes = torch.Generator(device), [-1] * 22  # the last level's are kept: a next one draws about 13
     normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
 
     def normal(depth: int, node: int) -> torch.Tensor:
@@ -638,8 +637,8 @@ def run_sampler(
     noisy, own, parameters = adds_noise(sampler, sampler_kwargs), is_k_diffusions(sampler), inspect.signature(sampler)
     mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()))
     given = arguments.get("noise_sampler") is not None
-    # k-diffusion's make neither of the mode's calls here
-    plain = own and x.device.type == "cpu" and not given and not arguments.get("s_churn")
+    # k-diffusion's without `s_churn` make neither of the mode's calls here; one step is Euler's, which has it
+    plain = own and x.device.type == "cpu" and not given and len(sigmas) > 2 and "s_churn" not in parameters.parameters
     outside = contextlib.nullcontext if plain else mode.outside
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -653,7 +652,8 @@ def run_sampler(
                     raise _Interrupted(x, sigma[0].cpu())
             evaluations += 1
             denoised = denoiser(x, sigma, **kwargs)
-            last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
+            if not own:
+                last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
             return denoised
 
     def callback(info: dict[str, Any]) -> None:

@@ -113,7 +113,8 @@ def alone(bench: Bench) -> Callable[[int, str], torch.Tensor]:
     @torch.no_grad()
     def run(steps: int, sampler: str) -> torch.Tensor:
         if bench.name == "sdxl":
-            (sigmas, start), noise = bench.ours.noise_levels(steps), args[0][:1].float()
+            sigmas, noise = bench.ours.noise_levels(steps), args[0][:1].float()
+            start = (sigmas[0] ** 2 + 1).sqrt().item()  # as the scheduler's, whose timesteps are 'leading'
             alphas_cumprod = bench.ours.scheduler.alphas_cumprod.to(noise)
             model = external.DiscreteEpsDDPMDenoiser(predict, alphas_cumprod, quantize=False)
         else:

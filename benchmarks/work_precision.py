@@ -211,7 +211,7 @@ def print_curves(name: str, curves: dict[str, list[tuple[int, float]]], floor: f
 
 
 def flux_table(results: Results) -> None:
-    """The README's table: FLUX at 20 and 50 steps, distance of the samples, in both parameterizations and wrong."""
+    """The table of docs/choosing-a-sampler.md: FLUX's distances at 20 and 50 steps, in both parameterizations."""
     model, wrong = ClosedForm("closed-form FLUX"), ClosedForm("closed-form FLUX", network=PassesVelocity)
     columns = {"velocity": (wrong, "flow"), "flow": (model, "flow"), "ve": (model, "ve"), "auto": (model, "auto")}
 

@@ -179,7 +179,7 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
             tokens = (height // (2 * pipe.vae_scale_factor)) * (width // (2 * pipe.vae_scale_factor))
             sigmas = pipe.noise_levels(tokens, steps, schedule=options.schedule)
         else:
-            sigmas = pipe.noise_levels(steps, schedule=options.schedule)[0]
+            sigmas = pipe.noise_levels(steps, schedule=options.schedule)
     except ValueError as error:
         raise Refused(str(error)) from None
     return {

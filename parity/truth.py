@@ -42,7 +42,8 @@ def solve(
         return Truth("not defined for s_churn, and for s_noise other than 1")
     if a.noise or b.noise:
         return _sde(session, sides[0], setup, a, b)
-    multistep = Side("lms", session.module.find_sampler("lms"), {"order": 3})  # why this one: docs/parity.md
+    order = 2 if session.flux else 3  # what is nearest for its evaluations: docs/parity.md
+    multistep = Side("lms", session.module.find_sampler("lms"), {"order": order})
     first, last = setup.levels[0].item(), setup.levels[-1].item()
     key = (session.family.name, first, last, setup.start.flatten()[0].item())
 

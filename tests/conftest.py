@@ -72,3 +72,12 @@ def parent_of(pipe, name: str):
 
 def network(pipe) -> torch.nn.Module:
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the distances that tests have recorded, `record_property("distance", ...)`."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    found = [text for report in reports for name, text in report.user_properties if name == "distance"]
+    if found:
+        terminalreporter.section("distances")
+        terminalreporter.write_line("\n".join(found))

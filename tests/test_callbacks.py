@@ -154,7 +154,7 @@ MEMORYLESS = {
 def test_changed_latents_are_where_the_next_step_starts(family, sampler):
     """A step without memory goes on from the changed latents as a call does that starts with them."""
     name, pipe = family
-    sigmas = {"sdxl": [12.0, 5.0, 2.0, 0.6, 0.2], "flux": [1.0, 0.8, 0.6, 0.4, 0.2]}[name]
+    levels = {"sdxl": [12.0, 5.0, 2.0, 0.6, 0.2, 0.0], "flux": [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]}[name]
     other = torch.randn(draw(pipe, name, num_inference_steps=1).shape, generator=seeded(5))
     call = {"sampler": sampler, "sampler_kwargs": MEMORYLESS[sampler]}
     kept = []
@@ -163,10 +163,9 @@ def test_changed_latents_are_where_the_next_step_starts(family, sampler):
         kept.append((tensors["latents"], tensors["latents"].clone()))
         return {"latents": other} if i == 1 else {}
 
-    changed = draw(pipe, name, change, sigmas=sigmas, **call)
+    changed = draw(pipe, name, change, schedule=levels, **call)
     assert all(latents.equal(then) for latents, then in kept)  # what was handed out is not written on
-    start = pipe.noise_levels(5, sigmas=sigmas[2:])[1].item() if name == "sdxl" else 1.0
-    expected = draw(pipe, name, sigmas=sigmas[2:], latents=other / start, **call)
+    expected = draw(pipe, name, schedule=levels[2:], latents=other, **call)
     assert relative(changed, expected) < 10 * CLOSE  # "ve" rounds t once more
 
 

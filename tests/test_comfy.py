@@ -7,6 +7,7 @@ import copy
 import math
 import sys
 import warnings
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import scipy.stats
 import torch
 from closed_form import flux_pipeline, sdxl_pipeline
 from comfy_references import BEFORE, LATENTS, SHIFT, SIGMAS, SIZE, draw, mixture, pipelines, references, settings
-from conftest import ROOT, relative, seeded
+from comfy_samplers import ON_BOTH, ON_FLUX
+from conftest import ROOT, parent_of, relative, seeded
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -152,6 +154,26 @@ def test_latents_do_not_depend_on_the_scheduler_that_keeps_the_betas(pipes):
     assert relative(draw(other, **ksampler(other, **settings(key))), LATENTS.get_tensor(key)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["sdxl/dpmpp_2m_sde/karras/20/0/7/1", "sdxl/lms/simple/20/0/1/1", "sdxl/dpm_2/simple/20/0/1/0.6"]
+    + ["flux/heun/beta/20/0/1/1", "flux/dpm_2/simple/20/0/1/0.6"],
+)
+def test_in_a_stock_pipeline(pipes, key):
+    """The scheduler takes the sampler's part of the arguments, the stock pipeline the rest."""
+    schedulers = pytest.importorskip("scheduling_k_diffusion")
+    pipe = parent_of(pipes[key.split("/")[0]], key.split("/")[0])
+    pipe.set_progress_bar_config(disable=True)
+    call = ksampler(pipe, **settings(key))
+    names = ("sampler", "sampler_kwargs", "schedule", "parameterization", "quantize_timesteps")
+    options = {name: call.pop(name) for name in names if name in call}
+    pipe.scheduler = schedulers.KDiffusionScheduler.from_scheduler(pipe.scheduler, **options)
+    if key.startswith("sdxl"):  # the stock pipeline scales given latents to the first level
+        pipe.scheduler.set_timesteps(call["num_inference_steps"])
+        call["latents"] = call["latents"] / float(pipe.scheduler.init_noise_sigma)
+    assert relative(draw(pipe, **call), LATENTS.get_tensor(key)) < 2e-6
+
+
 def test_zero_terminal_snr(pipes):
     """v prediction from sigma 4518.76: x0 at the first step is -v of the noise, hence the mean of the means."""
     pipe = pipes["sdxl_v_prediction_zsnr"]
@@ -199,6 +221,53 @@ def test_a_float64_network_gets_the_same_noise(pipes, model, sampler_name):
     latents = draw(exact, **ksampler(exact, **fields))
     assert latents.dtype == torch.float64
     assert relative(draw(pipes[model], **ksampler(pipes[model], **fields)), latents) < 1e-5  # float32
+
+
+@pytest.fixture
+def comfyui(monkeypatch):
+    """In ComfyUI's place, with functions that are like its own."""
+    modules = {
+        "comfy": SimpleNamespace(),
+        "comfy.cli_args": SimpleNamespace(args=SimpleNamespace(cpu=False)),
+        "comfy.model_sampling": SimpleNamespace(CONST=type("CONST", (), {})),
+        "comfy.samplers": ModuleType("comfy.samplers"),
+    }
+    functions = ON_BOTH | ON_FLUX
+    modules["comfy.samplers"].sampler_object = lambda name: SimpleNamespace(sampler_function=functions[name])
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return modules
+
+
+@pytest.mark.parametrize(
+    "model, name", [("sdxl", name) for name in ON_BOTH] + [("flux", name) for name in ON_BOTH | ON_FLUX]
+)
+def test_comfyuis_functions_give_its_latents(comfyui, pipes, record_property, model, name):
+    """test_comfyui.py runs ComfyUI's own; these look up the same things, ComfyUI's CONST among them."""
+    pipe, worst = pipes[model], 0.0
+    for key in references(model, name):
+        call = ksampler(pipe, **settings(key))
+        assert callable(call["sampler"]), "ComfyUI's is taken where k-diffusion's is another"
+        worst = max(worst, relative(draw(pipe, **call), LATENTS.get_tensor(key)))
+    record_property("distance", f"{model} {name} {worst:.0e} (a function like ComfyUI's)")
+    # float32, whose sums are ordered otherwise; a Brownian tree tells the last digits of its times apart
+    assert worst < (1e-5 if "_sde" in name else 2e-6)
+
+
+def test_comfyui_is_imported_for_a_cpu_where_there_is_no_gpu(comfyui, pipes):
+    """Importing it asks for a GPU else."""
+    ksampler(pipes["sdxl"], **settings("sdxl/lcm/simple/4/0"))
+    assert comfyui["comfy.cli_args"].args.cpu == (not torch.accelerator.is_available())
+
+
+@pytest.mark.parametrize("name", ["lcm", "euler_ancestral"])
+def test_comfyuis_functions_with_the_noise_of_before(comfyui, pipes, name):
+    """Their noise of today from one seed is that of before from the next."""
+    pipe, calls = pipes["flux"], []
+    for seed, noise in ((3, "today"), (4, "before 0.7"), (3, "before 0.7")):
+        call = ksampler(pipe, **settings(f"flux/{name}/simple/5/{seed}", noise=noise))
+        calls.append(draw(pipe, **call | {"latents": torch.ones_like(call["latents"])}))
+    assert calls[0].equal(calls[1]) and not calls[0].equal(calls[2])
 
 
 # --- functions written for ComfyUI -----------------------------------------------------------------------------------
@@ -262,6 +331,23 @@ def test_callbacks_change_its_latents(pipes, model):
     ours = draw(pipe, **call | {"sampler": comfy_sampler(comfy_euler, pipe, **SIZE)})
     assert seen[:6] == seen[6:] and len(seen) == 12
     assert relative(ours, expected) < 1e-6
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_callbacks_get_the_steps_state(comfyui, pipes, model):
+    """Where the function calls back with its first x in every step, as ipndm and deis do; they can change it, too."""
+    pipe, call, seen = pipes[model], ksampler(pipes[model], **settings(f"{model}/ipndm/simple/6/0")), []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        return {"latents": tensors["latents"] / 2} if halve and step == 2 else {}
+
+    halve, call["callback_on_step_end"] = False, look
+    latents = draw(pipe, **call)
+    assert model_sampling(pipe, **SIZE).unpacked(seen[-1]).equal(latents)
+    assert len(seen) == 6 and not any(a.equal(b) for a, b in zip(seen, seen[1:]))
+    halve = True
+    assert relative(draw(pipe, **call), latents) > 0.01
 
 
 def test_uncond_denoised(pipes):
@@ -378,6 +464,20 @@ def test_levels_are_comfyuis(pipes, model, scheduler):
             expected = [SIGMAS[model][scheduler]["2"][0], 0.0]
         assert ours.dtype == torch.float32 and ours.device.type == "cpu"
         assert ours.tolist() == expected, steps
+
+
+def test_levels_by_share(pipes):
+    """`percent_to_sigma`: log sigma is linear between SDXL's timesteps; FLUX's time is shifted."""
+    sdxl, flux = (model_sampling(pipes[name], **SIZE) for name in ("sdxl", "flux"))
+    trained = np.log(sdxl.sigmas.double().numpy())
+    for percent in (0.2, 0.25, 0.8):
+        assert sdxl.percent_to_sigma(percent) == pytest.approx(
+            np.exp(np.interp((1 - percent) * 999, range(1000), trained))
+        )
+        shift, t = math.exp(SHIFT), 1 - percent
+        assert flux.percent_to_sigma(percent) == pytest.approx(shift * t / (1 + (shift - 1) * t))
+    assert sdxl.percent_to_sigma(0.0) > 1e6 and flux.percent_to_sigma(0.0) == 1
+    assert sdxl.percent_to_sigma(1.0) == flux.percent_to_sigma(1.0) == 0
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import blocks
 import pytest
 from conftest import PROMPT, ROOT, seeded
 from diffusers import DiffusionPipeline
@@ -15,15 +16,10 @@ FILES = {"sdxl": "sdxl_comfy_pipeline.py", "flux": "flux_comfy_pipeline.py"}
 CLASSES = {"sdxl": "StableDiffusionXLComfyPipeline", "flux": "FluxComfyPipeline"}
 
 
-def shared_block(name: str) -> str:
-    text = (ROOT / name).read_text()
-    return text[text.index("# --- shared block") : text.index("# --- end of the shared block")]
-
-
-def test_shared_block_is_the_same():
-    first, second = (shared_block(name) for name in FILES.values())
-    assert first == second
-    assert len(first.splitlines()) > 100
+@pytest.mark.parametrize("name", blocks.OTHERS)
+def test_shared_block_is_the_same(name):
+    """`python tests/blocks.py` copies it."""
+    assert blocks.parts(name)[1] == blocks.expected(name)
 
 
 def test_files_import_nothing_of_this_project():

@@ -232,23 +232,20 @@ def no_network(*args, **kwargs):
 
 BAD = [
     ({"sampler": "dpmp_2m"}, ValueError, "did you mean dpmpp_2m"),
-    ({"sampler": lambda model: model}, TypeError, "signature, sampler\\(model, x, sigmas"),
+    ({"sampler": lambda model: model}, TypeError, "a name or a callable, sampler\\(model, x, sigmas"),
     ({"sampler": "euler", "sampler_kwargs": {"eta": 0.5}}, ValueError, "takes no eta; it takes s_churn"),
     ({"parameterization": "vp"}, ValueError, "'auto', 'flow' or 've'"),
-    ({"sigmas": [0.5, 0.8]}, ValueError, "`sigmas` have to fall"),
+    ({"sigmas": [0.5, 0.8]}, ValueError, "`sigmas` have to be finite and fall"),
     ({"sigmas": [14.6, 1.0]}, ValueError, "lies in 0..1"),
     ({"sigmas": [1.0, float("nan")]}, ValueError, "finite"),
     ({"schedule": "karras", "sigmas": [1.0, 0.5]}, ValueError, "pass one of them"),
-    ({"schedule": "exponental"}, ValueError, "did you mean exponential"),
+    ({"schedule": "exponental"}, ValueError, "there are karras, exponential"),
     ({"num_inference_steps": 0}, ValueError, "at least 1"),
-    ({"height": 8}, ValueError, "at least 16"),
     ({"negative_prompt_embeds": torch.zeros(1, 64, 128)}, ValueError, "negative_pooled_prompt_embeds"),
-    ({"generator": [seeded(), seeded()]}, ValueError, "one generator an image, 1, but has 2"),
-    ({"latents": torch.zeros(1, 16, 16, 16)}, ValueError, "`latents` have to be of shape \\(1, 64, 64\\)"),
 ]
 
 
-@pytest.mark.parametrize("call, error, message", BAD, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("call, error, message", BAD, ids=[message[:40] for _, _, message in BAD])
 def test_bad_input_is_told_before_any_network_runs(flux, monkeypatch, call, error, message):
     for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
         monkeypatch.setattr(getattr(flux, name), "forward", no_network)

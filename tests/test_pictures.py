@@ -1,4 +1,4 @@
-"""The demo models draw what they are told: subject and place, judged by a classifier that has seen only drawings."""
+"""The demo models draw what they are told: subject and place, judged by a network that has seen only drawings."""
 
 from __future__ import annotations
 
@@ -7,57 +7,18 @@ import random
 import numpy as np
 import pytest
 import torch
+import vocabulary
 from conftest import seeded
-from PIL import Image, ImageFilter
-from scenes import PLACES, SUBJECTS, Scene, caption, draw, random_scene
-from torch import nn
-
-KNOWN = {"subject": list(SUBJECTS), "place": list(PLACES)}
-
-
-def pixels(image: Image.Image) -> torch.Tensor:
-    small = np.asarray(image.resize((64, 64), Image.Resampling.BOX), dtype=np.float32)
-    return torch.from_numpy(small).permute(2, 0, 1) / 127.5 - 1
+from judge import PARTS, known, train_judge
+from PIL import Image
+from scenes import PALETTES, PLACES, SUBJECTS, TONES, Scene, caption
 
 
 @pytest.fixture(scope="module")
-def classifier():
-    """A small network that names subject and place of a drawing; blurred ones too, so that sharpness is no cue."""
-    torch.manual_seed(0)
-    rng = random.Random(10**6)  # the models' own drawings have seeds below 16,000
-    scenes = [random_scene(rng) for _ in range(3300)]
-    blur = [ImageFilter.GaussianBlur(rng.choice((0, 0, 0.7, 1.5))) for _ in scenes]
-    x = torch.stack([pixels(draw(scene).filter(b)) for scene, b in zip(scenes, blur)])
-    y = torch.tensor([[KNOWN["subject"].index(s.subject), KNOWN["place"].index(s.place)] for s in scenes])
-
-    def block(a: int, b: int) -> list[nn.Module]:
-        return [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
-
-    outputs = len(SUBJECTS) + len(PLACES)
-    model = nn.Sequential(
-        *block(3, 16), *block(16, 32), *block(32, 64), *block(64, 64), nn.Flatten(), nn.Linear(1024, outputs)
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    steps, n = 400, 3000
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in range(steps):
-        picked = torch.randint(n, (64,))
-        logits = model(x[picked] + 0.05 * torch.randn(64, 3, 64, 64)).split([len(SUBJECTS), len(PLACES)], dim=1)
-        loss = sum(nn.functional.cross_entropy(part, y[picked, i]) for i, part in enumerate(logits))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    model.eval()
-
-    @torch.no_grad()
-    def names(batch: torch.Tensor) -> torch.Tensor:
-        subject, place = model(batch).split([len(SUBJECTS), len(PLACES)], dim=1)
-        return torch.stack([subject.argmax(1), place.argmax(1)], dim=1)
-
-    right = (names(x[n:]) == y[n:]).float().mean(0)
-    assert right.min() > 0.98, f"the classifier itself is too weak: {right.tolist()}"
-    return names
+def judge():
+    judge, right = train_judge(3500, 500)
+    assert right.min() > 0.97, f"the judge itself is too weak: {dict(zip(PARTS, right.tolist()))}"
+    return judge
 
 
 def prompts(count: int) -> tuple[list[str], torch.Tensor]:
@@ -65,10 +26,10 @@ def prompts(count: int) -> tuple[list[str], torch.Tensor]:
     rng = random.Random(7)
     texts, asked = [], []
     for i in range(count):
-        subject, place = KNOWN["subject"][i % len(SUBJECTS)], rng.choice(KNOWN["place"])
+        subject, place = list(SUBJECTS)[i % len(SUBJECTS)], rng.choice(list(PLACES))
         scene = Scene(subject, place, rng.choice(("cold", "warm", "neutral")), rng.choice(("muted", "plain")))
         texts.append(caption(scene, rng, partial=0))
-        asked.append([KNOWN["subject"].index(subject), KNOWN["place"].index(place)])
+        asked.append(known(scene))
     return texts, torch.tensor(asked)
 
 
@@ -86,11 +47,11 @@ def pictures(pipe, family: str, texts: list[str], **call) -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
-def test_fifty_pictures_show_what_was_asked(family, request, classifier):
+def test_fifty_pictures_show_what_was_asked(family, request, judge):
     texts, asked = prompts(50)
     drawn = pictures(request.getfixturevalue(family), family, texts)
-    right = (classifier(torch.stack([pixels(image) for image in drawn])) == asked).float().mean(0)
-    assert right.min() >= 0.9, dict(zip(("subject", "place"), right.tolist()))
+    right = dict(zip(PARTS, (judge(drawn) == asked).float().mean(0).tolist()))
+    assert min(right["subject"], right["place"]) >= 0.9, right
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
@@ -117,3 +78,29 @@ def test_negative_prompt_steers_away(family, scale, request):
         means = np.mean([np.asarray(image).mean((0, 1)) for image in drawn], axis=0)
         ratio[palette] = means[2] / means[0]
     assert ratio["warm"] > 1.15 * ratio["cold"]
+
+
+def test_the_vocabulary_is_asked_for_whole():
+    """Each subject in each place once a round, and each pair of palette and tone; another order in another round."""
+    rounds = [vocabulary.asked(number) for number in range(3)]
+    for scenes in rounds:
+        assert {(s.subject, s.place) for s in scenes} == {(a, b) for a in SUBJECTS for b in PLACES}
+        assert {(s.palette, s.tone) for s in scenes} == {(a, b) for a in PALETTES for b in TONES}
+    assert rounds[0] != rounds[1] != rounds[2]
+
+
+def test_the_table_counts_what_is_right():
+    """One picture of 96 has the wrong place and tone."""
+    scenes = vocabulary.asked(0)
+    rows = [(sampler, s, [True] * 4) for s in scenes for sampler in vocabulary.SAMPLERS]
+    wrong = next(i for i, (_, s, _) in enumerate(rows) if s.tone == "muted" and s.place == "sea")
+    rows[wrong] = (*rows[wrong][:2], [True, False, True, False])
+    lines = {cells[1].strip(): cells[2:-1] for cells in (r.split("|") for r in vocabulary.table(rows).splitlines()[2:])}
+    numbers = {name: [float(cell) for cell in cells] for name, cells in lines.items()}
+    toned = sum(s.tone != "plain" for s in scenes)
+    share = 100 * 95 / 96
+    expected = [96, share, 100, share, 100, 100 * (1 - 1 / (2 * toned))]
+    assert numbers["all"] == pytest.approx(expected, abs=0.05)
+    assert numbers["sea"][:3] == [16, 93.8, 100]
+    assert numbers["`euler_ancestral`"][1:] == [100] * 5 and numbers["`dpmpp_2m`"][1] < 100
+    assert len(lines) == 1 + 2 + len(SUBJECTS) + len(PLACES)

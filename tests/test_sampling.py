@@ -402,3 +402,85 @@ def test_named_sigmas(schedule, steps):
     torch.testing.assert_close(sigmas[0].item(), 14.6, rtol=1e-4, atol=0)
     if steps > 1:
         torch.testing.assert_close(sigmas[-2].item(), 0.03, rtol=1e-3, atol=0)
+
+
+# --- callables -------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_mode_inside_a_sampler_stays_its_own():
+    """The model is called inside `with torch.device(...)`, which is in force there, and after that no longer."""
+
+    def sampler(model, x, sigmas):
+        level = sigmas[0] * x.new_ones([x.shape[0]])
+        with torch.device("meta"):
+            denoised = model(x, level)
+            assert torch.empty(1).device.type == "meta"
+        assert torch.empty(1).device.type == "cpu"
+        return denoised
+
+    x = noise()
+    assert run_sampler(sampler, {}, gaussian, x, SIGMAS)[0].equal(gaussian(x, SIGMAS[:1].expand(2)))
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("sigmas", [SIGMAS, SIGMAS[[0, -1]]], ids=["steps", "one step"])
+def test_a_wrapper_of_k_diffusions_function_is_not_that_function(name, sigmas):
+    """`functools.wraps` copies name, module and signature. The wrapper runs, with noise from the caller's generator."""
+    function, x = find_sampler(name), noise()
+
+    @functools.wraps(function)
+    def wrapper(model, x, sigmas, **options):
+        return function(model, x + torch.randn_like(x), sigmas, **options)
+
+    drawn = run_sampler(wrapper, {}, gaussian, x, sigmas, torch.Generator().manual_seed(3))[0]
+    added = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn, run_sampler(function, {}, gaussian, x + added, sigmas)[0])
+
+
+def test_the_trial_run_does_not_call_a_noise_sampler_that_was_given():
+    """A callback that only looks changes nothing, whatever state the noise sampler keeps."""
+
+    def run(after_step):
+        generator = torch.Generator().manual_seed(0)
+        options = {"noise_sampler": lambda sigma, sigma_next: torch.randn(2, 4, 8, 8, generator=generator)}
+        return run_sampler(sampling.sample_euler_ancestral, options, gaussian, noise(), SIGMAS, None, after_step)[0]
+
+    assert run(lambda i, x, *_: x).equal(run(None))
+
+
+def test_a_callback_gets_the_steps_state_whatever_the_sampler_calls_back_with():
+    """Some samplers written for other programs call back with the first x in every step."""
+
+    def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        first = x
+        for i in range(len(sigmas) - 1):
+            denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]))
+            callback({"x": first, "i": i, "sigma": sigmas[i], "denoised": denoised})
+            x = denoised + sigmas[i + 1] / sigmas[i] * (x - denoised)
+        return x
+
+    seen = []
+
+    def look(i, x, sigma, began, denoised):
+        seen.append((x, sigma, denoised))
+        return x
+
+    run_sampler(sampler, {}, gaussian, noise(), SIGMAS, None, look)
+    x = noise()
+    assert len(seen) == len(SIGMAS) - 1
+    for (state, sigma, predicted), now, then in zip(seen, SIGMAS, SIGMAS[1:]):
+        denoised = gaussian(x, now.expand(2))
+        assert sigma == now
+        torch.testing.assert_close(state, x)
+        torch.testing.assert_close(predicted, denoised)
+        x = denoised + then / now * (x - denoised)
+
+
+@pytest.mark.parametrize(
+    "end, what",
+    [(lambda x: None, "NoneType"), (lambda x: x.numpy(), "ndarray"), (lambda x: x[:, :1], r"\[2, 1, 8, 8\]")],
+    ids=["nothing", "array", "shape"],
+)
+def test_a_callable_has_to_return_latents(end, what):
+    with pytest.raises(TypeError, match=rf"shape \[2, 4, 8, 8\], but returned {what}"):
+        run_sampler(lambda model, x, sigmas: end(x), {}, gaussian, noise(), SIGMAS)

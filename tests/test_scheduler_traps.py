@@ -10,6 +10,7 @@ import weakref
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from closed_form import SDXL_BETAS, UNet, mixture, patched, sliced_wasserstein
@@ -58,7 +59,7 @@ def test_order_counts_the_evaluations_of_a_step():
 
 
 def test_heun_begins_with_a_step_and_not_within_one():
-    """Evaluation 4 begins step 2. Who ignores `order` begins with 3, whose step to the next level is none."""
+    """Evaluation 4 begins step 2. One that ignores `order` begins with 3, which Euler's step ends."""
     stock = diffusers.HeunDiscreteScheduler.from_config(EULER.config)
     expected = loop(stock, start=4)[1]
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="heun")
@@ -87,7 +88,7 @@ def test_dpm_fast_keeps_its_grid_when_it_begins_later():
 
 
 def test_churn_is_spread_over_the_whole_run():
-    """A run that begins later adds as much noise a step: k-diffusion divides `s_churn` by the steps given."""
+    """A run that begins later adds as much noise in each step: k-diffusion divides `s_churn` by its steps."""
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="euler", sampler_kwargs={"s_churn": 1.0})
     seen, _ = loop(scheduler, start=3, generator=seeded())
     now, after = scheduler._evaluations[3], scheduler._evaluations[4]
@@ -423,7 +424,9 @@ def test_distribution(process, sampler):
     base, schedule = (diffusers.EulerDiscreteScheduler(**SDXL_BETAS), "karras") if process == "sdxl" else (FLOW, None)
     scheduler = KDiffusionScheduler.from_scheduler(base, sampler=sampler, schedule=schedule)
     network = UNet().answering(known, base) if process == "sdxl" else None
-    scheduler.set_timesteps(50)
+    scheduler.set_timesteps(50) if process == "sdxl" else scheduler.set_timesteps(
+        sigmas=np.linspace(1, 1 / 50, 50)  # as FLUX's pipelines
+    )
     generator = seeded()
     shape = (1, 4, 128, 128) if process == "sdxl" else (1, 4096, 16)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) * scheduler.init_noise_sigma

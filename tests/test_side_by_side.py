@@ -211,7 +211,8 @@ FLUX = [
 
 
 def label(call) -> str:
-    return ",".join(f"{name}={value}"[:40] for name, value in call.items() if name not in SMALL) or "default"
+    values = {name: "..." if callable(value) else value for name, value in call.items() if name not in SMALL}
+    return ",".join(f"{name}={value}"[:40] for name, value in values.items()) or "default"
 
 
 @pytest.mark.parametrize("call", SDXL, ids=label)

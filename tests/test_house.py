@@ -1,0 +1,70 @@
+"""The budgets of lines, and the one way of imports: scripts, parity, gallery, the files that users copy."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+COPIED = ["sdxl_comfy_pipeline", "flux_comfy_pipeline", "scheduling_k_diffusion", "comfy_ksampler"]
+LINES = {
+    "sdxl_comfy_pipeline.py": 570,
+    "flux_comfy_pipeline.py": 520,
+    "scheduling_k_diffusion.py": 560,
+    "comfy_ksampler.py": 400,
+    "README.md": 220,
+    "CONTRIBUTING.md": 50,
+}
+# who may import whom of this project, besides neighbours in the same folder
+MAY = {"parity": ["gallery", *COPIED], "gallery": COPIED}
+FILES = [*ROOT.glob("*.py"), *ROOT.glob("gallery/*.py"), *ROOT.glob("parity/*.py")]
+
+
+def imported(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of every import of this project in a file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found += [(node.module or "", alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+    return [(module, name) for module, name in found if module.split(".")[0] in {*MAY, *COPIED, "demo", "tests"}]
+
+
+# not met yet; a file that comes within its budget leaves this list, which is seen since the mark is strict
+OVER = {"sdxl_comfy_pipeline.py", "flux_comfy_pipeline.py", "scheduling_k_diffusion.py", "README.md"}
+over = pytest.mark.xfail(reason="over its budget", strict=True)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=over if name in OVER else ()) for name in LINES])
+def test_budget(name):
+    assert len((ROOT / name).read_text().splitlines()) <= LINES[name]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem not in COPIED], ids=lambda path: path.name)
+def test_files_outside_the_copied_ones_have_at_most_400_lines(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_go_one_way(path):
+    folder = path.parent.name if path.parent != ROOT else path.stem
+    allowed = {*MAY.get(folder, []), folder} if folder in (*MAY, *COPIED) else {*MAY, *COPIED}
+    for module, name in imported(path):
+        assert module.split(".")[0] in allowed, f"{module} in {path.name}"
+        assert not name.startswith("_"), f"{name} is {module}'s own"
+
+
+def test_no_circle():
+    """Neighbours in a folder import each other in one direction, whether at the top or in a function."""
+    for folder in MAY:
+        uses = {
+            f"{folder}.{path.stem}": {module for module, _ in imported(path) if module.startswith(folder)}
+            for path in ROOT.glob(f"{folder}/*.py")
+        }
+        while leaves := [name for name, used in uses.items() if not used & uses.keys()]:
+            for name in leaves:
+                del uses[name]
+        assert not uses, f"in a circle, or behind one: {sorted(uses)}"
