@@ -230,6 +230,11 @@ def no_network(*args, **kwargs):
     raise AssertionError("a network ran before the arguments were checked")
 
 
+EMBEDS = {"prompt_embeds": torch.zeros(1, 64, 128), "pooled_prompt_embeds": torch.zeros(1, 64)}
+OF_ANOTHER_LENGTH = {
+    "negative_prompt_embeds": torch.zeros(1, 32, 128),
+    "negative_pooled_prompt_embeds": torch.zeros(1, 64),
+}
 BAD = [
     ({"sampler": "dpmp_2m"}, ValueError, "did you mean dpmpp_2m"),
     ({"sampler": lambda model: model}, TypeError, "a name or a callable, sampler\\(model, x, sigmas"),
@@ -241,6 +246,7 @@ BAD = [
     ({"schedule": "karras", "sigmas": [1.0, 0.5]}, ValueError, "pass one of them"),
     ({"schedule": "exponental"}, ValueError, "there are karras, exponential"),
     ({"num_inference_steps": 0}, ValueError, "at least 1"),
+    ({"prompt": None, **EMBEDS, **OF_ANOTHER_LENGTH}, ValueError, "the shape of `prompt_embeds`"),
     ({"negative_prompt_embeds": torch.zeros(1, 64, 128)}, ValueError, "negative_pooled_prompt_embeds"),
 ]
 
