@@ -212,10 +212,10 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
             self._evaluations.append(_Evaluation(sigma, alpha, noise, scale))
             near = [t for one, t in zip(given, known) if abs(one - level) <= 1e-9 * one]
             times.append(near[0] if near and not self.quantize_timesteps else self._time(level))
-        times, dtype = times[:-1], self.base.timesteps.dtype
-        if not dtype.is_floating_point and any(t != round(t) for t in times):
-            dtype = torch.float32
-        self.timesteps = torch.tensor(times, dtype=dtype, device=self.base.timesteps.device)
+        times, like = times[:-1], self.base.timesteps
+        like = torch.zeros(()) if like is None else like  # PNDM's, before the first set_timesteps
+        whole = all(t == round(t) for t in times)
+        self.timesteps = torch.tensor(times, dtype=like.dtype if whole else torch.float32, device=like.device)
         self._times = self.timesteps.tolist()
         shown = [one.sigma if self._table is not None else one.noise for one in self._evaluations]
         self.sigmas = torch.tensor(
@@ -330,10 +330,12 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
             denoised = self._denoised(output if per_token_timesteps is None else -output, x, here)
         else:
             denoised = pred_original_sample.to(dtype)
+        if self._run is not None and self._run.position != i:
+            self._run = None  # the pipeline went back
         if self._run is not None and self._run.asked.shape != x.shape:
             self._step_index = i + 1
             return sample, denoised  # Cosmos asks for x0 of both sides of guidance, then goes back
-        if self._run is None or self._run.position != i:
+        if self._run is None:
             self._run = self._begin(i, x / here.scale, generator)
         run, self._run = self._run, None  # gone if the sampler fails
         y = run.step(x / here.scale, denoised, after.scale, model_output.dtype)

@@ -1,6 +1,7 @@
 """Every pipeline of diffusers with its own scheduler and with KDiffusionScheduler: the table of docs/any-pipeline.md.
 
     python benchmarks/any_pipeline.py --diffusers FOLDER
+    python benchmarks/any_pipeline.py --grid output/any-pipeline-grid.png    # image to image with every sampler
 
 FOLDER is a checkout of diffusers' repository. Its tests build each pipeline with small random networks; the tokenizers
 and encoders that they load from the hub are replaced by small local ones, so that nothing is downloaded.
@@ -9,6 +10,7 @@ and encoders that they load from the hub are replaced by small local ones, so th
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import copy
 import gc
@@ -19,6 +21,8 @@ import logging
 import re
 import signal
 import sys
+import tempfile
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +82,9 @@ def without_hub() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # its decorators stand above tests, none of which runs here
         stack.enter_context(mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in TESTS_NEED}))
+        # pipelines clean their prompts with it
+        ftfy = types.SimpleNamespace(fix_text=str)
+        stack.enter_context(mock.patch.object(builtins, "ftfy", ftfy, create=True))
         for base in bases:
             stock = base.__dict__["from_pretrained"].__func__
 
@@ -110,28 +117,29 @@ def testers(folder: Path) -> Iterator[tuple[str, Any]]:
                 yield name, cls
 
 
-def stock_schedulers(scheduler: Any) -> list[Any]:
+def stock_schedulers(scheduler: Any) -> Iterator[Any]:
     """Euler's method as schedulers of diffusers, for what this one was made for; the first that runs is taken.
 
     The last is none: what only a scheduler that draws noise can run has nothing to be equal to.
     """
     config = scheduler.config
     if "sigma_data" in config:
-        return [diffusers.EDMEulerScheduler.from_config(config), None]
-    if config.get("use_flow_sigmas"):
+        yield diffusers.EDMEulerScheduler.from_config(config)
+    elif config.get("use_flow_sigmas"):
         options = {"solver_order": 1, "final_sigmas_type": "zero", "algorithm_type": "dpmsolver++"}
-        return [diffusers.DPMSolverMultistepScheduler.from_config(config, **options), None]
-    if hasattr(scheduler, "alphas_cumprod"):
+        yield diffusers.DPMSolverMultistepScheduler.from_config(config, **options)
+    elif hasattr(scheduler, "alphas_cumprod"):
+        with contextlib.suppress(NotImplementedError):  # for all kinds of betas
+            yield diffusers.EulerDiscreteScheduler.from_config(config)
         # without eta it is Euler's method, in another scale
-        ddim = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
-        return [
-            diffusers.EulerDiscreteScheduler.from_config(config),
-            diffusers.DDIMScheduler.from_config(config, **ddim),
-            None,
-        ]
-    if type(scheduler).__name__.startswith("FlowMatch"):
-        return [diffusers.FlowMatchEulerDiscreteScheduler.from_config(config), None]
-    return [copy.deepcopy(scheduler), None]
+        options = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
+        with contextlib.suppress(NotImplementedError):
+            yield diffusers.DDIMScheduler.from_config(config, **options)
+    elif type(scheduler).__name__.startswith("FlowMatch"):
+        yield diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    else:
+        yield copy.deepcopy(scheduler)
+    yield None
 
 
 def call(method: Any, *arguments: Any) -> Any:
@@ -231,14 +239,47 @@ def table(rows: list[dict[str, Any]], samplers: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def grid(path: Path, steps: int = 20) -> None:
+    """A picture of FLUX's demo model, and what image to image makes of it with every sampler."""
+    from gallery.pictures import contact_sheet, write_png
+
+    text = diffusers.FluxPipeline.from_pretrained(ROOT / "demo" / "flux")
+    pipe = diffusers.FluxImg2ImgPipeline(**{k: v for k, v in text.components.items() if k != "image_encoder"})
+    for each in (text, pipe):
+        each.set_progress_bar_config(disable=True)
+    own, seed = pipe.scheduler, torch.Generator().manual_seed
+    scene = {"num_inference_steps": steps, "height": 128, "width": 128}
+    start = text("Robot in a desert, warm color palette", **scene, generator=seed(0)).images[0]
+    prompt, entries = "Astronaut in a jungle, cold color palette", []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("", *sampler_names()):
+            if name == "dpm_adaptive":
+                continue
+            image, note = start, "the picture that the others begin with"
+            if name:
+                pipe.scheduler = KDiffusionScheduler.from_scheduler(own, sampler=name)
+                image = pipe(prompt, image=start, strength=0.8, **scene, generator=seed(0)).images[0]
+                note = f"{len(pipe.scheduler.timesteps)} timesteps"
+            file = Path(folder) / f"{name or 'start'}.png"
+            image.save(file)
+            entries.append((name, note, file))
+        title = ["FluxImg2ImgPipeline with KDiffusionScheduler", f'"{prompt}", strength 0.8, {steps} steps, one seed']
+        write_png(contact_sheet(title, entries, cell=256), path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--diffusers", type=Path, required=True, metavar="FOLDER", help="a checkout of diffusers")
+    parser.add_argument("--diffusers", type=Path, metavar="FOLDER", help="a checkout of diffusers")
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="only draw image to image with every sampler")
     parser.add_argument("--only", default="", metavar="TEXT", help="pipelines with this in their test's name")
     parser.add_argument("--samplers", nargs="*", help="names; default: all but dpm_adaptive")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep rows in this JSON file, and go on from it")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "any-pipeline.md", help="whose table is replaced")
     options = parser.parse_args()
+    if options.grid:
+        return grid(options.grid)
+    if not options.diffusers:
+        parser.error("pass --diffusers FOLDER or --grid FILE")
     known = [name for name in sampler_names() if name != "dpm_adaptive"]
     samplers = known if options.samplers is None else options.samplers
     warnings.simplefilter("ignore")

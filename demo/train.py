@@ -55,11 +55,11 @@ PLAN = {
     "distil": (200, 24, 3e-4),
     "decoder-sdxl": (700, 8, 1e-3),
     "decoder-flux": (700, 8, 1e-3),
-    "sdxl-more": (2_200, 32, 8e-4),
+    "sdxl-more": (1_200, 32, 8e-4),
     "flux-more": (2_600, 32, 1e-3),
     "distil-more": (300, 32, 5e-4),
-    "decoder-sdxl-more": (3_000, 16, 1e-3),
-    "decoder-flux-more": (3_000, 16, 1e-3),
+    "decoder-sdxl-more": (3_000, 8, 2e-3),
+    "decoder-flux-more": (3_000, 8, 2e-3),
 }
 STAGES = (*PLAN, "save-sdxl", "save-flux", "recover")
 # whose checkpoints a stage begins with

@@ -190,7 +190,7 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
         "schedule": options.schedule or "scheduler",
         "sigmas": json.dumps([round(sigma, 6) for sigma in sigmas.tolist()]),
         "guidance": str(options.guidance),
-        **({"true_cfg": str(options.true_cfg if options.negative_prompt else 1.0)} if flux else {}),
+        **({"true_cfg": str(1.0 if options.negative_prompt is None else options.true_cfg)} if flux else {}),
         "seed": str(options.seed),
         "comfy": COMFY if options.comfy else "False",
         "size": f"{width}x{height}",

@@ -308,7 +308,7 @@ def encode(
         length = length or (512 if pipe.transformer.config.guidance_embeds else 256)  # schnell was trained with 256
         prompt_embeds, pooled, _ = pipe.encode_prompt(text, max_sequence_length=length)
         encoded = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
-        if options.negative_prompt:
+        if options.negative_prompt is not None:
             negative, pooled, _ = pipe.encode_prompt(options.negative_prompt, max_sequence_length=length)
             encoded |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": pooled}
             encoded["true_cfg_scale"] = options.true_cfg

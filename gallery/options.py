@@ -124,7 +124,9 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     if options.prompt is None:
         options.prompt = PROMPT
     if family is FLUX:
-        if (options.true_cfg or 0) > 1 and not options.negative_prompt:
+        if not options.comfy:  # ComfyUI guides away from an empty text too
+            options.negative_prompt = options.negative_prompt or None
+        if (options.true_cfg or 0) > 1 and options.negative_prompt is None:
             parser.error("argument --true-cfg: needs --negative-prompt, whose scale it is")
         options.true_cfg = TRUE_CFG if options.true_cfg is None else options.true_cfg
     options.schedule = options.schedule or (family.comfy_schedule if options.comfy else family.schedule)

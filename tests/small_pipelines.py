@@ -103,8 +103,9 @@ def animate_diff(n: int) -> tuple[Any, dict[str, Any]]:
         motion_num_attention_heads=2,
     )
     pipe = built(diffusers.AnimateDiffPipeline, unet=unet(), vae=vae(), scheduler=euler(), motion_adapter=adapter)
-    embeds = {"prompt_embeds": random(1, TOKENS, 8), "negative_prompt_embeds": random(1, TOKENS, 8, seed=2)}
-    return pipe, {**embeds, "num_frames": 2, "height": 16, "width": 16, "num_videos_per_prompt": n}
+    embeds = {"prompt_embeds": random(1, TOKENS, 8).repeat(n, 1, 1)}
+    embeds["negative_prompt_embeds"] = random(1, TOKENS, 8, seed=2).repeat(n, 1, 1)
+    return pipe, {**embeds, "num_frames": 2, "height": 16, "width": 16}
 
 
 def pixart_sigma(n: int) -> tuple[Any, dict[str, Any]]:
@@ -153,7 +154,7 @@ def sd3(kind: str, n: int, **extra: Any) -> tuple[Any, dict[str, Any]]:
     )
     text = {"prompt_embeds": random(1, TOKENS, 8), "pooled_prompt_embeds": random(1, 8)}
     text |= {"negative_prompt_embeds": random(1, TOKENS, 8, seed=2), "negative_pooled_prompt_embeds": random(1, 8)}
-    return pipe, {**text, "num_images_per_prompt": n, **extra}
+    return pipe, {**{name: value.repeat(n, *[1] * (value.ndim - 1)) for name, value in text.items()}, **extra}
 
 
 def sd3_text(n: int) -> tuple[Any, dict[str, Any]]:
@@ -161,7 +162,7 @@ def sd3_text(n: int) -> tuple[Any, dict[str, Any]]:
 
 
 def sd3_image(n: int) -> tuple[Any, dict[str, Any]]:
-    return sd3("Img2Img", n, image=picture(), strength=0.6, height=SIZE, width=SIZE)
+    return sd3("Img2Img", n, image=[picture()] * n, strength=0.6, height=SIZE, width=SIZE)
 
 
 def flux(kind: str, n: int, channels: int = 16, **extra: Any) -> tuple[Any, dict[str, Any]]:
@@ -283,18 +284,31 @@ def qwen_edit(n: int) -> tuple[Any, dict[str, Any]]:
     return qwen("Edit", n, halvings=5, width=2, image=picture())
 
 
-def modular(pipeline: str, blocks: str, made: tuple[Any, dict[str, Any]], skip: tuple[str, ...]) -> Any:
-    """A modular pipeline of the networks of a usual one, without its text encoder."""
-    from diffusers.modular_pipelines import SequentialPipelineBlocks
+def modular(blocks: str, components: dict[str, Any]) -> Any:
+    """A modular pipeline's way from embeddings to latents."""
+    from diffusers import modular_pipelines
 
-    pipe, arguments = made
-    chosen = dict(getattr(diffusers, blocks)().sub_blocks)
-    kept = {name: block for name, block in chosen.items() if name not in skip}
-    modular = SequentialPipelineBlocks.from_blocks_dict(kept).init_pipeline()
-    modular.update_components(
-        **{k: v for k, v in pipe.components.items() if v is not None and k in modular.component_names}
-    )
-    return modular, arguments
+    denoise = getattr(modular_pipelines, blocks)().sub_blocks["denoise"]
+    kept = modular_pipelines.SequentialPipelineBlocks.from_blocks_dict({"denoise": denoise})
+    pipe = kept.init_pipeline()
+    pipe.update_components(**{name: components[name] for name in pipe.component_names if name in components})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def modular_flux(n: int) -> tuple[Any, dict[str, Any]]:
+    pipe, arguments = flux_text(n)
+    return modular("FluxAutoBlocks", pipe.components), arguments
+
+
+def modular_sdxl(n: int) -> tuple[Any, dict[str, Any]]:
+    size = {"addition_embed_type": "text_time", "addition_time_embed_dim": 2, "transformer_layers_per_block": 1}
+    network = unet(**size, projection_class_embeddings_input_dim=6 * 2 + 8)
+    text = {"prompt_embeds": random(1, TOKENS, 8), "negative_prompt_embeds": random(1, TOKENS, 8, seed=2)}
+    text |= {"pooled_prompt_embeds": random(1, 8), "negative_pooled_prompt_embeds": random(1, 8, seed=3)}
+    text = {name: value.repeat(n, *[1] * (value.ndim - 1)) for name, value in text.items()}
+    components = {"unet": network, "vae": vae(), "scheduler": euler()}
+    return modular("StableDiffusionXLAutoBlocks", components), {**text, "height": SIZE, "width": SIZE}
 
 
 def z_image(n: int) -> tuple[Any, dict[str, Any]]:
@@ -491,4 +505,6 @@ MAKERS = (
     sana,
     chroma,
     stable_audio,
+    modular_flux,
+    modular_sdxl,
 )

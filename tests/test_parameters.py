@@ -397,3 +397,15 @@ def test_from_a_picture_with_prompts_of_a_file(tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog")
     options = ["--from", str(of_comfyui(tmp_path / "a.png")), "--prompts", str(tmp_path / "prompts.txt")]
     assert parse(SDXL, options).prompts == ["a dog"]
+
+
+def test_comfyui_guides_away_from_an_empty_text(tmp_path):
+    """As its KSampler does where cfg is above 1: FLUX's picture is another one, its setting says so."""
+    pictures = {}
+    for name, negative in (("guided", ["--negative-prompt", ""]), ("not", [])):
+        out = tmp_path / name
+        run(FLUX, "--comfy", "--samplers", "euler", "--steps", "2", "--output", out, *negative)
+        (path,) = out.glob("*sample_euler.png")
+        pictures[name] = read_settings(path)["true_cfg"], Image.open(path).tobytes()
+    assert [cfg for cfg, _ in pictures.values()] == ["2.0", "1.0"]
+    assert pictures["guided"][1] != pictures["not"][1]

@@ -10,8 +10,10 @@ import weakref
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from closed_form import SDXL_BETAS, UNet, mixture, patched, sliced_wasserstein
 from conftest import ROOT, relative, seeded
 from small_pipelines import flux_image, flux_text, random, sd_text
 from test_scheduler import BETAS, CLOSE, draw, made, ours
@@ -402,3 +404,38 @@ def test_quantized_timesteps_are_whole():
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="dpm_2", quantize_timesteps=True)
     scheduler.set_timesteps(5)
     assert all(t == round(t) for t in scheduler.timesteps.tolist())
+
+
+# --- right, not only equal --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sampler", ["euler_ancestral", "dpmpp_2s_ancestral", "dpm_2_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"]
+)
+@pytest.mark.parametrize("process", ["sdxl", "flow"])
+def test_distribution(process, sampler):
+    """Samples of a mixture that the network knows exactly are distributed as the mixture.
+
+    Two true sets of 4000 are 0.021 apart. The pipelines' own samplers, with 50 steps, are within 0.032 in "ve"; "flow"
+    would leave 0.16 or more.
+    """
+    known = mixture()
+    # SDXL's levels by Karras: its own, even in time, leave the ancestral ones too few where the modes part
+    base, schedule = (diffusers.EulerDiscreteScheduler(**SDXL_BETAS), "karras") if process == "sdxl" else (FLOW, None)
+    scheduler = KDiffusionScheduler.from_scheduler(base, sampler=sampler, schedule=schedule)
+    network = UNet().answering(known, base) if process == "sdxl" else None
+    scheduler.set_timesteps(50) if process == "sdxl" else scheduler.set_timesteps(
+        sigmas=np.linspace(1, 1 / 50, 50)  # as FLUX's pipelines
+    )
+    generator = seeded()
+    shape = (1, 4, 128, 128) if process == "sdxl" else (1, 4096, 16)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        if process == "sdxl":
+            output = network(scheduler.scale_model_input(x, t), t)[0]
+        else:
+            share = min(float(t) / 1000, 1 - 1e-12)
+            output = (x - known.denoised(x / (1 - share), torch.tensor([share / (1 - share)]))) / share
+        x = scheduler.step(output, t, x, generator=generator if process == "sdxl" else None).prev_sample
+    samples = patched(x, known)[0] if process == "sdxl" else x[0]
+    assert sliced_wasserstein(samples[:4000], known.sample(4000, seeded(1))) < 0.05
