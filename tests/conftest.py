@@ -46,6 +46,12 @@ def family64(child_class: type, parent_class: type, folder: str):
     return child, parent
 
 
+@pytest.fixture(params=["sdxl", "flux"])
+def family(request, sdxl, flux):
+    """Each test with both: the name, and the pipeline."""
+    return request.param, {"sdxl": sdxl, "flux": flux}[request.param]
+
+
 @pytest.fixture(scope="session")
 def sdxl64():
     return family64(StableDiffusionXLComfyPipeline, StableDiffusionXLPipeline, "sdxl")
@@ -65,9 +71,26 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
+def stock_of(pipe, kind: type):
+    """A stock pipeline on the same networks, with a scheduler of its own, since the stock loop changes it."""
+    stock = kind(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
 def parent_of(pipe, name: str):
     """The parent on the same networks, so in the same mode."""
-    return PARENTS[name](**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+    return stock_of(pipe, PARENTS[name])
+
+
+SMALL = {"prompt": PROMPT, "height": 64, "width": 64, "output_type": "latent", "num_inference_steps": 2}
+CALLS = {"sdxl": SMALL, "flux": {**SMALL, "max_sequence_length": 64}}
+
+
+def draw(pipe, name: str, **call):
+    """Small latents of two steps from seed 0, if the call says nothing else."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(**{"generator": seeded(), **CALLS[name], **call}).images
 
 
 def network(pipe) -> torch.nn.Module:

@@ -8,33 +8,18 @@ import threading
 
 import pytest
 import torch
-from conftest import PROMPT, relative, seeded
-from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from conftest import CALLS, PARENTS, network, parent_of, relative, seeded
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDXLCFGCutoffCallback
 from tqdm.auto import tqdm
 
 from sdxl_comfy_pipeline import sampler_names
 
 CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
-CALL = {"prompt": PROMPT, "height": 64, "width": 64, "output_type": "latent", "num_inference_steps": 4}
-CALLS = {"sdxl": CALL, "flux": {**CALL, "max_sequence_length": 64}}
-PARENTS = {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
 PARENTS_INPUTS = {name: parent._callback_tensor_inputs for name, parent in PARENTS.items()}
 
 
-@pytest.fixture(params=["sdxl", "flux"])
-def family(request, sdxl, flux):
-    return request.param, {"sdxl": sdxl, "flux": flux}[request.param]
-
-
-def parent_of(name, pipe):
-    parent = PARENTS[name](**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
-    parent.set_progress_bar_config(disable=True)
-    return parent
-
-
 def draw(pipe, name, callback=None, inputs=("latents",), **call):
-    call = {"generator": seeded(), **CALLS[name], **call}
+    call = {"generator": seeded(), **CALLS[name], "num_inference_steps": 4, **call}
     if "sigmas" in call:
         del call["num_inference_steps"]
     return pipe(callback_on_step_end=callback, callback_on_step_end_tensor_inputs=list(inputs), **call).images
@@ -52,7 +37,7 @@ def test_callback_sees_what_the_parents_sees(family):
         seen.setdefault(type(one), []).append((one.num_timesteps, i, float(timestep), tensors))
         return {}
 
-    parent = parent_of(name, pipe)
+    parent = parent_of(pipe, name)
     expected = draw(parent, name, record, PARENTS_INPUTS[name])
     assert relative(draw(pipe, name, record, PARENTS_INPUTS[name]), expected) < CLOSE
     assert [one[:2] for one in seen[type(pipe)]] == [(4, i) for i in range(4)]
@@ -108,7 +93,7 @@ def less_guidance(pipe, i, timestep, tensors):
 )
 def test_what_it_returns_does_what_it_does_in_the_parent(family, callback):
     name, pipe = family
-    parent = parent_of(name, pipe)
+    parent = parent_of(pipe, name)
     expected = draw(parent, name, callback, PARENTS_INPUTS[name])
     assert relative(draw(pipe, name, callback, PARENTS_INPUTS[name]), expected) < CLOSE
     if not (name == "flux" and callback is less_guidance):  # in the parent too, FLUX's guidance is set for the call
@@ -189,7 +174,7 @@ def test_interrupt_stops_at_that_step(family, sampler):
         one._interrupt = i == 1
         return {}
 
-    hook = (pipe.unet if name == "sdxl" else pipe.transformer).register_forward_hook(lambda *_: evaluations.append(1))
+    hook = network(pipe).register_forward_hook(lambda *_: evaluations.append(1))
     try:
         stopped = draw(pipe, name, stop, sampler=sampler, num_inference_steps=6)
     finally:
@@ -224,7 +209,7 @@ class Count(PipelineCallback):
 
 def test_diffusers_own_callbacks(sdxl):
     """Guidance is cut off in the middle of the run, in one callback and in a chain of them."""
-    parent = parent_of("sdxl", sdxl)
+    parent = parent_of(sdxl, "sdxl")
     count = Count()
     chain = MultiPipelineCallbacks([SDXLCFGCutoffCallback(cutoff_step_ratio=0.5), count])
     for callback in (SDXLCFGCutoffCallback(cutoff_step_ratio=0.5), chain):
@@ -340,7 +325,6 @@ def fail_at(evaluation: int):
 @pytest.mark.parametrize("where", ["callback", "network", "text_encoder", "vae", "sampler", "interrupt by Ctrl-C"])
 def test_an_exception_leaves_the_pipeline_as_it_was(family, where, monkeypatch):
     name, pipe = family
-    network = pipe.unet if name == "sdxl" else pipe.transformer
     call = {"sampler": "heun", "output_type": "pt"}
     before = draw(pipe, name, **call)
     call["num_inference_steps"] = 5
@@ -353,7 +337,7 @@ def test_an_exception_leaves_the_pipeline_as_it_was(family, where, monkeypatch):
         if where == "callback":
             call["callback"] = lambda one, i, *rest: fail() if i == 1 else {}
         elif where == "network":
-            hook = network.register_forward_hook(fail_at(4))
+            hook = network(pipe).register_forward_hook(fail_at(4))
         elif where == "sampler":
             call["sampler_kwargs"] = {"s_churn": 1.0, "s_noise": "loud"}
             error = TypeError

@@ -8,7 +8,7 @@ import shutil
 import addons
 import pytest
 import torch
-from conftest import CHILDREN, FAMILIES, PARENTS, PROMPT, ROOT, load, network, parent_of, relative, seeded
+from conftest import CHILDREN, FAMILIES, PARENTS, ROOT, draw, load, network, parent_of, relative, seeded
 from diffusers import (
     AutoPipelineForText2Image,
     DiffusionPipeline,
@@ -21,14 +21,7 @@ from flux_comfy_pipeline import FluxComfyPipeline
 from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
 
 CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
-CALL = {"prompt": PROMPT, "height": 64, "width": 64, "output_type": "latent", "num_inference_steps": 2}
-CALLS = {"sdxl": CALL, "flux": {**CALL, "max_sequence_length": 64}}
 NOISE = {"sdxl": (1, 4, 8, 8), "flux": (1, 16, 64)}
-
-
-def draw(pipe, name, **call):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(**{"generator": seeded(), **CALLS[name], **call}).images
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------

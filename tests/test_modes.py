@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 
+import conftest
 import pytest
 import torch
-from conftest import CHILDREN, FAMILIES, PROMPT, load, network, parent_of, relative, seeded
+from conftest import CHILDREN, FAMILIES, PROMPT, load, network, parent_of, relative
 from diffusers import FluxPipeline
 from diffusers.hooks import (
     FasterCacheConfig,
@@ -23,14 +25,8 @@ from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
 
 CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
 CPU = torch.device("cpu")
-CALL = {"prompt": PROMPT, "height": 64, "width": 64, "output_type": "pt", "num_inference_steps": 2}
-CALLS = {"sdxl": CALL, "flux": {**CALL, "max_sequence_length": 64}}
+draw = functools.partial(conftest.draw, output_type="pt")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
-def draw(pipe, name, **call):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(**{"generator": seeded(), **CALLS[name], **call}).images
 
 
 def fail(*args, **kwargs):

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from conftest import FAMILIES, PROMPT, parent_of, relative, seeded
+from conftest import FAMILIES, PROMPT, parent_of, relative, seeded, stock_of
 from diffusers import (
     DDIMScheduler,
     DEISMultistepScheduler,
@@ -34,13 +34,6 @@ def with_scheduler(pipe, kind, **options):
     return pipe
 
 
-def as_class(pipe, kind):
-    """A stock pipeline on the same networks."""
-    stock = kind(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
-    stock.set_progress_bar_config(disable=True)
-    return stock
-
-
 # --- latents have the scheduler's scale ------------------------------------------------------------------------------
 
 # of the first order each is Euler's step (DPM-Solver, Lu et al. 2022, section 3.1), so that the whole run is known
@@ -64,7 +57,7 @@ def test_hand_over_to_a_stock_refiner(sdxl, name):
     whole = pipe(generator=seeded(), **call).images
     handed = pipe(generator=seeded(), denoising_end=0.6, **call).images
     del call["height"], call["width"]
-    refiner = as_class(pipe, StableDiffusionXLImg2ImgPipeline)
+    refiner = stock_of(pipe, StableDiffusionXLImg2ImgPipeline)
     refined = refiner(image=handed, denoising_start=0.6, **SIZES, **call).images
     assert relative(refined, whole) < CLOSE
 
@@ -215,7 +208,7 @@ def test_image_to_image_on_sdxl(sdxl):
     noisy = x0 + levels[0].float() * torch.randn(x0.shape, generator=seeded())
     call = {"prompt": PROMPT, "output_type": "latent"}
     drawn = sdxl(schedule=levels, latents=noisy, height=64, width=64, **call).images
-    stock = as_class(sdxl, StableDiffusionXLImg2ImgPipeline)
+    stock = stock_of(sdxl, StableDiffusionXLImg2ImgPipeline)
     call |= {"strength": 0.5, "num_inference_steps": 8, "guidance_scale": 5.0, **SIZES}
     assert relative(drawn, stock(image=x0, generator=seeded(), **call).images) < CLOSE
 

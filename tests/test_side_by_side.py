@@ -12,7 +12,7 @@ import addons
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, load, relative, seeded
+from conftest import PROMPT, load, relative, seeded, stock_of
 from diffusers import FluxPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from flux_comfy_pipeline import FluxComfyPipeline
@@ -25,14 +25,7 @@ CAR, CAT = "a red car in the desert", "a cat in the snow, warm colors"
 
 def pair(child_class: type, parent_class: type, folder: str):
     child = load(child_class, folder)
-    return child, sibling(child, parent_class)
-
-
-def sibling(child, parent_class: type):
-    """The parent on the child's weights, with a scheduler of its own, since the stock loop changes it."""
-    parent = parent_class(**{**child.components, "scheduler": copy.deepcopy(child.scheduler)})
-    parent.set_progress_bar_config(disable=True)
-    return parent
+    return child, stock_of(child, parent_class)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +41,13 @@ def fluxes():
 @pytest.fixture(scope="module")
 def sdxls_with_image():
     child = addons.with_ip_adapter(load(StableDiffusionXLComfyPipeline, "sdxl"))
-    return child, sibling(child, StableDiffusionXLPipeline)
+    return child, stock_of(child, StableDiffusionXLPipeline)
 
 
 @pytest.fixture(scope="module")
 def fluxes_with_image():
     child = addons.with_ip_adapter(load(FluxComfyPipeline, "flux"))
-    return child, sibling(child, FluxPipeline)
+    return child, stock_of(child, FluxPipeline)
 
 
 def normal(*shape: int, seed: int = 7) -> torch.Tensor:
@@ -194,6 +187,15 @@ FLUX = [
         "negative_prompt_embeds": normal(2, 16, 128),  # of another length: of no effect at true_cfg_scale 1
         "negative_pooled_prompt_embeds": normal(2, 64),
     },
+    {
+        **TEXT,
+        "height": 64,
+        "width": 64,
+        **FLUX_EMBEDS,
+        "negative_prompt_embeds": normal(2, 16, 128),  # of another length, which the parent takes
+        "negative_pooled_prompt_embeds": normal(2, 64),
+        "true_cfg_scale": 2.0,
+    },
     {**TEXT, "height": 64, "width": 64, **FLUX_EMBEDS, "negative_prompt": [CAT, CAR], "true_cfg_scale": 2.0},
     {**FLUX_SMALL, "sigmas": [1.0, 0.6, 0.1]},
     {**FLUX_SMALL, "sigmas": [0.9, 0.4]},
@@ -284,7 +286,7 @@ def test_sdxl_guidance_embedding(sdxls, call):
     unet.load_state_dict(child.unet.state_dict(), strict=False)
     child = StableDiffusionXLComfyPipeline(**{**child.components, "unet": unet.eval()})
     child.set_progress_bar_config(disable=True)
-    same((child, sibling(child, StableDiffusionXLPipeline)), {**SMALL, **call})
+    same((child, stock_of(child, StableDiffusionXLPipeline)), {**SMALL, **call})
 
 
 @pytest.mark.parametrize("end", [0.3, 0.6])
@@ -294,7 +296,7 @@ def test_refiner_takes_over(sdxls, end):
     The handed-over latents are at the refiner's scale, x0 + sigma noise, or this could not be.
     """
     child = sdxls[0]
-    refiner = sibling(child, StableDiffusionXLImg2ImgPipeline)
+    refiner = stock_of(child, StableDiffusionXLImg2ImgPipeline)
     call = {"prompt": PROMPT, "num_inference_steps": 10, "output_type": "latent"}
     whole = child(generator=seeded(), **call).images
     handed = child(generator=seeded(), denoising_end=end, **call).images
