@@ -335,7 +335,7 @@ def test_work_precision_measures_again_for_another_number_of_images(tmp_path, mo
     "main, arguments, message",
     [
         (work_precision.main, ["--images", "0"], "argument --images: has to be a whole number, at least 1"),
-        (precision.main, ["--samplers", "nope"], "argument --samplers: there is no 'nope'"),
+        (precision.main, ["--samplers", "nope"], "argument --samplers: k-diffusion has no 'nope'"),
         (
             precision.main,
             ["--samplers", "dpm_adaptive", "--models", "sdxl", "--dtypes", "bfloat16"],
