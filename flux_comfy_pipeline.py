@@ -36,13 +36,8 @@ class FluxComfyPipeline(FluxPipeline):
 
     Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler gives the shift and, when the
     caller names no schedule, the noise levels; its `step` is never called. A pipeline serves one call at a time, as the
-<<<<<<< HEAD
-    parent does: for a second thread make another with `from_pipe`, and encode the prompts beforehand, since the two
-    share their tokenizers.
-=======
     parent does: for a second thread make another with `from_pipe`. Encode the prompts beforehand, since the two share
     their tokenizers.
->>>>>>> main
 
     FLUX predicts the velocity v = noise - x0 at x = (1 - t) x0 + t noise, so x0 = x - t v. k-diffusion's samplers know
     y = x0 + sigma noise. With y = x / (1 - t) and sigma = t / (1 - t) the one is the other, exactly ("ve"). Samplers

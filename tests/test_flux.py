@@ -246,8 +246,8 @@ BAD = [
     ({"schedule": "karras", "sigmas": [1.0, 0.5]}, ValueError, "pass one of them"),
     ({"schedule": "exponental"}, ValueError, "there are karras, exponential"),
     ({"num_inference_steps": 0}, ValueError, "at least 1"),
-    ({"prompt": None, **EMBEDS, **OF_ANOTHER_LENGTH}, ValueError, "the shape of `prompt_embeds`"),
     ({"negative_prompt_embeds": torch.zeros(1, 64, 128)}, ValueError, "negative_pooled_prompt_embeds"),
+    ({"prompt": None, **EMBEDS, **OF_ANOTHER_LENGTH}, ValueError, "the shape of `prompt_embeds`"),
 ]
 
 

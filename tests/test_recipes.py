@@ -114,11 +114,16 @@ def test_threads(name, sdxl, flux):
     pipes = [{"sdxl": sdxl, "flux": flux}[name]]
     pipes += [cook(RECIPES["Threads"][0], pipe=pipes[0])["second"] for _ in range(3)]
     samplers = ("euler", "heun", "dpmpp_2m_sde", "euler_ancestral")
+    encoded = pipes[0].encode_prompt(PROMPT, PROMPT)  # beforehand, since they share their tokenizers
+    names = ["prompt_embeds", "pooled_prompt_embeds"]
+    if name == "sdxl":
+        names = [side + one for one in names for side in ("", "negative_")]
+    embeds = dict(zip(names, encoded))
 
     def draw(i: int) -> torch.Tensor:
         pipes[i].set_progress_bar_config(disable=True)
         call = {"sampler": samplers[i], "guidance_scale": 2.0 + i, "num_inference_steps": 5, "generator": seeded(i)}
-        return pipes[i](PROMPT, output_type="latent", **call).images
+        return pipes[i](**embeds, output_type="latent", **call).images
 
     alone = [draw(i) for i in range(4)]
     together: dict[int, torch.Tensor] = {}

@@ -187,15 +187,6 @@ FLUX = [
         "negative_prompt_embeds": normal(2, 16, 128),  # of another length: of no effect at true_cfg_scale 1
         "negative_pooled_prompt_embeds": normal(2, 64),
     },
-    {
-        **TEXT,
-        "height": 64,
-        "width": 64,
-        **FLUX_EMBEDS,
-        "negative_prompt_embeds": normal(2, 16, 128),  # of another length, which the parent takes
-        "negative_pooled_prompt_embeds": normal(2, 64),
-        "true_cfg_scale": 2.0,
-    },
     {**TEXT, "height": 64, "width": 64, **FLUX_EMBEDS, "negative_prompt": [CAT, CAR], "true_cfg_scale": 2.0},
     {**FLUX_SMALL, "sigmas": [1.0, 0.6, 0.1]},
     {**FLUX_SMALL, "sigmas": [0.9, 0.4]},
