@@ -122,10 +122,9 @@ class FluxComfyPipeline(FluxPipeline):
         embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         rest = (negative_prompt, negative_prompt_2, *embeds, callback_on_step_end_tensor_inputs, max_sequence_length)
         self.check_inputs(prompt, prompt_2, height, width, *rest)
-        if prompt_embeds is not None and negative_prompt_embeds is not None:
-            if prompt_embeds.shape != negative_prompt_embeds.shape:
-                shapes = f"{list(prompt_embeds.shape)} and {list(negative_prompt_embeds.shape)}"
-                raise ValueError(f"`negative_prompt_embeds` has to have the shape of `prompt_embeds`: {shapes}")
+        if true_cfg_scale > 1 and prompt_embeds is not None and negative_prompt_embeds is not None:
+            if (wanted := prompt_embeds.shape) != (shape := negative_prompt_embeds.shape):
+                raise ValueError(f"`negative_prompt_embeds`: the shape of `prompt_embeds` is {wanted}, its own {shape}")
         sampler = find_sampler(sampler)
         sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
         levels = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)

@@ -247,7 +247,11 @@ BAD = [
     ({"schedule": "exponental"}, ValueError, "there are karras, exponential"),
     ({"num_inference_steps": 0}, ValueError, "at least 1"),
     ({"negative_prompt_embeds": torch.zeros(1, 64, 128)}, ValueError, "negative_pooled_prompt_embeds"),
-    ({"prompt": None, **EMBEDS, **OF_ANOTHER_LENGTH}, ValueError, "the shape of `prompt_embeds`"),
+    (
+        {"prompt": None, "true_cfg_scale": 2.0, **EMBEDS, **OF_ANOTHER_LENGTH},
+        ValueError,
+        "the shape of `prompt_embeds`",
+    ),
 ]
 
 
