@@ -233,7 +233,6 @@ def test_the_text_draws_the_picture_again(tmp_path, family, options):
     width, height = read.pop("size").split("x")
     arguments = [f"--width={width}", f"--height={height}", f"--samplers={read.pop('sampler')}"]
     arguments += ["--comfy"] if read.pop("comfy", None) else []
-    read.pop("true_cfg" if read.get("true_cfg") == "1.0" else "", None)  # says that there is no negative prompt
     arguments += [f"--{name.replace('_', '-')}={value}" for name, value in read.items()]
     run(family, *arguments, "--output", tmp_path / "again")
     again = tmp_path / "again" / first.name
