@@ -277,8 +277,9 @@ class FluxComfyPipeline(FluxPipeline):
             sigmas = np.linspace(1.0, 1 / n, n)
         sigmas = None if config.get("use_flow_sigmas") else [sigma for sigma in sigmas if sigma > 0]  # it appends zero
         shifting = {"mu": mu} if config.get("use_dynamic_shifting") else {}
-        retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, **shifting)
-        levels = torch.as_tensor(scheduler.sigmas).double().cpu().clone()
+        with torch.device("cpu"):  # whatever the default device
+            retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, **shifting)
+        levels = torch.as_tensor(scheduler.sigmas, dtype=torch.float64, device="cpu").clone()
         levels[-1] = 0.0  # DEIS's ends with the lowest level
         return check_sigmas(
             levels.unique_consecutive(), f"{type(scheduler).__name__}.sigmas"

@@ -310,9 +310,10 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
                     name = type(scheduler).__name__
                     raise ValueError(f"`sigmas`: {name} takes none; schedule=[...] takes levels whatever the scheduler")
-            retrieve_timesteps(scheduler, num_inference_steps, "cpu", timesteps, sigmas)
+            with torch.device("cpu"):  # whatever the default device
+                retrieve_timesteps(scheduler, num_inference_steps, "cpu", timesteps, sigmas)
             if hasattr(scheduler, "sigmas"):
-                levels = torch.as_tensor(scheduler.sigmas).double().cpu().clone()
+                levels = torch.as_tensor(scheduler.sigmas, dtype=torch.float64, device="cpu").clone()
                 if sigmas is None:
                     levels[-1] = 0.0  # DEIS and others end with the lowest level
             else:
