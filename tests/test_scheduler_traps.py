@@ -179,6 +179,55 @@ def test_noise_is_added_during_a_run():
         assert float(added.mean()) == pytest.approx(float(scheduler.sigmas[i + 1]), rel=1e-6)
 
 
+def test_cosmos_asks_twice():
+    """For the x0 of both halves of guidance, then, a step back, for the next sample from the guided x0."""
+
+    def run(scheduler: Any, guided: bool) -> torch.Tensor:
+        scheduler.set_timesteps(4)
+        x = random(1, 2, 4, 4) * float(scheduler.init_noise_sigma)
+        for t in scheduler.timesteps:
+            halves = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
+            output = halves * torch.tensor([0.5, 0.2])[: len(halves), None, None, None]
+            x0 = scheduler.step(output, t, torch.cat([x, x]) if guided else x, return_dict=False)[1]
+            scheduler._step_index -= 1
+            x0 = 3 * x0[:1] - 2 * x0[-1:]
+            x = scheduler.step(x0, t, x, return_dict=False, pred_original_sample=x0)[0]
+        return x
+
+    for guided in (True, False):
+        expected = run(diffusers.EDMEulerScheduler(), guided)
+        assert (
+            relative(run(KDiffusionScheduler.from_scheduler(diffusers.EDMEulerScheduler()), guided), expected) < CLOSE
+        )
+
+
+def test_ltx_gives_a_timestep_for_each_token():
+    """And turns the sign of its network's output, as the stock scheduler expects."""
+
+    def run(scheduler: Any) -> torch.Tensor:
+        scheduler.set_timesteps(4)
+        x = random(1, 6, 4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(-0.5 * x, t, x, per_token_timesteps=t.expand(1, 6), return_dict=False)[0]
+        return x
+
+    assert relative(run(KDiffusionScheduler.from_scheduler(FLOW)), run(copy.deepcopy(FLOW))) < CLOSE
+
+
+def test_a_predicted_variance_is_left_out():
+    """DiT's and PixArt's networks return it in a second half of the channels."""
+
+    def run(*variance: torch.Tensor) -> torch.Tensor:
+        scheduler = KDiffusionScheduler.from_scheduler(EULER)
+        scheduler.set_timesteps(3)
+        x = random(1, 2, 4, 4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.cat([0.5 * scheduler.scale_model_input(x, t), *variance], 1), t, x).prev_sample
+        return x
+
+    assert torch.equal(run(random(1, 2, 4, 4, seed=2)), run())
+
+
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
