@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: more threads than cores wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ from gallery import grid
 from gallery.options import Family, parse
 from gallery.start import command
 
-ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments, script: str = "test.py", launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
