@@ -80,8 +80,8 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         self._prediction = config.get("prediction_type", "epsilon")
         self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
         self._table, scaled = None, "init_noise_sigma" in dir(base)
-        parameters = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
-        needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        taken = parameters(getattr(base, "step", lambda: None)).values()
+        needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if needed != ["model_output", "timestep", "sample"] or "stage_index" in parameters(base.set_timesteps):
             self._scale = None
         elif hasattr(base, "precondition_outputs"):
