@@ -168,6 +168,8 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
             check_sigmas(levels, f"{type(self.base).__name__}.sigmas")
             self.num_inference_steps = len(listed)
             self._plan(levels, times)
+            if any(kwargs.get(name) is not None for name in ("sigmas", "timesteps")):
+                self.order = 1  # pipelines that pass levels, as FLUX's, count `timesteps` by one then
 
         return set_timesteps
 

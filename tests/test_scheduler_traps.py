@@ -16,7 +16,7 @@ import pytest
 import torch
 from closed_form import Transformer, mixture, patched, sdxl_pipeline, sliced_wasserstein, unpatched
 from conftest import ROOT, parent_of, relative, seeded
-from small_pipelines import built, flux_image, flux_text, random, sd_text
+from small_pipelines import built, flux_image, flux_text, random, sd3_image, sd_image, sd_text
 from test_scheduler import BETAS, CLOSE, SAMPLERS, draw, made, ours
 
 from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling
@@ -57,6 +57,18 @@ def test_order_counts_the_evaluations_of_a_step():
         assert scheduler.order == expected[1]  # before timesteps are set, too
         scheduler.set_timesteps(6)
         assert (len(scheduler.timesteps), scheduler.order) == expected
+
+
+@pytest.mark.parametrize("maker", [sd_image, sd3_image, flux_image], ids=lambda maker: maker.__name__)
+def test_strength_is_the_same_share_of_any_sampler(maker):
+    """Also where the pipeline passes levels, as FLUX's: those count evaluations in the place of steps."""
+    begins = {}
+    for sampler in ("euler", "heun", "dpm_2"):
+        scheduler = ours(maker, sampler)
+        draw(maker, scheduler, steps=10)
+        begins[sampler] = float(scheduler.timesteps[scheduler.begin_index])
+    later = float(scheduler.timesteps[scheduler.begin_index + 1])  # dpm_2 may begin between two levels
+    assert begins["heun"] == begins["euler"] and begins["euler"] in (begins["dpm_2"], later)
 
 
 def test_heun_begins_with_a_step_and_not_within_one():
@@ -237,6 +249,20 @@ def test_noise_follows_from_the_generator(maker, sampler):
     """Also where the pipeline gives none to `step`: then from the first sample, which the generator drew."""
     first, again, other = (draw(maker, ours(maker, sampler), generator=seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again) and relative(other, first) > 0.1
+
+
+def test_noise_without_a_generator_follows_from_each_images_bits():
+    def run(x: torch.Tensor) -> torch.Tensor:
+        scheduler = KDiffusionScheduler.from_scheduler(FLOW, sampler="euler_ancestral")
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(0.5 * x, t, x).prev_sample
+        return x
+
+    x = random(2, 2, 4, 4)
+    pair = run(x)
+    assert torch.equal(run(x), pair) and torch.equal(run(x[1:]), pair[1:])
+    assert relative(run(x + 1e-4), pair) > 0.1
 
 
 def test_ve_is_for_samplers_that_add_noise():
