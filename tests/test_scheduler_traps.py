@@ -77,6 +77,7 @@ def test_heun_begins_with_a_step_and_not_within_one():
     expected = loop(stock, start=4)[1]
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="heun")
     assert relative(loop(scheduler, start=4)[1], expected) < CLOSE
+    assert relative(loop(scheduler, start=4, named=False)[1], expected) < CLOSE  # its timestep is evaluation 3's too
     assert relative(loop(scheduler, start=3)[1], expected) < CLOSE
 
 
