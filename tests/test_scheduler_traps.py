@@ -357,6 +357,9 @@ def test_an_error_of_the_sampler_comes_out_of_step():
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=broken)
     with pytest.raises(ArithmeticError, match="broken"):
         loop(scheduler)
+    x = random(1, 2, 4, 4)
+    with pytest.raises(ArithmeticError, match="broken"):  # the next step begins anew
+        scheduler.step(x, scheduler.timesteps[0], x)
 
 
 def test_copies_and_threads():
