@@ -83,7 +83,8 @@ def test_memory_is_the_stock_loops_and_the_samplers_history(name, sampler):
     """Peak of tensors beside the weights, over the stock pipeline's with Euler, in latents of the float32 state.
 
     A sampler of k-diffusion keeps up to nine at a time (heun: x, d, x_2, denoised twice, d_2, the sums of an update),
-    dpm_adaptive two solutions more, and a Brownian path the 22 normals of a level and a few sums. Conditioning that is kept twice would be 12 (SDXL) or 16 (FLUX) more.
+    dpm_adaptive two solutions more, and a Brownian path the 22 normals of a level and a few sums. Conditioning that is
+    kept twice would be 12 (SDXL) or 16 (FLUX) more.
     """
     bench = demo(name)
     latent = {"sdxl": 4 * 16 * 16, "flux": 64 * 64}[name] * 4 / 2**20
