@@ -12,12 +12,11 @@ import contextlib
 import copy
 import difflib
 import functools
-import importlib
 import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -89,31 +88,27 @@ class FluxComfyPipeline(FluxPipeline):
         """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
 
         Args:
-            sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
-                callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
-                Its noise comes from `generator` if it draws with `noise_sampler(sigma, sigma_next)`, an argument that
-                it may have, or with `torch.randn_like`. `model(x, sigma)` returns the denoised x;
-                `model(x, sigma, with_uncond=True)` a stack of that and what it is with the negative prompt.
-            sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
-            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp". Or the
-                levels, falling, in t, of which nothing is changed. None: the scheduler's own.
+            sampler: one of k-diffusion's by name (`sampler_names()`), with or without `sample_`, or a callable with the
+                same signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`. Its noise is
+                the generator's if it has an argument `noise_sampler(sigma, sigma_next)` or uses `torch.randn_like`.
+                `model(x, sigma, with_uncond=True)` stacks x0 with guidance and x0 for the negative prompt.
+            sampler_kwargs: its options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
+            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", or the
+                levels themselves, falling, in t. None: the scheduler's own.
             parameterization: what the sampler sees as sigma. "flow": t. "ve": t / (1 - t). "auto": "ve" for samplers
                 that add noise or place their own noise levels, "flow" for the others.
 
-        `sigmas` and the callback's `sigma` are FLUX's t, 1 for noise and 0 for the picture, whatever the sampler sees;
-        `sigmas` are shifted by the scheduler as in the parent. `latents` are packed, x = (1 - t) x0 + t noise at the
-        first t. The state is float32 (float64 for a float64 network) whatever the network's dtype.
+        `sigmas` are t, 1 for noise and 0 for the picture, shifted by the scheduler as in the parent. `latents` are
+        packed, x = (1 - t) x0 + t noise at the first t. The state is float32 or more whatever the network's dtype.
 
-        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that it ended with
-        and the timestep, 1000 t, that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the
-        x0 that was predicted there, and `sigma`, the t. The next step starts from what it returns. Before the run the
-        sampler is called once on a single number, to learn which evaluations begin a step. Where that can't be learned
-        it is called as the sampler calls back, with the latents, timestep and t of that moment.
+        `callback_on_step_end` gets, once a step, the latents that the step ended with and the timestep, 1000 t, that it
+        began at; by name also `sigma`, that t, and `denoised`, the x0 predicted there. The next step starts from the
+        latents that it returns. A trial on a single number tells where steps begin. Where that fails, `dpm_adaptive`'s
+        and some callables', all of these are of the moment at which the sampler calls back.
 
         Raises:
-            ValueError, TypeError: for arguments that do not fit, before any network runs; where a callback changes the
-                latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables; and where
-                a callable does not return latents.
+            ValueError, TypeError: for arguments that do not fit, before any network runs; for latents changed where the
+                trial failed; for a callable that does not return latents.
         """
         # FLUX.1's is 1024, which is the parent's default; the tiny autoencoders do not say
         size = getattr(getattr(self.vae, "config", None), "sample_size", 1024)
@@ -147,10 +142,8 @@ class FluxComfyPipeline(FluxPipeline):
                 texts = (prompt, prompt_2, device, num_images_per_prompt, embeds, pooled, max_sequence_length)
                 embeds, pooled, ids = self.encode_prompt(*texts, lora_scale=self._joint_attention_kwargs.get("scale"))
                 # encode_prompt repeats neither given embeddings for several images nor one text for several prompts
-                embeds, pooled = (
-                    e if len(e) == batch_size else e.repeat_interleave(batch_size // len(e), 0)
-                    for e in (embeds, pooled)
-                )
+                if len(embeds) < batch_size:  # a copy otherwise
+                    embeds, pooled = (e.repeat_interleave(batch_size // len(e), 0) for e in (embeds, pooled))
                 named = {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": ids}
                 return embeds.dtype, {name: value.to(device, dtype) for name, value in named.items()}
 
@@ -160,38 +153,30 @@ class FluxComfyPipeline(FluxPipeline):
                 negative = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
                 unconditional = encode(*negative)[1]
             images = (ip_adapter_image, ip_adapter_image_embeds)
-            negative_images = (negative_ip_adapter_image, negative_ip_adapter_image_embeds)
-            image_embeds = self._image_embeds(images, negative_images, (width, height), batch_size)
+            negatives = (negative_ip_adapter_image, negative_ip_adapter_image_embeds)
+            image_embeds = self._image_embeds(images, negatives, (width, height), batch_size)
+
+            # generator -> noise, the stock pipeline's own
+            shape = (batch_size, self.transformer.config.in_channels // 4, height, width)
+            noise, image_ids = self.prepare_latents(*shape, noise_dtype, device, generator, latents)
+
+            # conditioning -> denoiser, the only place that knows the network
             guidance = None
             if self.transformer.config.guidance_embeds:
                 guidance = torch.full([batch_size], guidance_scale, device=device, dtype=torch.float32)
 
-            # generator -> noise, the stock pipeline's own
-            channels = self.transformer.config.in_channels // 4
-            noise, image_ids = self.prepare_latents(
-                batch_size, channels, height, width, noise_dtype, device, generator, latents
-            )
-
-            # conditioning -> denoiser, the only place that knows the network
             def velocity(x: torch.Tensor, t: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
                 """v = noise - x0, predicted at the packed flow latents x and t of shape (b,), with true CFG."""
                 if with_uncond and unconditional is None:
-                    raise ValueError(
-                        "`sampler`: asks for both sides of true CFG: pass `negative_prompt`, `true_cfg_scale`"
-                    )
+                    raise ValueError("`sampler` needs both sides of true CFG: pass `negative_prompt`, `true_cfg_scale`")
                 self._current_timestep = t[0] * 1000
+                shared = {"hidden_states": x.to(dtype), "timestep": t, "guidance": guidance, "img_ids": image_ids}
 
                 def predict(side: str, text: dict[str, torch.Tensor]) -> torch.Tensor:
+                    attention = {**self.joint_attention_kwargs, **image_embeds.get(side, {})}
                     with self.transformer.cache_context(side):
-                        return self.transformer(
-                            hidden_states=x.to(dtype),
-                            timestep=t,
-                            guidance=guidance,
-                            img_ids=image_ids,
-                            joint_attention_kwargs={**self.joint_attention_kwargs, **image_embeds.get(side, {})},
-                            return_dict=False,
-                            **text,
-                        )[0].to(state_dtype)
+                        v = self.transformer(**shared, **text, joint_attention_kwargs=attention, return_dict=False)[0]
+                    return v.to(state_dtype)
 
                 v = predict("cond", conditional)
                 if unconditional is None:
@@ -224,7 +209,7 @@ class FluxComfyPipeline(FluxPipeline):
 
             # noise, sigmas -> latents
             after = None if callback_on_step_end is None else after_step
-            with self.progress_bar(total=math.inf if places_levels(sampler) else len(sigmas) - 1) as bar:
+            with self.progress_bar(total=math.inf if "sigma_min" in parameters(sampler) else len(sigmas) - 1) as bar:
                 hooks = (after, bar.update, lambda: self.interrupt)
                 y, sigma = run_sampler(sampler, sampler_kwargs, denoiser, y, sigmas, generator, *hooks)
             latents = y / (1 + sigma) if ve else y
@@ -260,7 +245,7 @@ class FluxComfyPipeline(FluxPipeline):
         keys = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         mu = calculate_shift(tokens, *(config.get(key, default) for key, default in keys.items()))
         if schedule == "vp":
-            with SamplerMode():
+            with torch.device("cpu"), SamplerMode():
                 levels = sampling.get_sigmas_vp(n)
             return levels / (1 + levels)
         if isinstance(schedule, str):  # between t = 1 and the lowest of 10,000 levels, shifted
@@ -280,10 +265,8 @@ class FluxComfyPipeline(FluxPipeline):
         with torch.device("cpu"):  # whatever the default device
             retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, **shifting)
         levels = torch.as_tensor(scheduler.sigmas, dtype=torch.float64, device="cpu").clone()
-        levels[-1] = 0.0  # DEIS's ends with the lowest level
-        return check_sigmas(
-            levels.unique_consecutive(), f"{type(scheduler).__name__}.sigmas"
-        )  # Heun's lists a level twice
+        levels[-1] = 0.0  # DEIS's ends with the lowest level, Heun's lists a level twice
+        return check_sigmas(levels.unique_consecutive(), f"{type(scheduler).__name__}.sigmas")
 
     def _decode(self, latents: torch.Tensor, height: int, width: int, output_type: str | None) -> Any:
         """Images of the final packed latents."""
@@ -293,16 +276,13 @@ class FluxComfyPipeline(FluxPipeline):
         latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.image_processor.postprocess(self.vae.decode(latents, return_dict=False)[0], output_type=output_type)
 
-    def _image_embeds(
-        self, positive: tuple[Any, Any], negative: tuple[Any, Any], size: tuple[int, int], batch_size: int
-    ) -> dict[str, dict[str, Any]]:
+    def _image_embeds(self, positive: Any, negative: Any, size: tuple[int, int], batch_size: int) -> dict[str, Any]:
         """IP-adapter arguments for both sides of true CFG from their (image, embeds); black where one is missing."""
-        sides = {"cond": positive, "uncond": negative}
-        if all(image is None and embeds is None for image, embeds in sides.values()):
-            return {}
+        prepared: dict[str, Any] = {}
+        if all(given is None for given in (*positive, *negative)):
+            return prepared
         black = [np.zeros((*size, 3), dtype=np.uint8)] * self.transformer.encoder_hid_proj.num_ip_adapters
-        prepared = {}
-        for side, (image, embeds) in sides.items():
+        for side, (image, embeds) in (("cond", positive), ("uncond", negative)):
             image = black if image is None and embeds is None else image
             embeds = self.prepare_ip_adapter_image_embeds(image, embeds, self._execution_device, batch_size)
             prepared[side] = {"ip_adapter_image_embeds": embeds}
@@ -313,14 +293,12 @@ def uses_ve(parameterization: str, sampler: Callable, sampler_kwargs: dict[str, 
     """Whether the sampler sees "ve", not "flow". See `FluxComfyPipeline`."""
     if parameterization not in ("auto", "flow", "ve"):
         raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
-    if parameterization != "auto":
-        return parameterization == "ve"
-    parameters = inspect.signature(sampler).parameters
-    if sampler_kwargs.get("s_churn", "s_churn" in parameters and parameters["s_churn"].default):
-        return True
+    named, churn = parameters(sampler), sampler_kwargs.get("s_churn")
+    if parameterization != "auto" or churn or (churn is None and "s_churn" in named and named["s_churn"].default):
+        return parameterization != "flow"
     if len(ts) == 2 and ts[1] == 0 and is_k_diffusions(sampler):
         return False  # one step to zero is x0 either way, and this way it begins at t = 1
-    return "noise_sampler" in parameters or places_levels(sampler)
+    return "noise_sampler" in named or "sigma_min" in named
 
 
 def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
@@ -340,20 +318,12 @@ def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
 
 
 def _k_diffusion(*submodules: str) -> list[ModuleType]:
-    """`k_diffusion.sampling` and its kind, without the package's `__init__`, which imports the training code.
-
-    All of k_diffusion leaves `sys.modules` then: a later `import k_diffusion` by anyone does what it always did.
-    """
+    """k-diffusion's submodules, in a package of another name: the `__init__` of its own imports the training code."""
     if (spec := importlib.util.find_spec("k_diffusion")) is None:
         raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "k_diffusion"}
-    sys.modules["k_diffusion"] = importlib.util.module_from_spec(spec)
-    try:
-        return [importlib.import_module(f"k_diffusion.{name}") for name in submodules]
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "k_diffusion"]:
-            del sys.modules[name]
-        sys.modules.update(before)
+    package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
+    package.__path__ = spec.submodule_search_locations or []
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in submodules]
 
 
 sampling, external = _k_diffusion("sampling", "external")
@@ -363,7 +333,17 @@ GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "c
 
 def sampler_names() -> list[str]:
     """The samplers of the installed k-diffusion, without `sample_`, in the order of its source."""
-    return [name[7:] for name, value in vars(sampling).items() if name.startswith("sample_") and callable(value)]
+    return [name[7:] for name in vars(sampling) if name.startswith("sample_")]
+
+
+def parameters(sampler: Callable) -> Mapping[str, inspect.Parameter]:
+    """What a sampler takes. One with `sigma_min` places its own levels in a range: dpm_fast and dpm_adaptive."""
+    return inspect.signature(sampler).parameters
+
+
+def is_k_diffusions(sampler: Callable) -> bool:
+    """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
+    return getattr(sampler, "func", sampler) in vars(sampling).values()
 
 
 def find_sampler(sampler: str | Callable) -> Callable:
@@ -373,9 +353,8 @@ def find_sampler(sampler: str | Callable) -> Callable:
         name, names = sampler.removeprefix("sample_"), sampler_names()
         if name in names:
             return getattr(sampling, f"sample_{name}")
-        near = difflib.get_close_matches(name.lower(), names, cutoff=0.7)  # "lcm" is not near "lms"
-        near = near[:1] if name.lower() in near else near
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, or pass {signature}"
+        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.7)  # "lcm" is not near "lms"
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}, or pass {signature}"
         raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
     try:
         inspect.signature(sampler).bind_partial("model", "x", "sigmas")
@@ -384,27 +363,16 @@ def find_sampler(sampler: str | Callable) -> Callable:
     return sampler
 
 
-def places_levels(sampler: Callable) -> bool:
-    """Whether it takes a range and places its own noise levels, in log sigma: dpm_fast and dpm_adaptive."""
-    return {"sigma_min", "sigma_max"} <= set(inspect.signature(sampler).parameters)
-
-
-def is_k_diffusions(sampler: Callable) -> bool:
-    """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
-    return any(getattr(sampler, "func", sampler) is value for value in vars(sampling).values())
-
-
 def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """A copy of the sampler's options. ValueError, with those it takes: another one, or one that it lacks."""
-    options, parameters = dict(sampler_kwargs or {}), list(inspect.signature(sampler).parameters.values())
-    # the first three are model, x and sigmas, whatever their names
-    named = [p for p in parameters[3:] if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    unknown = [name for name in options if name not in [p.name for p in named]]
-    missing = [p.name for p in named if p.default is p.empty and p.name not in options]
-    if missing or (unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters)):
+    options, rest = dict(sampler_kwargs or {}), list(parameters(sampler).values())[3:]  # after model, x and sigmas
+    named = {p.name: p for p in rest if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    unknown = [name for name in options if name not in named]
+    missing = [name for name, p in named.items() if p.default is p.empty and name not in options]
+    if missing or (unknown and all(p.kind is not p.VAR_KEYWORD for p in rest)):
         wrong = f"needs {', '.join(missing)}" if missing else f"takes no {', '.join(unknown)}"
-        known, name = ", ".join(p.name for p in named) or "none", getattr(sampler, "__name__", repr(sampler))
-        raise ValueError(f"`sampler_kwargs`: {name} {wrong}; it takes {known}")
+        name = getattr(sampler, "__name__", repr(sampler))
+        raise ValueError(f"`sampler_kwargs`: {name} {wrong}; it takes {', '.join(named) or 'none'}")
     if any(name in ("rtol", "atol") and not value > 0 for name, value in options.items()):
         raise ValueError("`sampler_kwargs`: rtol and atol have to be above 0, or the steps never end")
     return options
@@ -423,14 +391,14 @@ def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> t
 
     "vp" gets the betas that make it begin and end there. "polyexponential" is "exponential", its default rho being 1.
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}, or pass the levels")
     arguments = {"sigma_min": sigma_min, "sigma_max": sigma_max}
     if schedule == "vp":
         eps, low, high = 1e-3, math.log1p(sigma_min**2), math.log1p(sigma_max**2)
         beta_min = (low - high * eps**2) / (eps - eps**2)
         arguments = {"beta_d": 2 * (high - beta_min), "beta_min": beta_min, "eps_s": eps}
-    elif schedule not in SCHEDULES:
-        raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}, or pass the levels")
-    with SamplerMode():
+    with torch.device("cpu"), SamplerMode():
         return getattr(sampling, f"get_sigmas_{schedule}")(n, **arguments)
 
 
@@ -454,40 +422,39 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
     itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
     """
-    generator, nodes = torch.Generator(device), [-1] * 22  # the last level's are kept: a next one draws about 13
-    normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
+    generator = torch.Generator(device)
 
-    def normal(depth: int, node: int) -> torch.Tensor:
-        for image, seed in zip(normals[depth], seeds if nodes[depth] != node else ()):
+    @functools.lru_cache(22)  # those of one level: a next one draws about 13
+    def normal(node: int) -> torch.Tensor:
+        noise = torch.empty(x.shape, dtype=x.dtype, device=device)
+        for image, seed in zip(noise, seeds):
             # the CPU's generator reads 32 bits of its seed: odd factors differ between the nodes of a path
             image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
-        nodes[depth] = node
-        return normals[depth]
+        return noise
 
     @functools.lru_cache(2)  # a step begins where another ended
     def w(sigma: float) -> torch.Tensor:
         low, high, node = 2.0**-64, 2.0**64, 1
-        total = normal(0, 0) * ((sigma - low) / math.sqrt(high - low))
-        for depth in range(1, 21):
+        total = normal(0) * ((sigma - low) / math.sqrt(high - low))
+        for _ in range(20):
             middle = math.sqrt(low * high)
             weight = math.sqrt((middle - low) * (high - middle) / (high - low))
             weight *= (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
-            total.add_(normal(depth, node), alpha=weight)
+            total.add_(normal(node), alpha=weight)
             low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
-        return total.add_(normal(21, node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
+        return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        before, after = w(float(sigma)), w(float(sigma_next))
-        return _sent((after - before) / math.sqrt(abs(float(sigma_next) - float(sigma))), x.device)
+        before, after = float(sigma), float(sigma_next)
+        return _sent((w(after) - w(before)) / math.sqrt(abs(after - before)), x.device)
 
     return noise_sampler
 
 
 def adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
     """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
-    parameters = inspect.signature(sampler).parameters.items()
-    amounts = [sampler_kwargs.get(name, p.default) for name, p in parameters if name in ("s_churn", "eta")]
-    return any(amounts) or not is_k_diffusions(sampler)
+    named = {name: p.default for name, p in parameters(sampler).items() if name in ("s_churn", "eta")}
+    return any(sampler_kwargs.get(name, default) for name, default in named.items()) or not is_k_diffusions(sampler)
 
 
 def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
@@ -501,44 +468,37 @@ def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
 
 
 class SamplerMode(TorchFunctionMode):
-    """What torch does otherwise while a sampler runs, in this thread, but not `outside` of it: in the network.
+    """While a sampler runs, `torch.randn_like`, the noise of `s_churn` and of callables, is `draw(like)`.
 
-    `torch.randn_like`, the noise of `s_churn` and of callables, is `draw(like)`. A sigma spread over the latents'
-    dimensions stays a number, which goes with tensors on any device. Without `draw` levels are made, as float64.
+    Levels that k-diffusion makes have this dtype, whatever the default is. A sigma on the CPU that is spread over the
+    latents' dimensions stays a number, which goes with latents on any device.
     """
 
-    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] | None = None):
+    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like, dtype=torch.float64):
         super().__init__()
-        self.draw = draw
+        self.draw, self.dtype = draw, dtype
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.draw is None and func is torch.linspace:
-            kwargs = {**kwargs, "dtype": torch.float64, "device": "cpu"}
-        elif self.draw and (func is torch.linspace or func is torch.tensor and isinstance(args[0], float)):
-            # levels of dpm_fast and dpm_adaptive, whatever the default dtype
-            kwargs = {"dtype": torch.promote_types(torch.get_default_dtype(), torch.float32), **kwargs}
-        elif self.draw and func is torch.randn_like:
+        if func is torch.randn_like:
             return self.draw(torch.empty_like(*args, **kwargs))
-        elif func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
+        if func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
             if isinstance(args[1], tuple) and args[1][:1] == (...,) and not any(args[1][1:]):  # (..., None, None)
                 return args[0]
+        if func is torch.linspace or func is torch.tensor and isinstance(args[0], float):
+            kwargs = {"dtype": self.dtype, **kwargs}
         return func(*args, **kwargs)
 
-    @contextlib.contextmanager
-    def outside(self) -> Iterator[None]:
-        """Off torch's stack, below what the sampler put there: a compiled network is compiled anew for each stack."""
-        size, pop = torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack
-        push, modes = torch._C._push_on_torch_function_stack, [pop() for _ in range(size())][::-1]
-        for mode in modes:
-            mode is self or push(mode)
-        try:
-            yield
-        finally:
-            while size():
-                pop()
-            for mode in modes:
-                push(mode)
+
+@contextlib.contextmanager
+def outside(depth: int) -> Iterator[None]:
+    """Without the sampler's modes, those above this depth of torch's stack: each would compile a network anew."""
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - depth)]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)
 
 
 def call_sampler(
@@ -551,12 +511,14 @@ def call_sampler(
     """
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
-    parameters, positive = inspect.signature(sampler).parameters, sigmas[sigmas > 0]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        arguments = {name: value for name, value in arguments.items() if name in parameters}
-    if not places_levels(sampler):
+    named, arguments = parameters(sampler), {"disable": True, **arguments}
+    if all(p.kind is not p.VAR_KEYWORD for p in named.values()):
+        arguments = {name: value for name, value in arguments.items() if name in named}
+    if "sigma_min" not in named:
         return sampler(model, x, sigmas, **arguments)
-    arguments |= {"n": max(len(positive) - 1, 1)} if "n" in parameters else {}
+    positive = sigmas[sigmas > 0]
+    if "n" in named:
+        arguments["n"] = max(len(positive) - 1, 1)
     if 0 < arguments.get("eta", 0) < 1e-3:
         arguments["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
     if len(positive) > 1:
@@ -582,22 +544,18 @@ def step_starts(
     def callback(info: dict[str, Any]) -> None:
         starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
 
-    parameters = inspect.signature(sampler).parameters  # nothing is drawn from what the caller gave
-    mine = {"callback": callback, "noise_sampler": lambda *_: torch.zeros_like(x)}
-    mine = {name: value for name, value in mine.items() if name in {*parameters, *arguments, "callback"}}
+    arguments = {**arguments, "callback": callback}
+    if "noise_sampler" in {*parameters(sampler), *arguments}:  # nothing is drawn from what the caller gave
+        arguments["noise_sampler"] = lambda *_: torch.zeros_like(x)
     try:
-        with SamplerMode(torch.zeros_like):
-            "rtol" in parameters or call_sampler(sampler, model, x, sigmas, {**arguments, **mine})
+        with SamplerMode(torch.zeros_like, sigmas.dtype):
+            "rtol" in parameters(sampler) or call_sampler(sampler, model, x, sigmas, arguments)
     except Exception:
         return [], {}
     return levels, {} if -1 in starts else starts
 
 
 # --- the block's last part, for the pipelines alone ---
-
-
-class _Interrupted(Exception):
-    """Carries the state and its sigma out of a sampler."""
 
 
 def run_sampler(
@@ -607,46 +565,38 @@ def run_sampler(
     x: torch.Tensor,
     sigmas: torch.Tensor,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    after_step: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    after_step: Callable[..., torch.Tensor] | None = None,
     on_step: Callable[[], Any] = lambda: None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One call of a sampler, `sampler(denoiser, x, sigmas)`, with the caller's randomness and callbacks.
+    """`sampler(denoiser, x, sigmas)` with the caller's randomness and callbacks: the last state, and its sigma.
 
-    Args:
-        denoiser: `denoiser(x, sigma) -> denoised`; x and denoised of shape (b, ...), sigma of shape (b,).
-        x: the state at sigmas[0], float32 or float64.
-        sigmas: 1-D, falling, on the CPU: to compare sigmas on a GPU, the sampler would wait for it.
-        after_step: `after_step(i, x, sigma, began, denoised) -> x` gets the state that step i ended with, its sigma,
-            the sigma that the step began at and what was predicted there. The sampler goes on from what it returns.
-            Where `step_starts` is empty, both sigmas are that of x, and another x is a ValueError.
-        on_step, interrupted: called in every step. The run ends there if the second returns True.
-
-    Returns:
-        The state at the end and its sigma, which is sigmas[-1] unless interrupted. TypeError: no tensor of x's shape.
+    `denoiser(x, sigma)` has x of shape (b, ...) and sigma of shape (b,). `sigmas` are on the CPU: to compare them on a
+    GPU the sampler would wait for it. `after_step(i, x, sigma, began, denoised)` gets the state that step i ended with,
+    its sigma, the sigma that the step began at and what was predicted there. The sampler goes on from what it returns.
+    Where `step_starts` is empty, both sigmas are that of x, and another x is a ValueError. In every step `on_step()` is
+    called, and the run ends where `interrupted()`. TypeError: the sampler returns no tensor of x's shape.
     """
+
+    class Interrupted(Exception):
+        """Carries the state and its sigma out of the sampler."""
+
     evaluations, ended, last = 0, None, (x, sigmas[:1], x)  # the step that waits for its end; what was last evaluated
-    arguments = {"disable": True, **sampler_kwargs}
-    starts = step_starts(sampler, x.ndim, sigmas, arguments)[1] if after_step else {}
-    own, parameters = is_k_diffusions(sampler), inspect.signature(sampler)
-    euler = own and len(sigmas) == 2 and sigmas[1] == 0  # as `call_sampler` has it
-    noisy = adds_noise(sampling.sample_euler if euler else sampler, sampler_kwargs)
-    mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()))
-    given = arguments.get("noise_sampler") is not None
-    # most of k-diffusion's make none of the mode's calls here; one step is Euler's, which does
-    calls = "s_churn" in parameters.parameters or places_levels(sampler) or len(sigmas) == 2
-    plain = own and x.device.type == "cpu" and not given and not calls
-    outside = contextlib.nullcontext if plain else mode.outside
+    starts = step_starts(sampler, x.ndim, sigmas, sampler_kwargs)[1] if after_step else {}
+    own, named, depth = is_k_diffusions(sampler), parameters(sampler), torch._C._len_torch_function_stack()
+    one = own and len(sigmas) == 2 and sigmas[1] == 0  # Euler's, as `call_sampler` has it
+    noisy = adds_noise(sampling.sample_euler if one else sampler, sampler_kwargs)
+    given = sampler_kwargs.get("noise_sampler") is not None
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal evaluations, ended, last
-        with outside():
-            if after_step and evaluations in starts and ended:
+        with outside(depth):
+            if ended and evaluations in starts:
                 # the tensors are the sampler's own; the caller gets others, to keep or to write on
                 (i, *of_step), ended = ended, None
                 x.copy_(after_step(i, x.clone(), sigma[0], *of_step))
                 if interrupted():
-                    raise _Interrupted(x, sigma[0].cpu())
+                    raise Interrupted(x, sigma[0].cpu())
             evaluations += 1
             denoised = denoiser(x, sigma, **kwargs)
             if not own:
@@ -661,27 +611,29 @@ def run_sampler(
         if starts:
             ended = info["i"], sigma.clone(), denoised.clone()
         elif after_step:
-            with outside():
+            with outside(depth):
                 changed = after_step(info["i"], x.clone(), sigma, sigma.clone(), denoised.clone())
             if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
                 name = getattr(sampler, "__name__", sampler)
                 raise ValueError(f"a callback can't change the latents: {name} does not say where its steps begin")
         if interrupted():
-            raise _Interrupted(x, (info.get("sigma_hat", sigma) if own else sigma).cpu())
+            raise Interrupted(x, (info.get("sigma_hat", sigma) if own else sigma).cpu())
 
-    arguments["callback"] = callback
-    if "noise_sampler" in parameters.parameters and not given:
-        noise = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
-        arguments["noise_sampler"] = noise if plain else mode.outside()(noise)
+    arguments = {**sampler_kwargs, "callback": callback}
+    if "noise_sampler" in named and not given:
+        arguments["noise_sampler"] = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
+    mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()), x.dtype)
+    # most of k-diffusion's make none of the mode's calls on a CPU
+    plain = own and x.device.type == "cpu" and not (one or given or {"s_churn", "sigma_min"} & {*named})
     try:
         with contextlib.nullcontext() if plain else mode:
             end = call_sampler(sampler, model, x, sigmas, arguments)
-    except _Interrupted as stopped:
+    except Interrupted as stopped:
         return stopped.args
     if not isinstance(end, torch.Tensor) or end.shape != x.shape:
         what = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
         raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {what}")
-    return after_step(ended[0], end, sigmas[-1], *ended[1:]) if after_step and ended else end, sigmas[-1]
+    return after_step(ended[0], end, sigmas[-1], *ended[1:]) if ended else end, sigmas[-1]
 
 
 # --- end of the shared block ---

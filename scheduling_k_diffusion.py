@@ -11,12 +11,11 @@ import contextlib
 import difflib
 import functools
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -81,9 +80,9 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         self._prediction = config.get("prediction_type", "epsilon")
         self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
         self._table, scaled = None, "init_noise_sigma" in dir(base)
-        parameters = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
-        needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        if needed != ["model_output", "timestep", "sample"] or "stage_index" in _parameters(base.set_timesteps):
+        taken = parameters(getattr(base, "step", lambda: None)).values()
+        needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if needed != ["model_output", "timestep", "sample"] or "stage_index" in parameters(base.set_timesteps):
             self._scale = None
         elif hasattr(base, "precondition_outputs"):
             self._scale = "edm"
@@ -116,7 +115,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As any scheduler's, with the options of the class beside those of the base."""
-        options = {name: kwargs.pop(name) for name in list(kwargs) if name in _parameters(cls.__init__)}
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in parameters(cls.__init__)}
         name = config.get("_class_name")  # None if it was made in code: what is in it tells flow from betas
         if name is None and "beta_start" in config:
             name = "DPMSolverMultistepScheduler" if config.get("use_flow_sigmas") else "EulerDiscreteScheduler"
@@ -169,6 +168,8 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
             check_sigmas(levels, f"{type(self.base).__name__}.sigmas")
             self.num_inference_steps = len(listed)
             self._plan(levels, times)
+            if any(kwargs.get(name) is not None for name in ("sigmas", "timesteps")):
+                self.order = 1  # pipelines that pass levels, as FLUX's, count `timesteps` by one then
 
         return set_timesteps
 
@@ -184,7 +185,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if mu is not None and config.get("use_dynamic_shifting"):
             shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         if self.schedule == "vp":
-            with SamplerMode():
+            with torch.device("cpu"), SamplerMode():
                 sigmas = sampling.get_sigmas_vp(n)
             return sigmas / (1 + sigmas)
         return named_sigmas(self.schedule, n, shift / (shift + 9999), 1.0)
@@ -193,7 +194,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         """The evaluations that the sampler will make, their timesteps and levels. `known`: timesteps of the levels."""
         ve = self._scale == "flow" and levels[0] <= 1 and self._uses_ve(levels)
         self._levels = _ve_sigmas(levels) if ve else levels
-        asked, self._starts = step_starts(self.sampler, 4, self._levels, {"disable": True, **self.sampler_kwargs})
+        asked, self._starts = step_starts(self.sampler, 4, self._levels, self.sampler_kwargs)
         if not asked:
             name = getattr(self.sampler, "__name__", self.sampler)
             raise ValueError(
@@ -230,7 +231,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
             return self.parameterization != "flow"
         if len(levels) == 2 and levels[1] == 0 and is_k_diffusions(self.sampler):
             return False  # one step to zero is x0 either way, and this way it begins at t = 1
-        return "noise_sampler" in _parameters(self.sampler) or places_levels(self.sampler)
+        return "noise_sampler" in parameters(self.sampler) or "sigma_min" in parameters(self.sampler)
 
     def _shares(self, level: float) -> tuple[float, float]:
         """(alpha, sigma) of the pipeline's x = alpha x0 + sigma noise at a level of the base."""
@@ -362,7 +363,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
         ahead = [one.sigma for one in self._evaluations[i : first + 1]]
         rest = sigmas[self._starts[first] :] if first < total else sigmas[:0]
-        if first < total and places_levels(self.sampler):  # it has a level for each evaluation
+        if first < total and "sigma_min" in parameters(self.sampler):  # it has a level for each evaluation
             rest = torch.cat([rest.new_tensor([self._evaluations[first].sigma]), sigmas[first + 1 :]])
         if "s_churn" in options and is_k_diffusions(self.sampler) and len(rest):
             options["s_churn"] *= (len(rest) - 1) / (len(sigmas) - 1)  # it is spread over the steps
@@ -444,12 +445,11 @@ def _sample(
         noisy, given = adds_noise(sampler, options), options.get("noise_sampler") is not None
         if noisy and generator is None and not given:
             generator = [_seeded_by(image) for image in x]
-        arguments = {"disable": True, **options}
-        mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()))
-        if "noise_sampler" in _parameters(sampler) and not given:
+        arguments = dict(options)
+        if "noise_sampler" in parameters(sampler) and not given:
             noise = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
-            arguments["noise_sampler"] = mode.outside()(noise)
-        with mode:
+            arguments["noise_sampler"] = noise
+        with SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()), x.dtype):
             return call_sampler(sampler, model, x, sigmas, arguments)
     except GreenletExit:
         torch.set_grad_enabled(outside[1])  # the sampler's own no_grad put back what was when it began
@@ -460,25 +460,18 @@ def _sample(
 def _left(depth: int, grad: bool, inference: bool) -> Iterator[None]:
     """Takes off torch's function modes, grad mode and inference mode that the sampler entered; puts them back after."""
     inner = torch.is_grad_enabled()
-    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - depth)]
     same = torch.is_inference_mode_enabled() == inference
     try:
-        with contextlib.nullcontext() if same else torch.inference_mode(inference):
+        with outside(depth), contextlib.nullcontext() if same else torch.inference_mode(inference):
             torch.set_grad_enabled(grad)
             yield
     finally:
-        for mode in reversed(modes):
-            torch._C._push_on_torch_function_stack(mode)
         torch.set_grad_enabled(inner)
 
 
 def _seeded_by(image: torch.Tensor) -> torch.Generator:
     digest = hashlib.blake2b(image.double().cpu().numpy().tobytes(), digest_size=8).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def _parameters(function: Callable) -> Any:
-    return inspect.signature(function).parameters
 
 
 def _ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
@@ -498,20 +491,12 @@ def _ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
 
 
 def _k_diffusion(*submodules: str) -> list[ModuleType]:
-    """`k_diffusion.sampling` and its kind, without the package's `__init__`, which imports the training code.
-
-    All of k_diffusion leaves `sys.modules` then: a later `import k_diffusion` by anyone does what it always did.
-    """
+    """k-diffusion's submodules, in a package of another name: the `__init__` of its own imports the training code."""
     if (spec := importlib.util.find_spec("k_diffusion")) is None:
         raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "k_diffusion"}
-    sys.modules["k_diffusion"] = importlib.util.module_from_spec(spec)
-    try:
-        return [importlib.import_module(f"k_diffusion.{name}") for name in submodules]
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "k_diffusion"]:
-            del sys.modules[name]
-        sys.modules.update(before)
+    package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
+    package.__path__ = spec.submodule_search_locations or []
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in submodules]
 
 
 sampling, external = _k_diffusion("sampling", "external")
@@ -521,7 +506,17 @@ GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "c
 
 def sampler_names() -> list[str]:
     """The samplers of the installed k-diffusion, without `sample_`, in the order of its source."""
-    return [name[7:] for name, value in vars(sampling).items() if name.startswith("sample_") and callable(value)]
+    return [name[7:] for name in vars(sampling) if name.startswith("sample_")]
+
+
+def parameters(sampler: Callable) -> Mapping[str, inspect.Parameter]:
+    """What a sampler takes. One with `sigma_min` places its own levels in a range: dpm_fast and dpm_adaptive."""
+    return inspect.signature(sampler).parameters
+
+
+def is_k_diffusions(sampler: Callable) -> bool:
+    """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
+    return getattr(sampler, "func", sampler) in vars(sampling).values()
 
 
 def find_sampler(sampler: str | Callable) -> Callable:
@@ -531,9 +526,8 @@ def find_sampler(sampler: str | Callable) -> Callable:
         name, names = sampler.removeprefix("sample_"), sampler_names()
         if name in names:
             return getattr(sampling, f"sample_{name}")
-        near = difflib.get_close_matches(name.lower(), names, cutoff=0.7)  # "lcm" is not near "lms"
-        near = near[:1] if name.lower() in near else near
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, or pass {signature}"
+        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.7)  # "lcm" is not near "lms"
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}, or pass {signature}"
         raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
     try:
         inspect.signature(sampler).bind_partial("model", "x", "sigmas")
@@ -542,27 +536,16 @@ def find_sampler(sampler: str | Callable) -> Callable:
     return sampler
 
 
-def places_levels(sampler: Callable) -> bool:
-    """Whether it takes a range and places its own noise levels, in log sigma: dpm_fast and dpm_adaptive."""
-    return {"sigma_min", "sigma_max"} <= set(inspect.signature(sampler).parameters)
-
-
-def is_k_diffusions(sampler: Callable) -> bool:
-    """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
-    return any(getattr(sampler, "func", sampler) is value for value in vars(sampling).values())
-
-
 def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """A copy of the sampler's options. ValueError, with those it takes: another one, or one that it lacks."""
-    options, parameters = dict(sampler_kwargs or {}), list(inspect.signature(sampler).parameters.values())
-    # the first three are model, x and sigmas, whatever their names
-    named = [p for p in parameters[3:] if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    unknown = [name for name in options if name not in [p.name for p in named]]
-    missing = [p.name for p in named if p.default is p.empty and p.name not in options]
-    if missing or (unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters)):
+    options, rest = dict(sampler_kwargs or {}), list(parameters(sampler).values())[3:]  # after model, x and sigmas
+    named = {p.name: p for p in rest if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    unknown = [name for name in options if name not in named]
+    missing = [name for name, p in named.items() if p.default is p.empty and name not in options]
+    if missing or (unknown and all(p.kind is not p.VAR_KEYWORD for p in rest)):
         wrong = f"needs {', '.join(missing)}" if missing else f"takes no {', '.join(unknown)}"
-        known, name = ", ".join(p.name for p in named) or "none", getattr(sampler, "__name__", repr(sampler))
-        raise ValueError(f"`sampler_kwargs`: {name} {wrong}; it takes {known}")
+        name = getattr(sampler, "__name__", repr(sampler))
+        raise ValueError(f"`sampler_kwargs`: {name} {wrong}; it takes {', '.join(named) or 'none'}")
     if any(name in ("rtol", "atol") and not value > 0 for name, value in options.items()):
         raise ValueError("`sampler_kwargs`: rtol and atol have to be above 0, or the steps never end")
     return options
@@ -581,14 +564,14 @@ def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> t
 
     "vp" gets the betas that make it begin and end there. "polyexponential" is "exponential", its default rho being 1.
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}, or pass the levels")
     arguments = {"sigma_min": sigma_min, "sigma_max": sigma_max}
     if schedule == "vp":
         eps, low, high = 1e-3, math.log1p(sigma_min**2), math.log1p(sigma_max**2)
         beta_min = (low - high * eps**2) / (eps - eps**2)
         arguments = {"beta_d": 2 * (high - beta_min), "beta_min": beta_min, "eps_s": eps}
-    elif schedule not in SCHEDULES:
-        raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}, or pass the levels")
-    with SamplerMode():
+    with torch.device("cpu"), SamplerMode():
         return getattr(sampling, f"get_sigmas_{schedule}")(n, **arguments)
 
 
@@ -612,40 +595,39 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
     itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
     """
-    generator, nodes = torch.Generator(device), [-1] * 22  # the last level's are kept: a next one draws about 13
-    normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
+    generator = torch.Generator(device)
 
-    def normal(depth: int, node: int) -> torch.Tensor:
-        for image, seed in zip(normals[depth], seeds if nodes[depth] != node else ()):
+    @functools.lru_cache(22)  # those of one level: a next one draws about 13
+    def normal(node: int) -> torch.Tensor:
+        noise = torch.empty(x.shape, dtype=x.dtype, device=device)
+        for image, seed in zip(noise, seeds):
             # the CPU's generator reads 32 bits of its seed: odd factors differ between the nodes of a path
             image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
-        nodes[depth] = node
-        return normals[depth]
+        return noise
 
     @functools.lru_cache(2)  # a step begins where another ended
     def w(sigma: float) -> torch.Tensor:
         low, high, node = 2.0**-64, 2.0**64, 1
-        total = normal(0, 0) * ((sigma - low) / math.sqrt(high - low))
-        for depth in range(1, 21):
+        total = normal(0) * ((sigma - low) / math.sqrt(high - low))
+        for _ in range(20):
             middle = math.sqrt(low * high)
             weight = math.sqrt((middle - low) * (high - middle) / (high - low))
             weight *= (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
-            total.add_(normal(depth, node), alpha=weight)
+            total.add_(normal(node), alpha=weight)
             low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
-        return total.add_(normal(21, node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
+        return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        before, after = w(float(sigma)), w(float(sigma_next))
-        return _sent((after - before) / math.sqrt(abs(float(sigma_next) - float(sigma))), x.device)
+        before, after = float(sigma), float(sigma_next)
+        return _sent((w(after) - w(before)) / math.sqrt(abs(after - before)), x.device)
 
     return noise_sampler
 
 
 def adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
     """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
-    parameters = inspect.signature(sampler).parameters.items()
-    amounts = [sampler_kwargs.get(name, p.default) for name, p in parameters if name in ("s_churn", "eta")]
-    return any(amounts) or not is_k_diffusions(sampler)
+    named = {name: p.default for name, p in parameters(sampler).items() if name in ("s_churn", "eta")}
+    return any(sampler_kwargs.get(name, default) for name, default in named.items()) or not is_k_diffusions(sampler)
 
 
 def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
@@ -659,44 +641,37 @@ def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
 
 
 class SamplerMode(TorchFunctionMode):
-    """What torch does otherwise while a sampler runs, in this thread, but not `outside` of it: in the network.
+    """While a sampler runs, `torch.randn_like`, the noise of `s_churn` and of callables, is `draw(like)`.
 
-    `torch.randn_like`, the noise of `s_churn` and of callables, is `draw(like)`. A sigma spread over the latents'
-    dimensions stays a number, which goes with tensors on any device. Without `draw` levels are made, as float64.
+    Levels that k-diffusion makes have this dtype, whatever the default is. A sigma on the CPU that is spread over the
+    latents' dimensions stays a number, which goes with latents on any device.
     """
 
-    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] | None = None):
+    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like, dtype=torch.float64):
         super().__init__()
-        self.draw = draw
+        self.draw, self.dtype = draw, dtype
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.draw is None and func is torch.linspace:
-            kwargs = {**kwargs, "dtype": torch.float64, "device": "cpu"}
-        elif self.draw and (func is torch.linspace or func is torch.tensor and isinstance(args[0], float)):
-            # levels of dpm_fast and dpm_adaptive, whatever the default dtype
-            kwargs = {"dtype": torch.promote_types(torch.get_default_dtype(), torch.float32), **kwargs}
-        elif self.draw and func is torch.randn_like:
+        if func is torch.randn_like:
             return self.draw(torch.empty_like(*args, **kwargs))
-        elif func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
+        if func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
             if isinstance(args[1], tuple) and args[1][:1] == (...,) and not any(args[1][1:]):  # (..., None, None)
                 return args[0]
+        if func is torch.linspace or func is torch.tensor and isinstance(args[0], float):
+            kwargs = {"dtype": self.dtype, **kwargs}
         return func(*args, **kwargs)
 
-    @contextlib.contextmanager
-    def outside(self) -> Iterator[None]:
-        """Off torch's stack, below what the sampler put there: a compiled network is compiled anew for each stack."""
-        size, pop = torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack
-        push, modes = torch._C._push_on_torch_function_stack, [pop() for _ in range(size())][::-1]
-        for mode in modes:
-            mode is self or push(mode)
-        try:
-            yield
-        finally:
-            while size():
-                pop()
-            for mode in modes:
-                push(mode)
+
+@contextlib.contextmanager
+def outside(depth: int) -> Iterator[None]:
+    """Without the sampler's modes, those above this depth of torch's stack: each would compile a network anew."""
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - depth)]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)
 
 
 def call_sampler(
@@ -709,12 +684,14 @@ def call_sampler(
     """
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
-    parameters, positive = inspect.signature(sampler).parameters, sigmas[sigmas > 0]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        arguments = {name: value for name, value in arguments.items() if name in parameters}
-    if not places_levels(sampler):
+    named, arguments = parameters(sampler), {"disable": True, **arguments}
+    if all(p.kind is not p.VAR_KEYWORD for p in named.values()):
+        arguments = {name: value for name, value in arguments.items() if name in named}
+    if "sigma_min" not in named:
         return sampler(model, x, sigmas, **arguments)
-    arguments |= {"n": max(len(positive) - 1, 1)} if "n" in parameters else {}
+    positive = sigmas[sigmas > 0]
+    if "n" in named:
+        arguments["n"] = max(len(positive) - 1, 1)
     if 0 < arguments.get("eta", 0) < 1e-3:
         arguments["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
     if len(positive) > 1:
@@ -740,12 +717,12 @@ def step_starts(
     def callback(info: dict[str, Any]) -> None:
         starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
 
-    parameters = inspect.signature(sampler).parameters  # nothing is drawn from what the caller gave
-    mine = {"callback": callback, "noise_sampler": lambda *_: torch.zeros_like(x)}
-    mine = {name: value for name, value in mine.items() if name in {*parameters, *arguments, "callback"}}
+    arguments = {**arguments, "callback": callback}
+    if "noise_sampler" in {*parameters(sampler), *arguments}:  # nothing is drawn from what the caller gave
+        arguments["noise_sampler"] = lambda *_: torch.zeros_like(x)
     try:
-        with SamplerMode(torch.zeros_like):
-            "rtol" in parameters or call_sampler(sampler, model, x, sigmas, {**arguments, **mine})
+        with SamplerMode(torch.zeros_like, sigmas.dtype):
+            "rtol" in parameters(sampler) or call_sampler(sampler, model, x, sigmas, arguments)
     except Exception:
         return [], {}
     return levels, {} if -1 in starts else starts

@@ -12,12 +12,11 @@ import contextlib
 import copy
 import difflib
 import functools
-import importlib
 import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -92,32 +91,29 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
 
         Args:
-            sampler: a sampler of k-diffusion by name, with or without `sample_` (`sampler_names()` has them), or a
-                callable with its signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`.
-                Its noise comes from `generator` if it draws with `noise_sampler(sigma, sigma_next)`, an argument that
-                it may have, or with `torch.randn_like`. `model(x, sigma)` returns the denoised x;
-                `model(x, sigma, with_uncond=True)` a stack of that and what it is without the prompt.
-            sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
+            sampler: one of k-diffusion's by name (`sampler_names()`), with or without `sample_`, or a callable with the
+                same signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`. Its noise is
+                the generator's if it has an argument `noise_sampler(sigma, sigma_next)` or uses `torch.randn_like`.
+                `model(x, sigma, with_uncond=True)` stacks x0 with guidance and x0 without the prompt.
+            sampler_kwargs: its options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
             schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", between
-                the lowest and the highest level that the network was trained with. Or the levels, falling sigmas, of
-                which nothing is changed: `latents` beside them are x0 + sigma noise. None: the scheduler's own.
+                the lowest and the highest that the network was trained with. Or the levels themselves, falling sigmas:
+                `latents` beside them are x0 + sigma noise. None: the scheduler's own.
             quantize_timesteps: give the network the nearest trained timestep, as DPMSolverMultistepScheduler does, and
                 not an interpolated one, as EulerDiscreteScheduler does.
 
-        `sigmas` and the callback's `sigma` are noise levels of the process x = x0 + sigma noise; `timesteps` are the
-        trained ones. Other `latents`, in and out, have the scheduler's scale as in the parent (see `latents_scale`):
-        given ones are noise for the first level. The state is float32 or more whatever the network's dtype.
+        `sigmas` are levels of x = x0 + sigma noise, `timesteps` trained ones. Other `latents`, in and out, have the
+        scheduler's scale as in the parent (see `latents_scale`): given ones are noise for the first level. The state is
+        float32 or more whatever the network's dtype.
 
-        `callback_on_step_end(pipe, step, timestep, tensors)` is called once a step, with the latents that it ended with
-        and the timestep that it began at. `callback_on_step_end_tensor_inputs` may also name `denoised`, the x0
-        that was predicted there, and `sigma`, the level. The next step starts from what it returns. Before the run the
-        sampler is called once on a single number, to learn which evaluations begin a step. Where that can't be learned
-        it is called as the sampler calls back, with the latents, timestep and level of that moment.
+        `callback_on_step_end` gets, once a step, the latents that the step ended with and the timestep that it began
+        at; by name also `sigma`, the level there, and `denoised`, the x0 predicted there. The next step starts from the
+        latents that it returns. A trial on a single number tells where steps begin. Where that fails, `dpm_adaptive`'s
+        and some callables', all of these are of the moment at which the sampler calls back.
 
         Raises:
-            ValueError, TypeError: for arguments that do not fit, before any network runs; where a callback changes the
-                latents of a sampler whose steps can't be known beforehand, `dpm_adaptive` or some callables; and where
-                a callable does not return latents.
+            ValueError, TypeError: for arguments that do not fit, before any network runs; for latents changed where the
+                trial failed; for a callable that does not return latents.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -150,32 +146,20 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
 
         try:
             # prompt -> conditioning
-            embeds = self.encode_prompt(
-                prompt=prompt,
-                prompt_2=prompt_2,
-                device=device,
-                num_images_per_prompt=num_images_per_prompt,
-                do_classifier_free_guidance=self.do_classifier_free_guidance,
-                negative_prompt=negative_prompt,
-                negative_prompt_2=negative_prompt_2,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                pooled_prompt_embeds=pooled_prompt_embeds,
-                negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-                lora_scale=(cross_attention_kwargs or {}).get("scale"),
-                clip_skip=clip_skip,
-            )
+            guided = self.do_classifier_free_guidance  # then the negative half of the batch comes first
+            texts = (prompt, prompt_2, device, num_images_per_prompt, guided, negative_prompt, negative_prompt_2)
+            given = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
+            lora_scale = (cross_attention_kwargs or {}).get("scale")
+            embeds = self.encode_prompt(*texts, *given, lora_scale=lora_scale, clip_skip=clip_skip)
             noise_dtype = embeds[0].dtype
             sizes = (original_size or (height, width), crops_coords_top_left, target_size or (height, width))
             negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
             if negative_original_size is None or negative_target_size is None:
                 negative_sizes = sizes
             projection_dim = self.unet.add_embedding.linear_1.in_features - 6 * self.unet.config.addition_time_embed_dim
-            time_ids = (
-                self._get_add_time_ids(*s, dtype, projection_dim).repeat(batch_size, 1) for s in (sizes, negative_sizes)
-            )
-            pairs = {"prompt_embeds": embeds[:2], "add_text_embeds": embeds[2:], "add_time_ids": tuple(time_ids)}
-            guided = self.do_classifier_free_guidance  # then the negative half of the batch comes first
+            time_ids = [self._get_add_time_ids(*s, dtype, projection_dim) for s in (sizes, negative_sizes)]
+            time_ids = [ids.repeat(batch_size, 1) for ids in time_ids]
+            pairs = {"prompt_embeds": embeds[:2], "add_text_embeds": embeds[2:], "add_time_ids": time_ids}
             conditioning = {
                 name: (torch.cat([negative, positive]) if guided else positive).to(device, dtype)
                 for name, (positive, negative) in pairs.items()
@@ -185,32 +169,28 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             if any(image is not None for image in images):
                 image_embeds["image_embeds"] = self.prepare_ip_adapter_image_embeds(*images, device, batch_size, guided)
             timestep_cond = None
-            if self.unet.config.time_cond_proj_dim is not None:
-                timestep_cond = self.get_guidance_scale_embedding(
-                    torch.tensor(guidance_scale - 1.0).repeat(batch_size), self.unet.config.time_cond_proj_dim
-                ).to(device, dtype)
+            if (dim := self.unet.config.time_cond_proj_dim) is not None:
+                scales = torch.full([batch_size], guidance_scale - 1.0)
+                timestep_cond = self.get_guidance_scale_embedding(scales, dim).to(device, dtype)
 
             # conditioning -> denoiser, the only place that knows the network
             def predict(x: torch.Tensor, timestep: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
                 """Epsilon or v of the input x / sqrt(sigma^2 + 1) at a timestep of shape (b,), with guidance."""
                 guided = self.do_classifier_free_guidance
                 if with_uncond and not guided:
-                    raise ValueError(
-                        "`sampler`: asks for both sides of guidance, so `guidance_scale` has to be above 1"
-                    )
+                    raise ValueError("`sampler` needs both sides of guidance: `guidance_scale` has to be above 1")
                 if guided:
                     x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
+                text, pooled, ids = (
+                    conditioning[name] for name in ("prompt_embeds", "add_text_embeds", "add_time_ids")
+                )
                 prediction = self.unet(
                     x.to(dtype),
                     timestep,
-                    encoder_hidden_states=conditioning["prompt_embeds"],
+                    encoder_hidden_states=text,
                     timestep_cond=timestep_cond,
                     cross_attention_kwargs=self.cross_attention_kwargs,
-                    added_cond_kwargs={
-                        "text_embeds": conditioning["add_text_embeds"],
-                        "time_ids": conditioning["add_time_ids"],
-                        **image_embeds,
-                    },
+                    added_cond_kwargs={"text_embeds": pooled, "time_ids": ids, **image_embeds},
                     return_dict=False,
                 )[0].to(state_dtype)
                 if not guided:
@@ -251,7 +231,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
 
             # noise, levels -> latents
             after = None if callback_on_step_end is None else after_step
-            with self.progress_bar(total=math.inf if places_levels(sampler) else len(levels) - 1) as bar:
+            with self.progress_bar(total=math.inf if "sigma_min" in parameters(sampler) else len(levels) - 1) as bar:
                 hooks = (after, bar.update, lambda: self.interrupt)
                 x, sigma = run_sampler(sampler, sampler_kwargs, denoiser, x, levels.to(state_dtype), generator, *hooks)
             latents = x / self.latents_scale(sigma)
@@ -358,20 +338,12 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
 
 
 def _k_diffusion(*submodules: str) -> list[ModuleType]:
-    """`k_diffusion.sampling` and its kind, without the package's `__init__`, which imports the training code.
-
-    All of k_diffusion leaves `sys.modules` then: a later `import k_diffusion` by anyone does what it always did.
-    """
+    """k-diffusion's submodules, in a package of another name: the `__init__` of its own imports the training code."""
     if (spec := importlib.util.find_spec("k_diffusion")) is None:
         raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "k_diffusion"}
-    sys.modules["k_diffusion"] = importlib.util.module_from_spec(spec)
-    try:
-        return [importlib.import_module(f"k_diffusion.{name}") for name in submodules]
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "k_diffusion"]:
-            del sys.modules[name]
-        sys.modules.update(before)
+    package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
+    package.__path__ = spec.submodule_search_locations or []
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in submodules]
 
 
 sampling, external = _k_diffusion("sampling", "external")
@@ -381,7 +353,17 @@ GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "c
 
 def sampler_names() -> list[str]:
     """The samplers of the installed k-diffusion, without `sample_`, in the order of its source."""
-    return [name[7:] for name, value in vars(sampling).items() if name.startswith("sample_") and callable(value)]
+    return [name[7:] for name in vars(sampling) if name.startswith("sample_")]
+
+
+def parameters(sampler: Callable) -> Mapping[str, inspect.Parameter]:
+    """What a sampler takes. One with `sigma_min` places its own levels in a range: dpm_fast and dpm_adaptive."""
+    return inspect.signature(sampler).parameters
+
+
+def is_k_diffusions(sampler: Callable) -> bool:
+    """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
+    return getattr(sampler, "func", sampler) in vars(sampling).values()
 
 
 def find_sampler(sampler: str | Callable) -> Callable:
@@ -391,9 +373,8 @@ def find_sampler(sampler: str | Callable) -> Callable:
         name, names = sampler.removeprefix("sample_"), sampler_names()
         if name in names:
             return getattr(sampling, f"sample_{name}")
-        near = difflib.get_close_matches(name.lower(), names, cutoff=0.7)  # "lcm" is not near "lms"
-        near = near[:1] if name.lower() in near else near
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, or pass {signature}"
+        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.7)  # "lcm" is not near "lms"
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}, or pass {signature}"
         raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
     try:
         inspect.signature(sampler).bind_partial("model", "x", "sigmas")
@@ -402,27 +383,16 @@ def find_sampler(sampler: str | Callable) -> Callable:
     return sampler
 
 
-def places_levels(sampler: Callable) -> bool:
-    """Whether it takes a range and places its own noise levels, in log sigma: dpm_fast and dpm_adaptive."""
-    return {"sigma_min", "sigma_max"} <= set(inspect.signature(sampler).parameters)
-
-
-def is_k_diffusions(sampler: Callable) -> bool:
-    """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
-    return any(getattr(sampler, "func", sampler) is value for value in vars(sampling).values())
-
-
 def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """A copy of the sampler's options. ValueError, with those it takes: another one, or one that it lacks."""
-    options, parameters = dict(sampler_kwargs or {}), list(inspect.signature(sampler).parameters.values())
-    # the first three are model, x and sigmas, whatever their names
-    named = [p for p in parameters[3:] if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    unknown = [name for name in options if name not in [p.name for p in named]]
-    missing = [p.name for p in named if p.default is p.empty and p.name not in options]
-    if missing or (unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters)):
+    options, rest = dict(sampler_kwargs or {}), list(parameters(sampler).values())[3:]  # after model, x and sigmas
+    named = {p.name: p for p in rest if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    unknown = [name for name in options if name not in named]
+    missing = [name for name, p in named.items() if p.default is p.empty and name not in options]
+    if missing or (unknown and all(p.kind is not p.VAR_KEYWORD for p in rest)):
         wrong = f"needs {', '.join(missing)}" if missing else f"takes no {', '.join(unknown)}"
-        known, name = ", ".join(p.name for p in named) or "none", getattr(sampler, "__name__", repr(sampler))
-        raise ValueError(f"`sampler_kwargs`: {name} {wrong}; it takes {known}")
+        name = getattr(sampler, "__name__", repr(sampler))
+        raise ValueError(f"`sampler_kwargs`: {name} {wrong}; it takes {', '.join(named) or 'none'}")
     if any(name in ("rtol", "atol") and not value > 0 for name, value in options.items()):
         raise ValueError("`sampler_kwargs`: rtol and atol have to be above 0, or the steps never end")
     return options
@@ -441,14 +411,14 @@ def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> t
 
     "vp" gets the betas that make it begin and end there. "polyexponential" is "exponential", its default rho being 1.
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}, or pass the levels")
     arguments = {"sigma_min": sigma_min, "sigma_max": sigma_max}
     if schedule == "vp":
         eps, low, high = 1e-3, math.log1p(sigma_min**2), math.log1p(sigma_max**2)
         beta_min = (low - high * eps**2) / (eps - eps**2)
         arguments = {"beta_d": 2 * (high - beta_min), "beta_min": beta_min, "eps_s": eps}
-    elif schedule not in SCHEDULES:
-        raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}, or pass the levels")
-    with SamplerMode():
+    with torch.device("cpu"), SamplerMode():
         return getattr(sampling, f"get_sigmas_{schedule}")(n, **arguments)
 
 
@@ -472,40 +442,39 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
     itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
     """
-    generator, nodes = torch.Generator(device), [-1] * 22  # the last level's are kept: a next one draws about 13
-    normals = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in nodes]
+    generator = torch.Generator(device)
 
-    def normal(depth: int, node: int) -> torch.Tensor:
-        for image, seed in zip(normals[depth], seeds if nodes[depth] != node else ()):
+    @functools.lru_cache(22)  # those of one level: a next one draws about 13
+    def normal(node: int) -> torch.Tensor:
+        noise = torch.empty(x.shape, dtype=x.dtype, device=device)
+        for image, seed in zip(noise, seeds):
             # the CPU's generator reads 32 bits of its seed: odd factors differ between the nodes of a path
             image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
-        nodes[depth] = node
-        return normals[depth]
+        return noise
 
     @functools.lru_cache(2)  # a step begins where another ended
     def w(sigma: float) -> torch.Tensor:
         low, high, node = 2.0**-64, 2.0**64, 1
-        total = normal(0, 0) * ((sigma - low) / math.sqrt(high - low))
-        for depth in range(1, 21):
+        total = normal(0) * ((sigma - low) / math.sqrt(high - low))
+        for _ in range(20):
             middle = math.sqrt(low * high)
             weight = math.sqrt((middle - low) * (high - middle) / (high - low))
             weight *= (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
-            total.add_(normal(depth, node), alpha=weight)
+            total.add_(normal(node), alpha=weight)
             low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
-        return total.add_(normal(21, node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
+        return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        before, after = w(float(sigma)), w(float(sigma_next))
-        return _sent((after - before) / math.sqrt(abs(float(sigma_next) - float(sigma))), x.device)
+        before, after = float(sigma), float(sigma_next)
+        return _sent((w(after) - w(before)) / math.sqrt(abs(after - before)), x.device)
 
     return noise_sampler
 
 
 def adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
     """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
-    parameters = inspect.signature(sampler).parameters.items()
-    amounts = [sampler_kwargs.get(name, p.default) for name, p in parameters if name in ("s_churn", "eta")]
-    return any(amounts) or not is_k_diffusions(sampler)
+    named = {name: p.default for name, p in parameters(sampler).items() if name in ("s_churn", "eta")}
+    return any(sampler_kwargs.get(name, default) for name, default in named.items()) or not is_k_diffusions(sampler)
 
 
 def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
@@ -519,44 +488,37 @@ def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
 
 
 class SamplerMode(TorchFunctionMode):
-    """What torch does otherwise while a sampler runs, in this thread, but not `outside` of it: in the network.
+    """While a sampler runs, `torch.randn_like`, the noise of `s_churn` and of callables, is `draw(like)`.
 
-    `torch.randn_like`, the noise of `s_churn` and of callables, is `draw(like)`. A sigma spread over the latents'
-    dimensions stays a number, which goes with tensors on any device. Without `draw` levels are made, as float64.
+    Levels that k-diffusion makes have this dtype, whatever the default is. A sigma on the CPU that is spread over the
+    latents' dimensions stays a number, which goes with latents on any device.
     """
 
-    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] | None = None):
+    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like, dtype=torch.float64):
         super().__init__()
-        self.draw = draw
+        self.draw, self.dtype = draw, dtype
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.draw is None and func is torch.linspace:
-            kwargs = {**kwargs, "dtype": torch.float64, "device": "cpu"}
-        elif self.draw and (func is torch.linspace or func is torch.tensor and isinstance(args[0], float)):
-            # levels of dpm_fast and dpm_adaptive, whatever the default dtype
-            kwargs = {"dtype": torch.promote_types(torch.get_default_dtype(), torch.float32), **kwargs}
-        elif self.draw and func is torch.randn_like:
+        if func is torch.randn_like:
             return self.draw(torch.empty_like(*args, **kwargs))
-        elif func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
+        if func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
             if isinstance(args[1], tuple) and args[1][:1] == (...,) and not any(args[1][1:]):  # (..., None, None)
                 return args[0]
+        if func is torch.linspace or func is torch.tensor and isinstance(args[0], float):
+            kwargs = {"dtype": self.dtype, **kwargs}
         return func(*args, **kwargs)
 
-    @contextlib.contextmanager
-    def outside(self) -> Iterator[None]:
-        """Off torch's stack, below what the sampler put there: a compiled network is compiled anew for each stack."""
-        size, pop = torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack
-        push, modes = torch._C._push_on_torch_function_stack, [pop() for _ in range(size())][::-1]
-        for mode in modes:
-            mode is self or push(mode)
-        try:
-            yield
-        finally:
-            while size():
-                pop()
-            for mode in modes:
-                push(mode)
+
+@contextlib.contextmanager
+def outside(depth: int) -> Iterator[None]:
+    """Without the sampler's modes, those above this depth of torch's stack: each would compile a network anew."""
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - depth)]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)
 
 
 def call_sampler(
@@ -569,12 +531,14 @@ def call_sampler(
     """
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
-    parameters, positive = inspect.signature(sampler).parameters, sigmas[sigmas > 0]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        arguments = {name: value for name, value in arguments.items() if name in parameters}
-    if not places_levels(sampler):
+    named, arguments = parameters(sampler), {"disable": True, **arguments}
+    if all(p.kind is not p.VAR_KEYWORD for p in named.values()):
+        arguments = {name: value for name, value in arguments.items() if name in named}
+    if "sigma_min" not in named:
         return sampler(model, x, sigmas, **arguments)
-    arguments |= {"n": max(len(positive) - 1, 1)} if "n" in parameters else {}
+    positive = sigmas[sigmas > 0]
+    if "n" in named:
+        arguments["n"] = max(len(positive) - 1, 1)
     if 0 < arguments.get("eta", 0) < 1e-3:
         arguments["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
     if len(positive) > 1:
@@ -600,22 +564,18 @@ def step_starts(
     def callback(info: dict[str, Any]) -> None:
         starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
 
-    parameters = inspect.signature(sampler).parameters  # nothing is drawn from what the caller gave
-    mine = {"callback": callback, "noise_sampler": lambda *_: torch.zeros_like(x)}
-    mine = {name: value for name, value in mine.items() if name in {*parameters, *arguments, "callback"}}
+    arguments = {**arguments, "callback": callback}
+    if "noise_sampler" in {*parameters(sampler), *arguments}:  # nothing is drawn from what the caller gave
+        arguments["noise_sampler"] = lambda *_: torch.zeros_like(x)
     try:
-        with SamplerMode(torch.zeros_like):
-            "rtol" in parameters or call_sampler(sampler, model, x, sigmas, {**arguments, **mine})
+        with SamplerMode(torch.zeros_like, sigmas.dtype):
+            "rtol" in parameters(sampler) or call_sampler(sampler, model, x, sigmas, arguments)
     except Exception:
         return [], {}
     return levels, {} if -1 in starts else starts
 
 
 # --- the block's last part, for the pipelines alone ---
-
-
-class _Interrupted(Exception):
-    """Carries the state and its sigma out of a sampler."""
 
 
 def run_sampler(
@@ -625,46 +585,38 @@ def run_sampler(
     x: torch.Tensor,
     sigmas: torch.Tensor,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    after_step: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    after_step: Callable[..., torch.Tensor] | None = None,
     on_step: Callable[[], Any] = lambda: None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One call of a sampler, `sampler(denoiser, x, sigmas)`, with the caller's randomness and callbacks.
+    """`sampler(denoiser, x, sigmas)` with the caller's randomness and callbacks: the last state, and its sigma.
 
-    Args:
-        denoiser: `denoiser(x, sigma) -> denoised`; x and denoised of shape (b, ...), sigma of shape (b,).
-        x: the state at sigmas[0], float32 or float64.
-        sigmas: 1-D, falling, on the CPU: to compare sigmas on a GPU, the sampler would wait for it.
-        after_step: `after_step(i, x, sigma, began, denoised) -> x` gets the state that step i ended with, its sigma,
-            the sigma that the step began at and what was predicted there. The sampler goes on from what it returns.
-            Where `step_starts` is empty, both sigmas are that of x, and another x is a ValueError.
-        on_step, interrupted: called in every step. The run ends there if the second returns True.
-
-    Returns:
-        The state at the end and its sigma, which is sigmas[-1] unless interrupted. TypeError: no tensor of x's shape.
+    `denoiser(x, sigma)` has x of shape (b, ...) and sigma of shape (b,). `sigmas` are on the CPU: to compare them on a
+    GPU the sampler would wait for it. `after_step(i, x, sigma, began, denoised)` gets the state that step i ended with,
+    its sigma, the sigma that the step began at and what was predicted there. The sampler goes on from what it returns.
+    Where `step_starts` is empty, both sigmas are that of x, and another x is a ValueError. In every step `on_step()` is
+    called, and the run ends where `interrupted()`. TypeError: the sampler returns no tensor of x's shape.
     """
+
+    class Interrupted(Exception):
+        """Carries the state and its sigma out of the sampler."""
+
     evaluations, ended, last = 0, None, (x, sigmas[:1], x)  # the step that waits for its end; what was last evaluated
-    arguments = {"disable": True, **sampler_kwargs}
-    starts = step_starts(sampler, x.ndim, sigmas, arguments)[1] if after_step else {}
-    own, parameters = is_k_diffusions(sampler), inspect.signature(sampler)
-    euler = own and len(sigmas) == 2 and sigmas[1] == 0  # as `call_sampler` has it
-    noisy = adds_noise(sampling.sample_euler if euler else sampler, sampler_kwargs)
-    mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()))
-    given = arguments.get("noise_sampler") is not None
-    # most of k-diffusion's make none of the mode's calls here; one step is Euler's, which does
-    calls = "s_churn" in parameters.parameters or places_levels(sampler) or len(sigmas) == 2
-    plain = own and x.device.type == "cpu" and not given and not calls
-    outside = contextlib.nullcontext if plain else mode.outside
+    starts = step_starts(sampler, x.ndim, sigmas, sampler_kwargs)[1] if after_step else {}
+    own, named, depth = is_k_diffusions(sampler), parameters(sampler), torch._C._len_torch_function_stack()
+    one = own and len(sigmas) == 2 and sigmas[1] == 0  # Euler's, as `call_sampler` has it
+    noisy = adds_noise(sampling.sample_euler if one else sampler, sampler_kwargs)
+    given = sampler_kwargs.get("noise_sampler") is not None
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal evaluations, ended, last
-        with outside():
-            if after_step and evaluations in starts and ended:
+        with outside(depth):
+            if ended and evaluations in starts:
                 # the tensors are the sampler's own; the caller gets others, to keep or to write on
                 (i, *of_step), ended = ended, None
                 x.copy_(after_step(i, x.clone(), sigma[0], *of_step))
                 if interrupted():
-                    raise _Interrupted(x, sigma[0].cpu())
+                    raise Interrupted(x, sigma[0].cpu())
             evaluations += 1
             denoised = denoiser(x, sigma, **kwargs)
             if not own:
@@ -679,27 +631,29 @@ def run_sampler(
         if starts:
             ended = info["i"], sigma.clone(), denoised.clone()
         elif after_step:
-            with outside():
+            with outside(depth):
                 changed = after_step(info["i"], x.clone(), sigma, sigma.clone(), denoised.clone())
             if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
                 name = getattr(sampler, "__name__", sampler)
                 raise ValueError(f"a callback can't change the latents: {name} does not say where its steps begin")
         if interrupted():
-            raise _Interrupted(x, (info.get("sigma_hat", sigma) if own else sigma).cpu())
+            raise Interrupted(x, (info.get("sigma_hat", sigma) if own else sigma).cpu())
 
-    arguments["callback"] = callback
-    if "noise_sampler" in parameters.parameters and not given:
-        noise = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
-        arguments["noise_sampler"] = noise if plain else mode.outside()(noise)
+    arguments = {**sampler_kwargs, "callback": callback}
+    if "noise_sampler" in named and not given:
+        arguments["noise_sampler"] = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
+    mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()), x.dtype)
+    # most of k-diffusion's make none of the mode's calls on a CPU
+    plain = own and x.device.type == "cpu" and not (one or given or {"s_churn", "sigma_min"} & {*named})
     try:
         with contextlib.nullcontext() if plain else mode:
             end = call_sampler(sampler, model, x, sigmas, arguments)
-    except _Interrupted as stopped:
+    except Interrupted as stopped:
         return stopped.args
     if not isinstance(end, torch.Tensor) or end.shape != x.shape:
         what = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
         raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {what}")
-    return after_step(ended[0], end, sigmas[-1], *ended[1:]) if after_step and ended else end, sigmas[-1]
+    return after_step(ended[0], end, sigmas[-1], *ended[1:]) if ended else end, sigmas[-1]
 
 
 # --- end of the shared block ---

@@ -59,6 +59,24 @@ SDXL_CONFIG = {  # stabilityai/stable-diffusion-xl-base-1.0's U-Net, 2.6 B
     "projection_class_embeddings_input_dim": 2816,
 }
 FLUX_CONFIG = {"guidance_embeds": True}  # black-forest-labs/FLUX.1-dev's transformer, 12 B; the rest are the defaults
+_VAE = {  # of both
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 1024,
+}
+VAE_CONFIGS: dict[str, dict[str, Any]] = {
+    "sdxl": {**_VAE, "latent_channels": 4, "scaling_factor": 0.13025},
+    "flux": {
+        **_VAE,
+        "latent_channels": 16,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+}
 
 
 @dataclass
@@ -76,8 +94,8 @@ class Bench:
         return self.ours.unet if self.name == "sdxl" else self.ours.transformer
 
     def call(self, pipe: Any, steps: int, **arguments: Any) -> torch.Tensor:
-        arguments = {"generator": torch.Generator().manual_seed(0), **self.arguments, **arguments}
-        return pipe(num_inference_steps=steps, output_type="latent", **arguments).images
+        fixed = {"generator": torch.Generator().manual_seed(0), "output_type": "latent", **self.arguments}
+        return pipe(num_inference_steps=steps, **{**fixed, **arguments}).images
 
     def scheduler_of(self, sampler: str) -> Any:
         """The sampler's counterpart in diffusers, for this network."""
@@ -110,26 +128,37 @@ def demo(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
     return _bench(name, ours, stock_class, embeds, 128)
 
 
-def full(name: str, device: str, config: dict[str, Any] | None = None, size: int = 1024) -> Bench:
-    """The real architecture with random weights and embeddings, built on the device: no file, no text encoder, no VAE.
+def full(
+    name: str,
+    device: str,
+    config: dict[str, Any] | None = None,
+    size: int = 1024,
+    dtype: torch.dtype | None = None,
+    decoder: bool = False,
+) -> Bench:
+    """The real architecture with random weights and embeddings, built on the device: no file and no text encoder.
 
     Args:
         config: overrides the architecture's, for a small stand-in.
+        dtype: default: SDXL's float16, FLUX's bfloat16.
+        decoder: with the real autoencoder, else with none.
     """
     ours_class, stock_class = _classes(name)
-    parts = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
+    dtype = dtype or {"sdxl": torch.float16, "flux": torch.bfloat16}[name]
+    parts: dict[str, Any] = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
+    parts["vae"] = build(diffusers.AutoencoderKL, VAE_CONFIGS[name], dtype, device) if decoder else None
     if name == "sdxl":
-        network = build(diffusers.UNet2DConditionModel, {**SDXL_CONFIG, **(config or {})}, torch.float16, device)
+        network = build(diffusers.UNet2DConditionModel, {**SDXL_CONFIG, **(config or {})}, dtype, device)
         betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
         scheduler = diffusers.EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1)
         pooled = network.config.projection_class_embeddings_input_dim - 6 * network.config.addition_time_embed_dim
         shapes = [(1, 77, network.config.cross_attention_dim)] * 2 + [(1, pooled)] * 2
-        ours = ours_class(vae=None, **parts, unet=network, scheduler=scheduler, add_watermarker=False)
+        ours = ours_class(**parts, unet=network, scheduler=scheduler, add_watermarker=False)
     else:
-        network = build(diffusers.FluxTransformer2DModel, {**FLUX_CONFIG, **(config or {})}, torch.bfloat16, device)
+        network = build(diffusers.FluxTransformer2DModel, {**FLUX_CONFIG, **(config or {})}, dtype, device)
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
         shapes = [(1, 512, network.config.joint_attention_dim), (1, network.config.pooled_projection_dim)]
-        ours = ours_class(vae=None, **parts, transformer=network, scheduler=scheduler)
+        ours = ours_class(**parts, transformer=network, scheduler=scheduler)
     generator = torch.Generator().manual_seed(0)
     embeds = [torch.randn(shape, generator=generator).to(device, network.dtype) for shape in shapes]
     return _bench(name, ours, stock_class, embeds, size)

@@ -1,6 +1,7 @@
 """How far the final latents of half-precision networks are from float64, in the stock loop and in this one.
 
-    uv run benchmarks/precision.py
+    uv run benchmarks/precision.py                      # on a CPU
+    uv run benchmarks/precision.py --device cuda
 
 Each loop is compared with itself, run in float64 throughout on the same (rounded) weights, embeddings, noise levels,
 initial noise and step noise. So the distance is what the arithmetic of the network and of the loop rounds away. It
@@ -32,17 +33,16 @@ def float32_noise(seed: int) -> Callable[..., torch.Tensor]:
     """A `randn_tensor` whose numbers do not depend on the dtype that is asked for."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(shape: Any, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> torch.Tensor:
-        return torch.randn(tuple(shape), generator=generator).to(dtype or torch.float32)
+    def draw(shape: Any, *_: Any, dtype: torch.dtype | None = None, device: Any = None, **__: Any) -> torch.Tensor:
+        return torch.randn(tuple(shape), generator=generator).to(device, dtype or torch.float32)
 
     return draw
 
 
 def path_noise(bench: Bench, seed: int, shape: torch.Size, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """This project's Brownian step noise, with the same numbers for every dtype."""
-    path = sys.modules[type(bench.ours).__module__].brownian_noise(
-        torch.empty(shape), range(seed, seed + shape[0]), "cpu"
-    )
+    """This project's Brownian step noise, with the same numbers for every dtype and device."""
+    x = torch.empty(shape, device=bench.network.device)
+    path = sys.modules[type(bench.ours).__module__].brownian_noise(x, range(seed, seed + shape[0]), "cpu")
     return lambda sigma, sigma_next: path(sigma, sigma_next).to(dtype)
 
 
@@ -70,7 +70,7 @@ def our_noise(bench: Bench, sampler: str, seed: int, shape: torch.Size) -> dict[
     if sampler.endswith("_sde"):
         return {"noise_sampler": path_noise(bench, seed, shape, state)}
     draw = float32_noise(seed)
-    return {"noise_sampler": lambda sigma, sigma_next: draw(shape, dtype=state)}
+    return {"noise_sampler": lambda sigma, sigma_next: draw(shape, dtype=state, device=bench.network.device)}
 
 
 def latents(bench: Bench, loop: str, sampler: str, steps: int, seed: int, noise: torch.Tensor) -> torch.Tensor:
@@ -88,10 +88,10 @@ def latents(bench: Bench, loop: str, sampler: str, steps: int, seed: int, noise:
 
 
 def distances(
-    name: str, dtype: torch.dtype, samplers: list[str], steps: int, images: int, batch: int, size: int
+    name: str, dtype: torch.dtype, samplers: list[str], steps: int, images: int, batch: int, size: int, device: str
 ) -> Iterator[tuple[str, list[float], list[float]]]:
-    """(sampler, stock, ours): relative distance of each image's latents from their float64 run."""
-    half, truth = demo(name, dtype), demo(name, dtype)
+    """(sampler, stock, ours): relative distance of each image's latents from their float64 run, on the same device."""
+    half, truth = demo(name, dtype, device), demo(name, dtype, device)
     truth.ours.to(dtype=torch.float64)
     for bench in (half, truth):
         to = bench.network.dtype
@@ -132,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--images", type=positive, default=64, help="for each sampler (default: %(default)s)")
     add("--batch", type=positive, default=16, help="drawn together (default: %(default)s)")
     add("--size", type=positive, default=64, help="pixels (default: %(default)s)")
+    add("--device", default="cpu", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.images % options.batch or options.images < 2:
         parser.error(f"argument --images: has to be a multiple of --batch, at least 2, but is {options.images}")
@@ -141,13 +142,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error).replace("`sampler`", "argument --samplers"))
     size = f"{options.size}x{options.size}"
-    print(f"demo models, {size}, on {where('cpu')}; {options.steps} steps, {options.images} images")
+    print(f"demo models, {size}, on {where(options.device)}; {options.steps} steps, {options.images} images")
     worst = ("", 0.0, 0.0)
     for name in options.models:
         for dtype in options.dtypes:
             print(f"\n### {name}, {dtype} network: relative distance from float64, geometric means\n")
             print("| sampler | stock loop | this one | ratio (standard error) |\n|---|---|---|---|")
-            of_model = (options.samplers, options.steps, options.images, options.batch, options.size)
+            of_model = (options.samplers, options.steps, options.images, options.batch, options.size, options.device)
             for sampler, stock, ours in distances(name, DTYPES[dtype], *of_model):
                 theirs, mine, ratio, error = compared(stock, ours)
                 print(f"| {sampler} | {theirs:.2e} | {mine:.2e} | {ratio:.2f} ({error:.2f}) |", flush=True)

@@ -8,6 +8,7 @@ On FLUX x is (1 - t) x0 + t noise and sigma is t; elsewhere x is x0 + sigma nois
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import warnings
 
@@ -29,7 +30,7 @@ class Run:
         if noise_sampler is not None:
             self.noise = lambda: noise_sampler(None, None)
         self.first, self.x = x, x
-        self.sigmas = sigmas.clone()
+        self.given, self.sigmas = sigmas, sigmas.clone()
         self.uncond = None
 
     def from_finite_snr(self):
@@ -128,10 +129,10 @@ def dpmpp_2s_ancestral_cfg_pp(run):
         if t == 0:
             return denoised
         down, up = ancestral(s, t)
-        middle = (s * down).sqrt()
-        x_2 = middle / s * (x + denoised - run.uncond) + (1 - middle / s) * denoised
+        middle = ((s.log() + down.log()) / 2).exp()
+        x_2 = middle / s * (x + (denoised - run.uncond)) - (middle / s).log().expm1() * denoised
         denoised_2 = run(x_2, middle)
-        x = down / s * (x + denoised - run.uncond) + (1 - down / s) * denoised_2 + up * run.noise()
+        x = down / s * (x + (denoised - run.uncond)) - (down / s).log().expm1() * denoised_2 + up * run.noise()
     return x
 
 
@@ -211,46 +212,232 @@ def ipndm(run):
     return x
 
 
-def exponential_heun(run, eta=0.0, r=1.0, second_order=True):
-    """Two stages in lambda, the first to r of the step (SEEDS-2, Gonzalez et al. 2023; r = 1: exponential Heun).
-
-    The noise of both stages is of one path: its first part goes on in the second.
+def exponential(run, *shares, eta=0.0, second_order=True):
+    """Exponential stages at these shares of the step in lambda, each by the one before (SEEDS-2 and -3, Gonzalez et al.
+    2023; 1 and 1 are exponential Heun). The noise of a step is of one path through its stages.
     """
     run.from_finite_snr()
     x = run.x
     for s, t in run.steps():
-        denoised = run(x, s, begins=True)
+        denoised = latest = run(x, s, begins=True)
         if t == 0:
             return denoised
-        h = run.lam(t) - run.lam(s)
-        middle = run.sigma_at(run.lam(s) + r * h)
-        a = (1 + eta) * h
-        x_2 = middle / s * (-r * h * eta).exp() * x + run.alpha(middle) * (1 - (-r * a).exp()) * denoised
-        if eta:
-            path = (1 - (-2 * r * h * eta).exp()).sqrt() * run.noise()
-            x_2 = x_2 + middle * path
-        denoised_2 = run(x_2, middle)
-        whole = 1 - (-a).exp()
-        second = (a - whole) / a / r if second_order else whole / (2 * r)
-        x = t / s * (-h * eta).exp() * x + run.alpha(t) * ((whole - second) * denoised + second * denoised_2)
-        if eta:
-            rest = (1 - r) * h * eta
-            x = x + t * (path * (-rest).exp() + (1 - (-2 * rest).exp()).sqrt() * run.noise())
+        h, before, path, level, x_next = run.lam(t) - run.lam(s), 0.0, 0.0, s, x
+        for stage, r in enumerate(shares):
+            if stage:
+                latest = run(x_next, level)
+            level = t if stage == len(shares) - 1 else run.sigma_at(run.lam(s) + r * h)
+            a = (1 + eta) * r * h
+            whole, second = 1 - (-a).exp(), 0.0
+            if stage:
+                second = r / before * (a - whole) / a if second_order else whole / (2 * before)
+            x_next = level / s * (-r * h * eta).exp() * x + run.alpha(level) * (
+                (whole - second) * denoised + second * latest
+            )
+            if eta:
+                passed = (r - before) * h * eta
+                path = path * (-passed).exp() + (1 - (-2 * passed).exp()).sqrt() * run.noise()
+                x_next = x_next + level * path
+            before = r
+        x = x_next
     return x
 
 
-def flow_ancestral(run, middle=False):
+def heunpp2(run):
+    """Heun++, as ComfyUI has it: the slopes here and at the next two levels of Euler's path, those weighted by their
+    level over the first one's."""
+    x = run.x
+    for i, (s, t) in enumerate(run.steps()):
+        levels = [level for level in run.sigmas[i : i + 3] if level > 0]
+        y, slopes = x, []
+        for level, following in zip(levels, [*levels[1:], t]):
+            slopes.append((y - run(y, level, begins=not slopes)) / level)
+            y = y + slopes[-1] * (following - level)
+        weights = [level / (len(levels) * run.sigmas[0]) for level in levels[1:]]
+        x = x + (t - s) * sum(w * d for w, d in zip([1 - sum(weights), *weights], slopes))
+    return x
+
+
+def ipndm_v(run):
+    """Adams-Bashforth of order 4 for uneven steps (Hairer et al. 1993, III.5), in differences of slopes.
+
+    With ComfyUI's two slips: b_2 is inside of the bracket that it multiplies, and the oldest slope has h_1 / h_2 for
+    h_2 / h_3. Tells the callback the first x in every step.
+    """
+    x, slopes = run.x, []
+    for i, (s, t) in enumerate(run.steps()):
+        denoised = run(x, s, begins=True, shown=run.first)
+        if t == 0:
+            return denoised
+        slopes = d = [(x - denoised) / s, *slopes][:4]
+        h, h_1, h_2, h_3 = [run.sigmas[j + 1] - run.sigmas[j] for j in range(i, max(i - 4, -1), -1)] + [0] * max(
+            3 - i, 0
+        )
+        slope = d[0]
+        if i:
+            slope = slope + h / h_1 / 2 * (d[0] - d[1])
+        if i > 1:
+            b_2 = h * (h + h_1) / (h_1 * (h_1 + h_2))
+            second = d[0] - d[1] - h_1 / h_2 * (d[1] - d[2])
+            slope = slope + (1 - h / (3 * (h + h_1)) * b_2) / 2 * second
+        if i > 2:
+            b_3 = h * (h + h_1) * (h + h_1 + h_2) / (h_1 * (h_1 + h_2) * (h_1 + h_2 + h_3))
+            g_3 = (1 - h / (3 * (h + h_1))) / 2 + (1 - h / (2 * (h + h_1))) * h / (6 * (h + h_1 + h_2))
+            c = h_1 * (h_1 + h_2) / (h_2 * (h_2 + h_3))
+            third = second - c * (d[1] - d[2] - h_2 / h_3 * d[2] + h_1 / h_2 * d[3])
+            slope = slope + g_3 * b_3 * third
+        x = x + (t - s) * slope
+    return x
+
+
+def lagrange(nodes, at):
+    """The Lagrange polynomials of these nodes, of shape (nodes, *at.shape)."""
+    others = [torch.cat([nodes[:j], nodes[j + 1 :]]) for j in range(len(nodes))]
+    return torch.stack([((at[:, None] - o) / (node - o)).prod(1) for node, o in zip(nodes, others)])
+
+
+def deis(run):
+    """tAB-DEIS of order 3, Zhang and Chen 2022, eq. 15: slopes interpolated in tau, integrated over sigma by a sum.
+
+    log(1 + sigma^2) is a tau^2 / 2 + b tau, with a sigma of 0.002 at tau = 0.001 and of 80 at 1.
+    """
+    low, high = math.log1p(0.002**2) / 0.001, math.log1p(80**2)
+    a = 2 * (low - high) / (0.001 - 1)
+    b = high - a / 2
+    taus = ((b**2 + 2 * a * run.sigmas.double().square().log1p()).sqrt() - b) / a
+    x, slopes = run.x, []
+    for i, (s, t) in enumerate(run.steps()):
+        denoised = run(x, s, begins=True, shown=run.first)
+        if t == 0:
+            return denoised
+        slopes = [(x - denoised) / s, *slopes][:3]
+        tau = torch.linspace(taus[i], taus[i + 1], 10_000, dtype=torch.float64)
+        grown = (a * tau**2 / 2 + b * tau).exp()
+        weights = (a * tau + b) * grown / (2 * (grown - 1).sqrt()) * (taus[i + 1] - taus[i]) / len(tau)  # d sigma
+        shares = lagrange(taus[[i - j for j in range(len(slopes))]], tau) @ weights if i else [t - s]
+        x = x + sum(share * d for share, d in zip(shares, slopes))
+    return x
+
+
+def er_sde(run):
+    """Cui et al. 2023, ER-SDE-Solver-3, with their fifth noise scale: Taylor's formula in L = sigma / alpha."""
+    run.from_finite_snr()
+
+    def scale(level):
+        return level * ((level**0.3).exp() + 10)
+
+    x, history = run.x, []  # of denoised and its first derivative
+    levels = run.lam(run.sigmas).neg().exp()
+    for i, (s, t) in enumerate(run.steps()):
+        denoised = run(x, s, begins=True)
+        if t == 0:
+            return denoised
+        now, after, alpha = levels[i], levels[i + 1], run.alpha(t)
+        share, d = scale(after) / scale(now), after - now
+        x = alpha / run.alpha(s) * share * x + alpha * (1 - share) * denoised
+        points = after - d / 200 * torch.arange(200)
+        slope = None
+        if i:
+            slope = (denoised - history[0]) / (now - levels[i - 1])
+            x = x + alpha * (d - scale(after) * (1 / scale(points)).sum() * d / 200) * slope
+        if i > 1:
+            bend = (slope - history[1]) / ((now - levels[i - 2]) / 2)
+            x = x + alpha * (d**2 / 2 - scale(after) * ((points - now) / scale(points)).sum() * d / 200) * bend
+        x = x + alpha * (after**2 - (now * share) ** 2).clamp(min=0).sqrt() * run.noise()
+        history = denoised, slope
+    return x
+
+
+def sa_solver(run, pece=False):
+    """Stochastic Adams, Xue et al. 2023, algorithm 1: predictor of order 3, corrector of order 4, tau 1 in the middle.
+
+    In orders that fall at the end. The noise of a prediction is kept for its correction.
+    """
+    run.from_finite_snr()
+    lambdas, first, last = run.lam(run.sigmas).double(), *(run.sampling.percent_to_sigma(p) for p in (0.2, 0.8))
+    x, predicted, values, n = run.x, run.x, [], len(run.sigmas) - 1
+    tau, noise = 0.0, torch.zeros(())
+
+    def step(x, i, nodes, tau, noise):
+        """From level i to i + 1, by the values at `nodes`: (1 + tau^2) times the integral of eq. 14, by its moments."""
+        start, end, c = lambdas[i], lambdas[i + 1], 1 + tau**2
+        h, moments = end - start, []
+        for p in range(len(nodes)):  # of exp(c u) u^p, u = lambda - end
+            moments.append(float(p == 0) - (-h) ** p * (-c * h).exp() - (p / c * moments[-1] if p else 0))
+        shares = torch.linalg.solve(torch.vander(lambdas[nodes] - end, increasing=True).T, torch.stack(moments))
+        change = sum(share.to(x.dtype) * values[node] for share, node in zip(shares, nodes))
+        t, s = run.sigmas[i + 1], run.sigmas[i]
+        return t / s * (-(tau**2) * h).exp() * x + run.alpha(t) * change + noise
+
+    for i, (s, t) in enumerate(run.steps()):
+        denoised = run(predicted, s, begins=True)
+        values.append(denoised)
+        order = min(4, i + 1, n - i) if i and (t > 0 or pece) else 0
+        x = step(x, i - 1, [*range(i + 1 - order, i + 1)], tau, noise) if order else predicted
+        if order and pece:
+            values[-1] = denoised = run(x, s)
+        if t == 0:
+            return denoised
+        tau = float(first >= t.item() >= last)  # in float64: on FLUX a level may be one of the ends, rounded
+        noise = t * (1 - (-2 * tau**2 * (lambdas[i + 1] - lambdas[i])).exp()).sqrt() * run.noise() if tau else 0 * noise
+        order = min(3, i + 1, n - 1 - i)
+        predicted = step(x, i, [*range(i + 1 - order, i + 1)], tau, noise)
+    return predicted
+
+
+def uni_pc(run, bh2=False):
+    """UniPC of order 3, Zhao et al. 2023, algorithms 5 and 6 (data prediction), B(h) = h or exp(h) - 1, down to 0.001.
+
+    In alpha x0 + sigma noise, and in the float32 of ComfyUI, whose alpha^2 + sigma^2 = 1 loses digits of a low sigma.
+    """
+    run.sigmas[-1] = run.given[-1] = 0.001
+    log_alpha = 0.5 * (1 / (run.sigmas**2 + 1)).log()
+    alphas, stds = log_alpha.exp(), (1 - (2 * log_alpha).exp()).sqrt()
+    lambdas = log_alpha - 0.5 * (1 - (2 * log_alpha).exp()).log()
+    x, values, n = run.x / (1 + run.sigmas[0] ** 2).sqrt(), [], len(run.sigmas) - 1
+
+    def value(x, i):
+        """The model's x0 by its noise."""
+        s, y = run.sigmas[i], x * (run.sigmas[i] ** 2 + 1).sqrt()
+        return (x - stds[i] * ((y - run(y, s, begins=True)) / s)) / alphas[i]
+
+    for i in range(n):
+        values.append(value(x, i)) if not i else None
+        order, h = min(3, i + 1, n - i), lambdas[i] - lambdas[i + 1]
+        ratios = torch.stack([(lambdas[j] - lambdas[i]) / -h for j in range(i - 1, i - order, -1)] + [torch.ones(())])
+        differences = [(values[j] - values[i]) / r for j, r in zip(range(i - 1, i - order, -1), ratios)]
+        g, factorial, b, scale = h.expm1() / h - 1, 1, [], h.expm1() if bh2 else h
+        for k in range(1, order + 1):
+            b.append(g * factorial / scale)
+            factorial *= k + 1
+            g = g / h - 1 / factorial
+        powers, b = torch.stack([ratios**k for k in range(order)]), torch.stack(b)
+        shares = [0.5] if order == 2 else torch.linalg.solve(powers[:-1, :-1], b[:-1])
+        plain = stds[i + 1] / stds[i] * x - alphas[i + 1] * h.expm1() * values[i]
+        x = plain - alphas[i + 1] * scale * sum(share * d for share, d in zip(shares, differences))
+        if i + 1 < n:
+            values.append(value(x, i + 1))
+            shares = [0.5] if order == 1 else torch.linalg.solve(powers, b)
+            differences.append(values[-1] - values[i])
+            x = plain - alphas[i + 1] * scale * sum(share * d for share, d in zip(shares, differences))
+    return x / alphas[-1]
+
+
+def flow_ancestral(run, middle="none"):
     """ComfyUI's ancestral step on FLUX: by the ODE to t^2 / s, from where alpha and noise are brought up to t."""
     x = run.x
     for s, t in run.steps():
         denoised, down = run(x, s, begins=True), t**2 / s
         if t == 0:
             return denoised
-        if middle:
+        if middle == "dpm_2":
             half = (s * down).sqrt()
             x_2 = x + (x - denoised) / s * (half - s)
             x = x + (x_2 - run(x_2, half)) / half * (down - s)
         else:
+            if middle == "dpmpp_2s":
+                half = run.sigma_at((run.lam(s) + run.lam(down)) / 2) if s < 1 else 0.9999 * s
+                denoised = run(denoised + (x - denoised) * (half / s), half)
             x = denoised + (x - denoised) * (down / s)
         scale = (1 - t) / (1 - down)
         x = scale * x + (t**2 - (scale * down) ** 2).sqrt() * run.noise()
@@ -299,9 +486,18 @@ ON_BOTH = {
         "ddpm": ddpm,
         "lcm": lcm,
         "ipndm": ipndm,
-        "exp_heun_2_x0": exponential_heun,
-        "exp_heun_2_x0_sde": lambda run: exponential_heun(run, eta=1.0),
-        "seeds_2": lambda run: exponential_heun(run, eta=1.0, r=0.5, second_order=False),
+        "ipndm_v": ipndm_v,
+        "deis": deis,
+        "heunpp2": heunpp2,
+        "exp_heun_2_x0": lambda run: exponential(run, 1.0, 1.0),
+        "exp_heun_2_x0_sde": lambda run: exponential(run, 1.0, 1.0, eta=1.0),
+        "seeds_2": lambda run: exponential(run, 0.5, 1.0, eta=1.0, second_order=False),
+        "seeds_3": lambda run: exponential(run, 1 / 3, 2 / 3, 1.0, eta=1.0),
+        "er_sde": er_sde,
+        "sa_solver": sa_solver,
+        "sa_solver_pece": lambda run: sa_solver(run, pece=True),
+        "uni_pc": uni_pc,
+        "uni_pc_bh2": lambda run: uni_pc(run, bh2=True),
         "dpmpp_2m_sde_heun": lambda run: brownian(run, "dpmpp_2m_sde", solver_type="heun"),
         "dpmpp_2m_sde_heun_gpu": lambda run: brownian(run, "dpmpp_2m_sde", solver_type="heun"),  # the same on a CPU
     }.items()
@@ -310,7 +506,8 @@ ON_FLUX = {
     name: sampler(function)
     for name, function in {
         "euler_ancestral": flow_ancestral,
-        "dpm_2_ancestral": lambda run: flow_ancestral(run, middle=True),
+        "dpm_2_ancestral": lambda run: flow_ancestral(run, middle="dpm_2"),
+        "dpmpp_2s_ancestral": lambda run: flow_ancestral(run, middle="dpmpp_2s"),
         "dpmpp_sde": lambda run: brownian(run, "dpmpp_sde"),
         "dpmpp_2m_sde": lambda run: brownian(run, "dpmpp_2m_sde"),
         "dpmpp_3m_sde": lambda run: brownian(run, "dpmpp_3m_sde"),

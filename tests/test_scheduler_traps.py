@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
 import threading
@@ -13,10 +14,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from closed_form import SDXL_BETAS, UNet, mixture, patched, sliced_wasserstein
-from conftest import ROOT, relative, seeded
-from small_pipelines import flux_image, flux_text, random, sd_text
-from test_scheduler import BETAS, CLOSE, draw, made, ours
+from closed_form import Transformer, mixture, patched, sdxl_pipeline, sliced_wasserstein, unpatched
+from conftest import ROOT, parent_of, relative, seeded
+from small_pipelines import built, flux_image, flux_text, random, sd3_image, sd_image, sd_text
+from test_scheduler import BETAS, CLOSE, SAMPLERS, draw, made, ours
 
 from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling
 
@@ -58,12 +59,25 @@ def test_order_counts_the_evaluations_of_a_step():
         assert (len(scheduler.timesteps), scheduler.order) == expected
 
 
+@pytest.mark.parametrize("maker", [sd_image, sd3_image, flux_image], ids=lambda maker: maker.__name__)
+def test_strength_is_the_same_share_of_any_sampler(maker):
+    """Also where the pipeline passes levels, as FLUX's: those count evaluations in the place of steps."""
+    begins = {}
+    for sampler in ("euler", "heun", "dpm_2"):
+        scheduler = ours(maker, sampler)
+        draw(maker, scheduler, steps=10)
+        begins[sampler] = float(scheduler.timesteps[scheduler.begin_index])
+    later = float(scheduler.timesteps[scheduler.begin_index + 1])  # dpm_2 may begin between two levels
+    assert begins["heun"] == begins["euler"] and begins["euler"] in (begins["dpm_2"], later)
+
+
 def test_heun_begins_with_a_step_and_not_within_one():
     """Evaluation 4 begins step 2. One that ignores `order` begins with 3, which Euler's step ends."""
     stock = diffusers.HeunDiscreteScheduler.from_config(EULER.config)
     expected = loop(stock, start=4)[1]
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="heun")
     assert relative(loop(scheduler, start=4)[1], expected) < CLOSE
+    assert relative(loop(scheduler, start=4, named=False)[1], expected) < CLOSE  # its timestep is evaluation 3's too
     assert relative(loop(scheduler, start=3)[1], expected) < CLOSE
 
 
@@ -178,6 +192,55 @@ def test_noise_is_added_during_a_run():
         assert float(added.mean()) == pytest.approx(float(scheduler.sigmas[i + 1]), rel=1e-6)
 
 
+def test_cosmos_asks_twice():
+    """For the x0 of both halves of guidance, then, a step back, for the next sample from the guided x0."""
+
+    def run(scheduler: Any, guided: bool) -> torch.Tensor:
+        scheduler.set_timesteps(4)
+        x = random(1, 2, 4, 4) * float(scheduler.init_noise_sigma)
+        for t in scheduler.timesteps:
+            halves = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
+            output = halves * torch.tensor([0.5, 0.2])[: len(halves), None, None, None]
+            x0 = scheduler.step(output, t, torch.cat([x, x]) if guided else x, return_dict=False)[1]
+            scheduler._step_index -= 1
+            x0 = 3 * x0[:1] - 2 * x0[-1:]
+            x = scheduler.step(x0, t, x, return_dict=False, pred_original_sample=x0)[0]
+        return x
+
+    for guided in (True, False):
+        expected = run(diffusers.EDMEulerScheduler(), guided)
+        assert (
+            relative(run(KDiffusionScheduler.from_scheduler(diffusers.EDMEulerScheduler()), guided), expected) < CLOSE
+        )
+
+
+def test_ltx_gives_a_timestep_for_each_token():
+    """And turns the sign of its network's output, as the stock scheduler expects."""
+
+    def run(scheduler: Any) -> torch.Tensor:
+        scheduler.set_timesteps(4)
+        x = random(1, 6, 4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(-0.5 * x, t, x, per_token_timesteps=t.expand(1, 6), return_dict=False)[0]
+        return x
+
+    assert relative(run(KDiffusionScheduler.from_scheduler(FLOW)), run(copy.deepcopy(FLOW))) < CLOSE
+
+
+def test_a_predicted_variance_is_left_out():
+    """DiT's and PixArt's networks return it in a second half of the channels."""
+
+    def run(*variance: torch.Tensor) -> torch.Tensor:
+        scheduler = KDiffusionScheduler.from_scheduler(EULER)
+        scheduler.set_timesteps(3)
+        x = random(1, 2, 4, 4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.cat([0.5 * scheduler.scale_model_input(x, t), *variance], 1), t, x).prev_sample
+        return x
+
+    assert torch.equal(run(random(1, 2, 4, 4, seed=2)), run())
+
+
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +250,20 @@ def test_noise_follows_from_the_generator(maker, sampler):
     """Also where the pipeline gives none to `step`: then from the first sample, which the generator drew."""
     first, again, other = (draw(maker, ours(maker, sampler), generator=seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again) and relative(other, first) > 0.1
+
+
+def test_noise_without_a_generator_follows_from_each_images_bits():
+    def run(x: torch.Tensor) -> torch.Tensor:
+        scheduler = KDiffusionScheduler.from_scheduler(FLOW, sampler="euler_ancestral")
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(0.5 * x, t, x).prev_sample
+        return x
+
+    x = random(2, 2, 4, 4)
+    pair = run(x)
+    assert torch.equal(run(x), pair) and torch.equal(run(x[1:]), pair[1:])
+    assert relative(run(x + 1e-4), pair) > 0.1
 
 
 def test_ve_is_for_samplers_that_add_noise():
@@ -280,6 +357,9 @@ def test_an_error_of_the_sampler_comes_out_of_step():
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=broken)
     with pytest.raises(ArithmeticError, match="broken"):
         loop(scheduler)
+    x = random(1, 2, 4, 4)
+    with pytest.raises(ArithmeticError, match="broken"):  # the next step begins anew
+        scheduler.step(x, scheduler.timesteps[0], x)
 
 
 def test_copies_and_threads():
@@ -406,36 +486,108 @@ def test_quantized_timesteps_are_whole():
     assert all(t == round(t) for t in scheduler.timesteps.tolist())
 
 
+# --- what people do to pipelines --------------------------------------------------------------------------------------
+
+OFFLOAD = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "group": lambda pipe: pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+}
+
+
+def drawn(pipe: Any, arguments: dict[str, Any], sampler: str) -> torch.Tensor:
+    pipe.scheduler = KDiffusionScheduler.from_scheduler(pipe.scheduler, sampler=sampler)
+    return pipe(**arguments, num_inference_steps=3, generator=seeded(), output_type="latent")[0]
+
+
+@pytest.mark.parametrize("mode", OFFLOAD)
+@pytest.mark.parametrize("maker", [sd_text, flux_image], ids=lambda maker: maker.__name__)
+def test_offloading(maker, mode):
+    """With the hooks in place, from sampler to sampler, and after an exception in the middle of a run."""
+    pipe, arguments = maker(1)
+    expected = {sampler: drawn(pipe, arguments, sampler) for sampler in ("heun", "dpmpp_2m_sde")}
+
+    def fail(*args):
+        raise ZeroDivisionError
+
+    OFFLOAD[mode](pipe)
+    for sampler, latents in expected.items():
+        assert torch.equal(drawn(pipe, arguments, sampler), latents)
+        with pytest.raises(ZeroDivisionError):
+            drawn(pipe, arguments | {"callback_on_step_end": fail}, sampler)
+        assert torch.equal(drawn(pipe, arguments, sampler), latents)
+
+
+def test_a_compiled_network_is_compiled_once():
+    """Without a graph break, and for all steps, samplers and calls: the sampler's function mode is not there."""
+    pipe, arguments = sd_text(1)
+    samplers = ("euler", "heun", "dpmpp_2m_sde")
+    expected = {sampler: drawn(pipe, arguments, sampler) for sampler in samplers}
+    torch._dynamo.reset()
+    pipe.unet.compile(fullgraph=True, backend="eager")
+    try:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for sampler in samplers:
+                assert relative(drawn(pipe, arguments, sampler), expected[sampler]) < CLOSE
+    finally:
+        torch._dynamo.reset()
+
+
+def test_pndm_as_the_base():
+    """It lists a timestep twice, and has none before `set_timesteps`. Euler's method over its levels is DDIM's."""
+    base = diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
+    ddim = diffusers.DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1)
+    scheduler = KDiffusionScheduler.from_scheduler(base)
+    assert relative(draw(sd_text, scheduler, steps=5), draw(sd_text, ddim, steps=5)) < CLOSE
+    base.set_timesteps(5)
+    assert scheduler.timesteps.tolist() == base.timesteps.unique_consecutive().tolist() == [801, 601, 401, 201, 1]
+
+
 # --- right, not only equal --------------------------------------------------------------------------------------------
 
+KNOWN = mixture()
+STOCHASTIC = {name: {} for name in SAMPLERS if "noise_sampler" in inspect.signature(find_sampler(name)).parameters}
+STOCHASTIC |= {"dpm_fast": {"eta": 1.0}} | {name: {"s_churn": 5.0} for name in ("euler", "heun", "dpm_2")}
 
-@pytest.mark.parametrize(
-    "sampler", ["euler_ancestral", "dpmpp_2s_ancestral", "dpm_2_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"]
-)
-@pytest.mark.parametrize("process", ["sdxl", "flow"])
-def test_distribution(process, sampler):
-    """Samples of a mixture that the network knows exactly are distributed as the mixture.
 
-    Two true sets of 4000 are 0.021 apart. The pipelines' own samplers, with 50 steps, are within 0.032 in "ve"; "flow"
-    would leave 0.16 or more.
+class SD3(Transformer):
+    """SD3's network for a mixture, on latents of (b, 4, h, w)."""
+
+    def __init__(self):
+        super().__init__(in_channels=4)
+        self.register_to_config(sample_size=64, patch_size=1)
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, **conditioning: Any) -> tuple[torch.Tensor]:
+        velocity = self.velocity(patched(hidden_states, self.mixture), timestep.double().view(-1, 1, 1) / 1000)
+        return (unpatched(velocity, hidden_states.shape),)
+
+
+@functools.cache
+def stock_pipeline(name: str) -> tuple[Any, Any]:
+    """SDXL's or SD3's, with a network that knows the mixture, and its scheduler."""
+    if name == "sdxl":
+        pipe = parent_of(sdxl_pipeline(KNOWN), "sdxl")
+    else:
+        network = SD3().double().answering(KNOWN)
+        pipe = built(diffusers.StableDiffusion3Pipeline, transformer=network, scheduler=FLOW)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, pipe.scheduler
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_distribution(name, sampler):
+    """1024 samples of a mixture that the network knows exactly, one a patch, are distributed as the mixture.
+
+    Two true sets of them are 0.034 to 0.054 apart, these 0.029 to 0.056; noise in flow coordinates leaves 0.2 or more.
+    SDXL's levels by Karras, SD3's as FLUX's: in their own last steps dpmpp_3m_sde goes on too far (0.13 at 50 steps).
     """
-    known = mixture()
-    # SDXL's levels by Karras: its own, even in time, leave the ancestral ones too few where the modes part
-    base, schedule = (diffusers.EulerDiscreteScheduler(**SDXL_BETAS), "karras") if process == "sdxl" else (FLOW, None)
-    scheduler = KDiffusionScheduler.from_scheduler(base, sampler=sampler, schedule=schedule)
-    network = UNet().answering(known, base) if process == "sdxl" else None
-    scheduler.set_timesteps(50) if process == "sdxl" else scheduler.set_timesteps(
-        sigmas=np.linspace(1, 1 / 50, 50)  # as FLUX's pipelines
+    pipe, base = stock_pipeline(name)
+    pipe.scheduler = KDiffusionScheduler.from_scheduler(
+        base, sampler=sampler, sampler_kwargs=STOCHASTIC[sampler], schedule="karras" if name == "sdxl" else None
     )
-    generator = seeded()
-    shape = (1, 4, 128, 128) if process == "sdxl" else (1, 4096, 16)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64) * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        if process == "sdxl":
-            output = network(scheduler.scale_model_input(x, t), t)[0]
-        else:
-            share = min(float(t) / 1000, 1 - 1e-12)
-            output = (x - known.denoised(x / (1 - share), torch.tensor([share / (1 - share)]))) / share
-        x = scheduler.step(output, t, x, generator=generator if process == "sdxl" else None).prev_sample
-    samples = patched(x, known)[0] if process == "sdxl" else x[0]
-    assert sliced_wasserstein(samples[:4000], known.sample(4000, seeded(1))) < 0.05
+    nothing = torch.zeros(1, 1, 1, dtype=torch.float64)
+    call = {"prompt_embeds": nothing, "pooled_prompt_embeds": nothing[:, 0], "guidance_scale": 1.0, "height": 512}
+    call |= {"width": 512, "output_type": "latent", "generator": seeded()}
+    call |= {"num_inference_steps": 50} if name == "sdxl" else {"sigmas": np.linspace(1, 1 / 50, 50)}
+    samples = patched(pipe(**call)[0], KNOWN)[0]
+    assert sliced_wasserstein(samples, KNOWN.sample(len(samples), seeded(1))) < 0.08
