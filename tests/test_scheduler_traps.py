@@ -77,6 +77,7 @@ def test_heun_begins_with_a_step_and_not_within_one():
     expected = loop(stock, start=4)[1]
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="heun")
     assert relative(loop(scheduler, start=4)[1], expected) < CLOSE
+    assert relative(loop(scheduler, start=4, named=False)[1], expected) < CLOSE  # its timestep is evaluation 3's too
     assert relative(loop(scheduler, start=3)[1], expected) < CLOSE
 
 
@@ -356,6 +357,9 @@ def test_an_error_of_the_sampler_comes_out_of_step():
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=broken)
     with pytest.raises(ArithmeticError, match="broken"):
         loop(scheduler)
+    x = random(1, 2, 4, 4)
+    with pytest.raises(ArithmeticError, match="broken"):  # the next step begins anew
+        scheduler.step(x, scheduler.timesteps[0], x)
 
 
 def test_copies_and_threads():
