@@ -450,6 +450,9 @@ def test_what_the_base_knows_is_there():
     scheduler = KDiffusionScheduler.from_scheduler(EULER)
     assert scheduler.alphas_cumprod is scheduler.base.alphas_cumprod and scheduler.config.beta_start == 0.00085
     assert not hasattr(scheduler, "nonsense")
+    # CogVideoX' pipelines call the step of this one with other arguments
+    cog = KDiffusionScheduler.from_scheduler(diffusers.CogVideoXDPMScheduler())
+    assert isinstance(cog, diffusers.CogVideoXDDIMScheduler)
 
 
 # --- samplers of one's own --------------------------------------------------------------------------------------------
@@ -472,6 +475,7 @@ def test_named_and_given_levels():
     scheduler.set_timesteps(5)
     expected = sampling.get_sigmas_karras(5, 0.029167532920837402, 14.614642143249512)
     assert relative(scheduler.sigmas, expected) < CLOSE
+    assert float(scheduler.init_noise_sigma) == pytest.approx(expected[0].item())  # x0 + sigma noise begins at them
     scheduler = KDiffusionScheduler.from_scheduler(FLOW, schedule=[0.9, 0.5, 0.1])
     scheduler.set_timesteps(2)
     assert scheduler.timesteps.tolist() == [900.0, 500.0]
