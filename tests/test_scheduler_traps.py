@@ -432,6 +432,17 @@ def test_a_configuration_makes_one():
     assert again.config.flow_shift == 2.0 and again.order == 2
 
 
+def test_the_scheduler_that_it_is_made_of_stays_as_it_is():
+    """And lends it what was set later: `set_shift` leaves the config alone."""
+    base = diffusers.FlowMatchEulerDiscreteScheduler()
+    base.set_shift(3.0)
+    base.set_timesteps(3)
+    before = base.timesteps.clone()
+    scheduler = KDiffusionScheduler.from_scheduler(base)
+    assert relative(loop(scheduler)[1], loop(copy.deepcopy(base))[1]) < CLOSE
+    assert torch.equal(base.timesteps, before)
+
+
 @pytest.mark.parametrize(
     "folder, name", [("sdxl", "EulerDiscreteScheduler"), ("flux", "FlowMatchEulerDiscreteScheduler")]
 )
