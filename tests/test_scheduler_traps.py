@@ -471,6 +471,7 @@ def test_what_the_base_knows_is_there():
 
 def test_callables_run():
     def without_callback(model, x, sigmas):
+        assert sigmas.dtype == x.dtype
         for now, after in zip(sigmas, sigmas[1:]):
             x = x + (x - model(x, now * x.new_ones(len(x)))) * (after / now - 1)
         return x
