@@ -8,6 +8,7 @@ This file works alone: it needs torch, diffusers, k-diffusion and greenlet, and 
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -70,7 +71,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(base, diffusers.CogVideoXDPMScheduler):  # its pipelines call its step with other arguments
             base = diffusers.CogVideoXDDIMScheduler.from_config(base.config)
         config = base.config
-        self.base: Any = type(base).from_config(base.config)
+        self.base: Any = copy.deepcopy(base)  # with what the config does not know, as `set_shift`
         self.__module__ = type(base).__module__  # beside __class__, for savers
         self.sampler = find_sampler(sampler)
         self.sampler_kwargs = check_sampler_kwargs(self.sampler, sampler_kwargs)
@@ -80,8 +81,8 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         self._prediction = config.get("prediction_type", "epsilon")
         self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
         self._table, scaled = None, "init_noise_sigma" in dir(base)
-        parameters = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
-        needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        taken = parameters(getattr(base, "step", lambda: None)).values()
+        needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if needed != ["model_output", "timestep", "sample"] or "stage_index" in parameters(base.set_timesteps):
             self._scale = None
         elif hasattr(base, "precondition_outputs"):
@@ -168,6 +169,8 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
             check_sigmas(levels, f"{type(self.base).__name__}.sigmas")
             self.num_inference_steps = len(listed)
             self._plan(levels, times)
+            if any(kwargs.get(name) is not None for name in ("sigmas", "timesteps")):
+                self.order = 1  # pipelines that pass levels, as FLUX's, count `timesteps` by one then
 
         return set_timesteps
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from closed_form import Transformer, mixture, patched, sdxl_pipeline, sliced_wasserstein, unpatched
 from conftest import ROOT, parent_of, relative, seeded
-from small_pipelines import built, flux_image, flux_text, random, sd_text
+from small_pipelines import built, flux_image, flux_text, random, sd3_image, sd_image, sd_text
 from test_scheduler import BETAS, CLOSE, SAMPLERS, draw, made, ours
 
 from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling
@@ -59,12 +59,25 @@ def test_order_counts_the_evaluations_of_a_step():
         assert (len(scheduler.timesteps), scheduler.order) == expected
 
 
+@pytest.mark.parametrize("maker", [sd_image, sd3_image, flux_image], ids=lambda maker: maker.__name__)
+def test_strength_is_the_same_share_of_any_sampler(maker):
+    """Also where the pipeline passes levels, as FLUX's: those count evaluations in the place of steps."""
+    begins = {}
+    for sampler in ("euler", "heun", "dpm_2"):
+        scheduler = ours(maker, sampler)
+        draw(maker, scheduler, steps=10)
+        begins[sampler] = float(scheduler.timesteps[scheduler.begin_index])
+    later = float(scheduler.timesteps[scheduler.begin_index + 1])  # dpm_2 may begin between two levels
+    assert begins["heun"] == begins["euler"] and begins["euler"] in (begins["dpm_2"], later)
+
+
 def test_heun_begins_with_a_step_and_not_within_one():
     """Evaluation 4 begins step 2. One that ignores `order` begins with 3, which Euler's step ends."""
     stock = diffusers.HeunDiscreteScheduler.from_config(EULER.config)
     expected = loop(stock, start=4)[1]
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="heun")
     assert relative(loop(scheduler, start=4)[1], expected) < CLOSE
+    assert relative(loop(scheduler, start=4, named=False)[1], expected) < CLOSE  # its timestep is evaluation 3's too
     assert relative(loop(scheduler, start=3)[1], expected) < CLOSE
 
 
@@ -179,6 +192,55 @@ def test_noise_is_added_during_a_run():
         assert float(added.mean()) == pytest.approx(float(scheduler.sigmas[i + 1]), rel=1e-6)
 
 
+def test_cosmos_asks_twice():
+    """For the x0 of both halves of guidance, then, a step back, for the next sample from the guided x0."""
+
+    def run(scheduler: Any, guided: bool) -> torch.Tensor:
+        scheduler.set_timesteps(4)
+        x = random(1, 2, 4, 4) * float(scheduler.init_noise_sigma)
+        for t in scheduler.timesteps:
+            halves = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
+            output = halves * torch.tensor([0.5, 0.2])[: len(halves), None, None, None]
+            x0 = scheduler.step(output, t, torch.cat([x, x]) if guided else x, return_dict=False)[1]
+            scheduler._step_index -= 1
+            x0 = 3 * x0[:1] - 2 * x0[-1:]
+            x = scheduler.step(x0, t, x, return_dict=False, pred_original_sample=x0)[0]
+        return x
+
+    for guided in (True, False):
+        expected = run(diffusers.EDMEulerScheduler(), guided)
+        assert (
+            relative(run(KDiffusionScheduler.from_scheduler(diffusers.EDMEulerScheduler()), guided), expected) < CLOSE
+        )
+
+
+def test_ltx_gives_a_timestep_for_each_token():
+    """And turns the sign of its network's output, as the stock scheduler expects."""
+
+    def run(scheduler: Any) -> torch.Tensor:
+        scheduler.set_timesteps(4)
+        x = random(1, 6, 4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(-0.5 * x, t, x, per_token_timesteps=t.expand(1, 6), return_dict=False)[0]
+        return x
+
+    assert relative(run(KDiffusionScheduler.from_scheduler(FLOW)), run(copy.deepcopy(FLOW))) < CLOSE
+
+
+def test_a_predicted_variance_is_left_out():
+    """DiT's and PixArt's networks return it in a second half of the channels."""
+
+    def run(*variance: torch.Tensor) -> torch.Tensor:
+        scheduler = KDiffusionScheduler.from_scheduler(EULER)
+        scheduler.set_timesteps(3)
+        x = random(1, 2, 4, 4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.cat([0.5 * scheduler.scale_model_input(x, t), *variance], 1), t, x).prev_sample
+        return x
+
+    assert torch.equal(run(random(1, 2, 4, 4, seed=2)), run())
+
+
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +250,20 @@ def test_noise_follows_from_the_generator(maker, sampler):
     """Also where the pipeline gives none to `step`: then from the first sample, which the generator drew."""
     first, again, other = (draw(maker, ours(maker, sampler), generator=seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again) and relative(other, first) > 0.1
+
+
+def test_noise_without_a_generator_follows_from_each_images_bits():
+    def run(x: torch.Tensor) -> torch.Tensor:
+        scheduler = KDiffusionScheduler.from_scheduler(FLOW, sampler="euler_ancestral")
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(0.5 * x, t, x).prev_sample
+        return x
+
+    x = random(2, 2, 4, 4)
+    pair = run(x)
+    assert torch.equal(run(x), pair) and torch.equal(run(x[1:]), pair[1:])
+    assert relative(run(x + 1e-4), pair) > 0.1
 
 
 def test_ve_is_for_samplers_that_add_noise():
@@ -281,6 +357,9 @@ def test_an_error_of_the_sampler_comes_out_of_step():
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=broken)
     with pytest.raises(ArithmeticError, match="broken"):
         loop(scheduler)
+    x = random(1, 2, 4, 4)
+    with pytest.raises(ArithmeticError, match="broken"):  # the next step begins anew
+        scheduler.step(x, scheduler.timesteps[0], x)
 
 
 def test_copies_and_threads():
@@ -353,6 +432,17 @@ def test_a_configuration_makes_one():
     assert again.config.flow_shift == 2.0 and again.order == 2
 
 
+def test_the_scheduler_that_it_is_made_of_stays_as_it_is():
+    """And lends it what was set later: `set_shift` leaves the config alone."""
+    base = diffusers.FlowMatchEulerDiscreteScheduler()
+    base.set_shift(3.0)
+    base.set_timesteps(3)
+    before = base.timesteps.clone()
+    scheduler = KDiffusionScheduler.from_scheduler(base)
+    assert relative(loop(scheduler)[1], loop(copy.deepcopy(base))[1]) < CLOSE
+    assert torch.equal(base.timesteps, before)
+
+
 @pytest.mark.parametrize(
     "folder, name", [("sdxl", "EulerDiscreteScheduler"), ("flux", "FlowMatchEulerDiscreteScheduler")]
 )
@@ -371,6 +461,9 @@ def test_what_the_base_knows_is_there():
     scheduler = KDiffusionScheduler.from_scheduler(EULER)
     assert scheduler.alphas_cumprod is scheduler.base.alphas_cumprod and scheduler.config.beta_start == 0.00085
     assert not hasattr(scheduler, "nonsense")
+    # CogVideoX' pipelines call the step of this one with other arguments
+    cog = KDiffusionScheduler.from_scheduler(diffusers.CogVideoXDPMScheduler())
+    assert isinstance(cog, diffusers.CogVideoXDDIMScheduler)
 
 
 # --- samplers of one's own --------------------------------------------------------------------------------------------
@@ -378,6 +471,7 @@ def test_what_the_base_knows_is_there():
 
 def test_callables_run():
     def without_callback(model, x, sigmas):
+        assert sigmas.dtype == x.dtype
         for now, after in zip(sigmas, sigmas[1:]):
             x = x + (x - model(x, now * x.new_ones(len(x)))) * (after / now - 1)
         return x
@@ -393,6 +487,7 @@ def test_named_and_given_levels():
     scheduler.set_timesteps(5)
     expected = sampling.get_sigmas_karras(5, 0.029167532920837402, 14.614642143249512)
     assert relative(scheduler.sigmas, expected) < CLOSE
+    assert float(scheduler.init_noise_sigma) == pytest.approx(expected[0].item())  # x0 + sigma noise begins at them
     scheduler = KDiffusionScheduler.from_scheduler(FLOW, schedule=[0.9, 0.5, 0.1])
     scheduler.set_timesteps(2)
     assert scheduler.timesteps.tolist() == [900.0, 500.0]
