@@ -553,6 +553,13 @@ def test_a_compiled_network_is_compiled_once():
         torch._dynamo.reset()
 
 
+def test_zero_terminal_snr_of_ddim():
+    """Its first alpha is zero. Here it is 1 / 4096, as in Euler's scheduler: so far is the share of x0 there."""
+    options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    base = diffusers.DDIMScheduler(**BETAS, **options, clip_sample=False)
+    assert relative(draw(sd_text, KDiffusionScheduler.from_scheduler(base)), draw(sd_text, base)) < 1 / 4096
+
+
 def test_pndm_as_the_base():
     """It lists a timestep twice, and has none before `set_timesteps`. Euler's method over its levels is DDIM's."""
     base = diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
