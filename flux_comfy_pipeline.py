@@ -142,7 +142,8 @@ class FluxComfyPipeline(FluxPipeline):
                 texts = (prompt, prompt_2, device, num_images_per_prompt, embeds, pooled, max_sequence_length)
                 embeds, pooled, ids = self.encode_prompt(*texts, lora_scale=self._joint_attention_kwargs.get("scale"))
                 # encode_prompt repeats neither given embeddings for several images nor one text for several prompts
-                embeds, pooled = (e.repeat_interleave(batch_size // len(e), 0) for e in (embeds, pooled))
+                if len(embeds) < batch_size:  # a copy otherwise
+                    embeds, pooled = (e.repeat_interleave(batch_size // len(e), 0) for e in (embeds, pooled))
                 named = {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": ids}
                 return embeds.dtype, {name: value.to(device, dtype) for name, value in named.items()}
 
@@ -598,7 +599,8 @@ def run_sampler(
                     raise Interrupted(x, sigma[0].cpu())
             evaluations += 1
             denoised = denoiser(x, sigma, **kwargs)
-            last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
+            if not own:
+                last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
             return denoised
 
     def callback(info: dict[str, Any]) -> None:

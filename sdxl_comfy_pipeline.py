@@ -619,7 +619,8 @@ def run_sampler(
                     raise Interrupted(x, sigma[0].cpu())
             evaluations += 1
             denoised = denoiser(x, sigma, **kwargs)
-            last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
+            if not own:
+                last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
             return denoised
 
     def callback(info: dict[str, Any]) -> None:

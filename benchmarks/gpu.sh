@@ -5,8 +5,8 @@
 #     uv run benchmarks/gpu.sh tests overhead-flux              # only these parts
 #     uv run benchmarks/gpu.sh --device cpu --size demo         # small, to try the script
 #
-# A part that fails prints the end of its error, and the others go on; the exit status is 1 then. The first four, which
-# time nothing, run side by side.
+# A part that fails prints the end of its error, and the others go on. The exit status is 1 then, or if a goal of
+# overhead.py is missed. The first four parts, which time nothing, run side by side.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,6 +21,7 @@ while (($#)); do
     shift
 done
 
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # of each part
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
@@ -48,12 +49,15 @@ show() { # NAME
 
 if [[ $size == full ]]; then
     images=(--images 64 --batch 64)
-    sdxl=(--steps 5 --rounds 3)
-    flux=(--steps 5 --rounds 3 --samplers euler heun dpmpp_2m dpmpp_2m_sde)
+    # dpm_adaptive takes a hundred evaluations of a random network; FLUX's take 0.2 s
+    sdxl=(euler euler_ancestral heun dpm_2 dpm_2_ancestral lms dpm_fast)
+    sdxl+=(dpmpp_2s_ancestral dpmpp_sde dpmpp_2m dpmpp_2m_sde dpmpp_3m_sde)
+    flux=(euler heun dpmpp_2m dpmpp_2m_sde)
+    rounds=(--steps 5 --rounds 3)
 else
     images=(--images 2 --batch 2 --steps 2 --samplers euler)
-    sdxl=(--steps 2 --rounds 1 --samplers euler)
-    flux=("${sdxl[@]}")
+    sdxl=(euler) flux=(euler)
+    rounds=(--steps 2 --rounds 1)
 fi
 on=(--device "$device" --size "$size")
 files=(tests/test_{sampling,callbacks,modes,member,cuda}.py)
@@ -67,7 +71,8 @@ run sdxl 200 python benchmarks/gpu.py "${on[@]}" --models sdxl &
 run flux 240 python benchmarks/gpu.py "${on[@]}" --models flux &
 wait
 for name in tests precision sdxl flux; do show "$name"; done
-run noise 60 python benchmarks/overhead.py "${on[@]}" --only noise && show noise
-run overhead-sdxl 120 python benchmarks/overhead.py "${on[@]}" --only samplers --models sdxl "${sdxl[@]}" && show overhead-sdxl
-run overhead-flux 120 python benchmarks/overhead.py "${on[@]}" --only samplers --models flux "${flux[@]}" && show overhead-flux
+overhead=(python benchmarks/overhead.py "${on[@]}")
+run noise 40 "${overhead[@]}" --only noise && show noise
+run overhead-sdxl 150 "${overhead[@]}" --only samplers "${rounds[@]}" --models sdxl --samplers "${sdxl[@]}" && show overhead-sdxl
+run overhead-flux 140 "${overhead[@]}" --only samplers "${rounds[@]}" --models flux --samplers "${flux[@]}" && show overhead-flux
 exit $failed

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 from conftest import ROOT
 from diffusers.utils import logging
@@ -26,9 +27,13 @@ def run(*arguments, script: str = "test.py", launcher: tuple[str, ...] = ()) -> 
 def run_here(family: Family, *arguments) -> int:
     """The exit status. `--model demo`, unless another is named."""
     model = () if "--model" in arguments else ("--model", "demo")
+    return command_here(lambda: grid.run(family, parse(family, [*model, *map(str, arguments)])))
+
+
+def command_here(script: Callable[[], int]) -> int:
     verbosity, handler = logging.get_verbosity(), signal.getsignal(signal.SIGINT)
     try:
-        return command(lambda: grid.run(family, parse(family, [*model, *map(str, arguments)])))
+        return command(script)
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()

@@ -65,7 +65,8 @@ def test_offload(name, mode, tmp_path):
 def test_offload_from_cuda(name, mode):
     pipe = load(CHILDREN[name], name)
     expected = draw(copy.deepcopy(pipe).to("cuda"), name).cpu()
-    options = {"onload_device": torch.device("cuda")} if mode == "enable_group_offload" else {}
+    group = {"onload_device": torch.device("cuda"), "offload_type": "leaf_level"}
+    options = group if mode == "enable_group_offload" else {}
     getattr(pipe, mode)(**options)
     for _ in range(2):
         assert relative(draw(pipe, name).cpu(), expected) < 1e-3

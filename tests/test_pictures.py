@@ -16,7 +16,7 @@ from scenes import PALETTES, PLACES, SUBJECTS, TONES, Scene, caption
 
 @pytest.fixture(scope="module")
 def judge():
-    judge, right = train_judge(3000, 400)  # enough for subject and place; the tone takes more
+    judge, right = train_judge(1200, 150)  # enough for subject and place; the tone takes more
     assert right[:2].min() > 0.98, f"the judge itself is too weak: {dict(zip(PARTS, right.tolist()))}"
     return judge
 

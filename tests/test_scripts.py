@@ -227,11 +227,11 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["test.py", "test_flux.py"])
-def test_a_script_that_is_refused_prints_one_line(script):
-    result = run("--output", "/proc/nothing", script=script)
+def test_a_script_that_is_refused_prints_one_line():
+    result = run("--output", "/proc/nothing", script="test_flux.py")
     assert result.returncode == 2 and result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith(f"{script}: can't write to /proc/nothing")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("test_flux.py: can't write to /proc/nothing")
 
 
 def test_help_needs_no_torch():
@@ -284,16 +284,27 @@ def test_ctrl_c_while_it_draws(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == [drawn[0]] and read_settings(drawn[0])
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--samplers", "euler", "--steps", "1")], ids=lambda a: a[0])
-def test_nobody_reads_what_the_script_says(tmp_path, arguments):
-    """As of `| head -1`, when it has its line."""
-    line = [sys.executable, ROOT / "test.py", *arguments, "--output", tmp_path]
-    environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": "" if arguments == ("--help",) else "1"}
-    ends = os.pipe()
-    os.close(ends[0])
-    result = subprocess.run(line, stdout=ends[1], stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-    os.close(ends[1])
-    assert result.returncode == 141 and "Error" not in result.stderr and "Traceback" not in result.stderr
+@pytest.fixture
+def unread():
+    """The writing end of a pipe that nobody reads, as of `| head -1` when it has its line."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", buffering=1) as end:
+        yield end
+
+
+def test_nobody_reads_the_help(unread):
+    line = [sys.executable, ROOT / "test.py", "--help"]
+    environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": ""}  # argparse drops the error of a write
+    result = subprocess.run(line, stdout=unread, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_nobody_reads_what_the_script_says(tmp_path, unread, monkeypatch):
+    with (tmp_path / "errors").open("w") as errors:
+        monkeypatch.setattr(sys, "stdout", unread)
+        monkeypatch.setattr(sys, "stderr", errors)
+        assert run_here(SDXL, "--samplers", "euler", "--steps", 1, "--output", tmp_path) == 141
 
 
 def test_a_pipe_gets_one_line_a_picture(grid):

@@ -20,6 +20,7 @@ from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline, sampler_names, s
 
 # rounding alone: the scheduler keeps its sigmas and timesteps in float32
 EXACT = 1e-6
+SMALL = {"height": 64, "width": 64, "output_type": "latent"}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ EXACT = 1e-6
 def test_euler_is_the_stock_pipeline(sdxl64, call):
     """EulerDiscreteScheduler through the untouched parent, float64, the same generator."""
     child, parent = sdxl64
-    call = {"prompt": PROMPT, "num_inference_steps": 8, "output_type": "latent", **call}
+    call = {"prompt": PROMPT, "num_inference_steps": 4, **SMALL, **call}
     if "sigmas" in call or "timesteps" in call:
         del call["num_inference_steps"]
     expected = parent(generator=seeded(), **call).images
@@ -60,7 +61,7 @@ def test_negative_sizes_reach_every_image_of_a_batch(sdxl64):
     """Each image gets the negative sizes on its negative half. (The stock pipeline deals them out alternately.)"""
     child, parent = sdxl64
     sizes = {"negative_original_size": (1024, 64), "negative_target_size": (64, 1024)}
-    call = {"num_inference_steps": 4, "output_type": "latent", **sizes}
+    call = {"num_inference_steps": 4, **SMALL, **sizes}
 
     def both(pipe):
         alone = pipe(PROMPT, generator=seeded(1), **call).images
@@ -102,7 +103,7 @@ def test_euler_is_the_stock_pipeline_with_other_schedulers(sdxl64, options):
     child, parent = sdxl64
     scheduler = EulerDiscreteScheduler.from_config(parent.scheduler.config, **options)
     child, parent = (quiet(with_scheduler(pipe, scheduler)) for pipe in (child, parent))
-    call = {"num_inference_steps": 8, "output_type": "latent", "guidance_rescale": 0.7}
+    call = {"num_inference_steps": 8, "guidance_rescale": 0.7, **SMALL}
     expected = parent(PROMPT, generator=seeded(), **call).images
     # at zero terminal SNR sigma is 4096 in the first step, and the state that float64 keeps exactly in both
     # goes through timesteps that differ by the float32 rounding of sigma
@@ -116,8 +117,8 @@ def test_start_below_one_is_the_stock_pipelines(sdxl64, spacing, call):
     child, parent = sdxl64
     scheduler = EulerDiscreteScheduler.from_config(parent.scheduler.config, timestep_spacing=spacing)
     child, parent = (quiet(with_scheduler(pipe, scheduler)) for pipe in (child, parent))
-    expected = parent(PROMPT, generator=seeded(), output_type="latent", **call).images
-    assert relative(child(PROMPT, generator=seeded(), output_type="latent", **call).images, expected) < 5 * EXACT
+    expected = parent(PROMPT, generator=seeded(), **SMALL, **call).images
+    assert relative(child(PROMPT, generator=seeded(), **SMALL, **call).images, expected) < 5 * EXACT
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_ddim_is_euler(sdxl64):
         parent.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
     )
     child, parent = (quiet(with_scheduler(pipe, scheduler)) for pipe in (child, parent))
-    call = {"num_inference_steps": 8, "output_type": "latent"}
+    call = {"num_inference_steps": 4, **SMALL}
     expected = parent(PROMPT, generator=seeded(), **call).images
     assert relative(child(PROMPT, generator=seeded(), **call).images, expected) < 5 * EXACT
 
@@ -150,7 +151,7 @@ def test_quantize_timesteps_is_what_dpm_solver_does(sdxl64):
     child, parent = sdxl64
     scheduler = DPMSolverMultistepScheduler.from_config(parent.scheduler.config, use_karras_sigmas=True)
     child, parent = (quiet(with_scheduler(pipe, scheduler)) for pipe in (child, parent))
-    call = {"num_inference_steps": 12, "output_type": "latent"}
+    call = {"num_inference_steps": 12, **SMALL}
     expected = parent(PROMPT, generator=seeded(), **call).images
     ours = {
         rounds: child(PROMPT, sampler="dpmpp_2m", quantize_timesteps=rounds, generator=seeded(), **call).images
@@ -160,19 +161,27 @@ def test_quantize_timesteps_is_what_dpm_solver_does(sdxl64):
     assert relative(ours[False], expected) > 1e-4  # 4e-4 on a closed-form model
 
 
+def twelve_steps(sdxl, sampler):
+    call = {"num_inference_steps": 12, "schedule": "karras", **SMALL}
+    return sdxl(PROMPT, sampler=sampler, generator=seeded(), **call).images
+
+
+@pytest.fixture(scope="module")
+def spread(sdxl):
+    return twelve_steps(sdxl, "heun").std()
+
+
 @pytest.mark.parametrize("sampler", sampler_names())
-def test_every_sampler_gives_a_likely_picture(sdxl, sampler):
+def test_every_sampler_gives_a_likely_picture(sdxl, spread, sampler):
     """Latents of the spread that the VAE's have: noise would be wider, mush narrower."""
-    call = {"num_inference_steps": 12, "schedule": "karras", "output_type": "latent"}
-    latents = sdxl(PROMPT, sampler=sampler, generator=seeded(), **call).images * 1.0
-    reference = sdxl(PROMPT, sampler="heun", generator=seeded(), **call).images
+    latents = twelve_steps(sdxl, sampler)
     assert latents.dtype == torch.float32
-    assert 0.8 < latents.std() / reference.std() < 1.25
+    assert 0.8 < latents.std() / spread < 1.25
 
 
 def test_state_is_float32_for_a_half_network(sdxl):
     half = quiet(StableDiffusionXLComfyPipeline(**copy.deepcopy(sdxl.components)).to(torch.bfloat16))
-    call = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 1.0}
+    call = {"num_inference_steps": 4, "guidance_scale": 1.0, **SMALL}
     embeds = [embed.to(torch.bfloat16) for embed in sdxl.encode_prompt(PROMPT, do_classifier_free_guidance=False)[::2]]
     latents = half(prompt_embeds=embeds[0], pooled_prompt_embeds=embeds[1], generator=seeded(), **call).images
     assert latents.dtype == torch.float32
@@ -187,7 +196,7 @@ def test_callback(sdxl):
         seen.append((i, round(float(timestep)), sorted(tensors)))
         return {}
 
-    call = {"num_inference_steps": 4, "output_type": "latent", "sampler": "heun"}
+    call = {"num_inference_steps": 4, "sampler": "heun", **SMALL}
     names = ["latents", "prompt_embeds", "denoised", "sigma"]
     plain = sdxl(PROMPT, generator=seeded(), **call).images
     watched = sdxl(
