@@ -368,10 +368,12 @@ def test_every_sampler_at_every_grid(sampler):
             assert latents.isfinite().all() and latents.dtype == torch.float32, (dtype, mu, arguments)
 
 
-@pytest.mark.parametrize("sampler", sampler_names())
-@pytest.mark.parametrize("mu", [0.0, 0.5, 1.15])
+SHIFTS = [(name, mu) for i, name in enumerate(sampler_names()) for j, mu in enumerate((0.0, 0.5, 1.15)) if (i + j) % 3]
+
+
+@pytest.mark.parametrize("sampler, mu", SHIFTS)
 def test_every_sampler_draws_samples_at_any_shift(sampler, mu):
-    """20 steps of FLUX's grid, by "auto"."""
+    """20 steps of FLUX's grid, by "auto"; each sampler at two of three shifts."""
     samples = call(
         pipeline("ve", torch.float32, mu=mu), 50, 80, sampler=sampler, num_inference_steps=20, generator=seeded()
     )

@@ -8,29 +8,14 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import CHILDREN, FAMILIES, PARENTS, PROMPT, ROOT, load, relative, seeded
+from conftest import CALLS, CHILDREN, FAMILIES, PARENTS, PROMPT, ROOT, draw, load, relative, seeded
 
 CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
-CALL = {"height": 64, "width": 64, "output_type": "latent", "num_inference_steps": 2}
-CALLS = {"sdxl": CALL, "flux": {**CALL, "max_sequence_length": 64}}
 PROMPTS = ["a cat", PROMPT, "a robot in a city, warm colors, vivid colors"]
 ENCODED = {
     "sdxl": ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
     "flux": ("prompt_embeds", "pooled_prompt_embeds"),
 }
-
-
-@pytest.fixture(params=["sdxl", "flux"])
-def family(request, sdxl, flux):
-    return request.param, {"sdxl": sdxl, "flux": flux}[request.param]
-
-
-def draw(pipe, name, **call):
-    pipe.set_progress_bar_config(disable=True)
-    call = {"generator": seeded(), **CALLS[name], **call}
-    if "prompt_embeds" not in call:
-        call.setdefault("prompt", PROMPT)
-    return pipe(**call).images
 
 
 # --- the call --------------------------------------------------------------------------------------------------------
@@ -52,7 +37,7 @@ def test_signature_is_the_parents_and_more(name):
 
 def test_dict_and_tuple(family):
     name, pipe = family
-    call = {"prompt": PROMPT, **CALLS[name], "output_type": "np"}
+    call = {**CALLS[name], "output_type": "np"}
     as_tuple = pipe(**call, generator=seeded(), return_dict=False)
     assert isinstance(as_tuple, tuple) and len(as_tuple) == 1
     assert np.array_equal(as_tuple[0], pipe(**call, generator=seeded()).images)
@@ -142,7 +127,8 @@ def test_encode_prompt_in_isolation(family):
     )
     length = {"max_sequence_length": 64} if name == "flux" else {"negative_prompt": "snow"}
     with torch.no_grad():
-        encoded = dict(zip(ENCODED[name], alone.encode_prompt(prompt=PROMPT, prompt_2=None, device="cpu", **length)))
+        embeds = alone.encode_prompt(prompt=PROMPT, prompt_2=None, device="cpu", **length)
+    encoded = {"prompt": None, **dict(zip(ENCODED[name], embeds))}
     negative = {"negative_prompt": "snow"} if name == "sdxl" else {}
     expected = draw(pipe, name, **negative)
     without = CHILDREN[name](**dict.fromkeys(texts), **rest)
@@ -154,7 +140,7 @@ def test_save_and_load_with_optional_components(name, tmp_path):
     pipe = load(CHILDREN[name], name)
     with torch.no_grad():
         embeds = pipe.encode_prompt(PROMPT, **({"prompt_2": None} if name == "flux" else {}))
-    encoded = dict(zip(ENCODED[name], embeds))
+    encoded = {"prompt": None, **dict(zip(ENCODED[name], embeds))}
     expected = draw(pipe, name, **encoded)
     optional = [part for part in pipe.components if part.startswith(("text", "tokenizer"))]
     for part in optional:

@@ -227,7 +227,7 @@ def test_names_are_known_to_both_sides():
 )
 def test_the_text_draws_the_picture_again(tmp_path, family, options):
     """With nothing but what the `parameters` of the first picture say."""
-    run(family, *options, "--steps", 4, "--output", tmp_path / "first")
+    run(family, "--width", 64, "--height", 64, *options, "--steps", 4, "--output", tmp_path / "first")
     (first,) = (tmp_path / "first").glob("*-sample_*.png")
     read = read_parameters(read_settings(first)["parameters"])
     width, height = read.pop("size").split("x")

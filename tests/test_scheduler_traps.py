@@ -488,6 +488,11 @@ def test_named_and_given_levels():
     expected = sampling.get_sigmas_karras(5, 0.029167532920837402, 14.614642143249512)
     assert relative(scheduler.sigmas, expected) < CLOSE
     assert float(scheduler.init_noise_sigma) == pytest.approx(expected[0].item())  # x0 + sigma noise begins at them
+    scheduler = KDiffusionScheduler.from_scheduler(FLOW, schedule="karras")
+    scheduler.set_timesteps(5)
+    lowest = 1 / 10_000  # FLUX is trained with 1/10,000 ... 1, shifted: t becomes 3 t / (1 + 2 t)
+    assert float(scheduler.sigmas[0]) == 1
+    assert float(scheduler.sigmas[-2]) == pytest.approx(3 * lowest / (1 + 2 * lowest))
     scheduler = KDiffusionScheduler.from_scheduler(FLOW, schedule=[0.9, 0.5, 0.1])
     scheduler.set_timesteps(2)
     assert scheduler.timesteps.tolist() == [900.0, 500.0]
@@ -546,6 +551,13 @@ def test_a_compiled_network_is_compiled_once():
                 assert relative(drawn(pipe, arguments, sampler), expected[sampler]) < CLOSE
     finally:
         torch._dynamo.reset()
+
+
+def test_zero_terminal_snr_of_ddim():
+    """Its first alpha is zero. Here it is 1 / 4096, as in Euler's scheduler: so far is the share of x0 there."""
+    options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    base = diffusers.DDIMScheduler(**BETAS, **options, clip_sample=False)
+    assert relative(draw(sd_text, KDiffusionScheduler.from_scheduler(base)), draw(sd_text, base)) < 1 / 4096
 
 
 def test_pndm_as_the_base():
