@@ -8,6 +8,7 @@ This file works alone: it needs torch, diffusers, k-diffusion and greenlet, and 
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -70,7 +71,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(base, diffusers.CogVideoXDPMScheduler):  # its pipelines call its step with other arguments
             base = diffusers.CogVideoXDDIMScheduler.from_config(base.config)
         config = base.config
-        self.base: Any = type(base).from_config(base.config)
+        self.base: Any = copy.deepcopy(base)  # with what the config does not know, as `set_shift`
         self.__module__ = type(base).__module__  # beside __class__, for savers
         self.sampler = find_sampler(sampler)
         self.sampler_kwargs = check_sampler_kwargs(self.sampler, sampler_kwargs)

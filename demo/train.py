@@ -6,13 +6,14 @@
 
 The stages are vae-sdxl, vae-flux (the autoencoders), sdxl, flux (the networks with their text encoders), distil (FLUX's
 guidance), decoder-sdxl, decoder-flux (sharper decoders for the same latents); then the same with "-more", which go on
-from there with other drawings and another optimizer; and save-sdxl, save-flux. Each writes a checkpoint to `--work`
-every two minutes, and goes on from there when it is started again.
+from there with other drawings, larger batches and another optimizer (a GPU is for them); and save-sdxl, save-flux. Each
+writes a checkpoint to `--work` every two minutes, and goes on from there when it is started again.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import shutil
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -30,9 +32,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from scenes import caption
+from scenes import caption, draw
 from torch import nn
-from training import Run, drawings, indices, load_average, pick, pixels, scene, tokenizers, write_whole
+from training import Plan, Run, drawings, indices, load_average, pick, pixels, scene, tokenizers, write_whole
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -45,30 +47,34 @@ from transformers import (
 
 HERE = Path(__file__).resolve().parent
 CAPTION_TOKENS = 32  # T5's; no caption is longer
+UNSEEN = range(60_000, 60_096)  # scenes of no stage, for the PSNR
 
-# steps, batch, highest learning rate
 PLAN = {
-    "vae-sdxl": (3_000, 8, 1.5e-3),
-    "vae-flux": (3_000, 8, 1.5e-3),
-    "sdxl": (2_600, 32, 1e-3),
-    "flux": (8_000, 16, 1e-3),
-    "distil": (200, 24, 3e-4),
-    "decoder-sdxl": (700, 8, 1e-3),
-    "decoder-flux": (700, 8, 1e-3),
-    "sdxl-more": (1_200, 32, 8e-4),
-    "flux-more": (2_600, 32, 1e-3),
-    "distil-more": (300, 32, 5e-4),
-    "decoder-sdxl-more": (3_000, 8, 2e-3),
-    "decoder-flux-more": (3_000, 8, 2e-3),
+    "vae-sdxl": Plan(steps=3_000, batch=8, lr=1.5e-3),
+    "vae-flux": Plan(steps=3_000, batch=8, lr=1.5e-3),
+    "sdxl": Plan(steps=2_600, batch=32, lr=1e-3),
+    "flux": Plan(steps=8_000, batch=16, lr=1e-3),
+    "distil": Plan(steps=200, batch=24, lr=3e-4),
+    "decoder-sdxl": Plan(steps=700, batch=8, lr=1e-3),
+    "decoder-flux": Plan(steps=700, batch=8, lr=1e-3),
+    "vae-sdxl-more": Plan(steps=3_000, batch=32, lr=2e-3),
+    "vae-flux-more": Plan(steps=3_000, batch=32, lr=2e-3),
+    "sdxl-more": Plan(steps=5_000, batch=64, lr=8e-4),
+    "flux-more": Plan(steps=5_000, batch=64, lr=1e-3),
+    "distil-more": Plan(steps=800, batch=64, lr=5e-4),
+    "decoder-sdxl-more": Plan(steps=8_000, batch=32, lr=2e-3),
+    "decoder-flux-more": Plan(steps=8_000, batch=32, lr=2e-3),
 }
 STAGES = (*PLAN, "save-sdxl", "save-flux", "recover")
 # whose checkpoints a stage begins with
 NEEDS = {
-    "sdxl-more": ["vae-sdxl", "sdxl"],
-    "flux-more": ["vae-flux", "distil"],
-    "distil-more": ["vae-flux", "flux-more"],
-    "decoder-sdxl-more": ["vae-sdxl", "decoder-sdxl"],
-    "decoder-flux-more": ["vae-flux", "decoder-flux"],
+    "vae-sdxl-more": ["decoder-sdxl"],
+    "vae-flux-more": ["decoder-flux"],
+    "sdxl-more": ["vae-sdxl-more", "sdxl"],
+    "flux-more": ["vae-flux-more", "distil"],
+    "distil-more": ["vae-flux-more", "flux-more"],
+    "decoder-sdxl-more": ["vae-sdxl-more"],
+    "decoder-flux-more": ["vae-flux-more"],
     "sdxl": ["vae-sdxl"],
     "flux": ["vae-flux"],
     "distil": ["vae-flux", "flux"],
@@ -83,7 +89,7 @@ NEEDS = {
 
 
 def make_vae(stage: str, **config: float) -> AutoencoderKL:
-    flux = stage == "vae-flux"
+    flux = stage.startswith("vae-flux")
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -101,10 +107,16 @@ def make_vae(stage: str, **config: float) -> AutoencoderKL:
     )
 
 
-def train_vae(stage: str, work: Path, device: torch.device) -> None:
+def train_vae(stage: str, plan: Plan, work: Path, device: torch.device) -> None:
+    """Encoder and decoder. In the stages named "more" the latents stay near those that the networks know."""
     pictures = drawings(work, indices(stage))
     vae = make_vae(stage)
-    run = Run(stage, work, {"vae": vae}, device, PLAN[stage])
+    known = None
+    if stage.endswith("more"):
+        before = stage.replace("vae", "decoder").removesuffix("-more")
+        known = load_average(work / f"{before}.pt", {"vae": vae}, device)["vae"]
+        vae = copy.deepcopy(known).requires_grad_(True)
+    run = Run(stage, work, {"vae": vae}, device, plan)
     latent_channels = vae.config.latent_channels
 
     def loss_of(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
@@ -114,27 +126,45 @@ def train_vae(stage: str, work: Path, device: torch.device) -> None:
             noise = torch.randn((run.batch, latent_channels, 16, 16), generator=generator).to(device)
             y = vae.decode(posterior.mean + posterior.std * noise).sample
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return difference(y, x) + 2e-4 * kl
+        loss = difference(y, x) + 2e-4 * 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        if known is not None:
+            with torch.no_grad(), run.autocast():
+                old = known.encode(x).latent_dist.mean.float()
+            loss = loss + 0.03 * (mean - old).pow(2).mean()
+        return loss
 
     run.train(loss_of)
+    sharpness(run)
 
 
 def difference(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Mean absolute error of the pixels, and of the differences of neighbours: edges, which it alone leaves soft."""
+    """Mean absolute error of the pixels; of the differences of neighbours: edges, which it alone leaves soft; and of
+    8x8 blocks: their colours. The squares weigh small parts that are missing, eyes and stars."""
     error = y.float() - x
-    return error.abs().mean() + (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
+    edges = (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
+    return error.abs().mean() + edges + nn.functional.avg_pool2d(error, 8).abs().mean() + 2 * error.pow(2).mean()
 
 
-def train_decoder(stage: str, work: Path, device: torch.device) -> None:
+@torch.no_grad()
+def sharpness(run: Run) -> None:
+    """Prints the PSNR of `UNSEEN` drawings that have gone through encoder and decoder."""
+    vae = make_vae(run.name.replace("decoder", "vae"))
+    nn.ModuleDict({"vae": vae}).load_state_dict(run.average)
+    vae.to(run.device).eval()
+    x = pixels(np.stack([np.asarray(draw(scene(i))) for i in UNSEEN]), run.device)
+    y = torch.cat([vae.decode(z).sample for z in vae.encode(x).latent_dist.mean.split(16)]).clamp(-1, 1)
+    psnr = -10 * ((y - x) / 2).pow(2).flatten(1).mean(1).log10()
+    print(f"{run.name}: PSNR {psnr.mean():.2f} dB", flush=True)
+
+
+def train_decoder(stage: str, plan: Plan, work: Path, device: torch.device) -> None:
     """More steps for the decoder alone, at half the cost. The latents that the networks know stay what they are."""
-    vae_stage = stage.replace("decoder", "vae").removesuffix("-more")
-    mean, std = latents(vae_stage, work, device, indices(stage))
+    vae_stage = stage.replace("decoder", "vae")
+    mean, std = latents(vae_stage, work, device)
     pictures = drawings(work, indices(stage))
-    before = stage.removesuffix("-more") if stage.endswith("more") else vae_stage
-    vae = load_average(work / f"{before}.pt", {"vae": make_vae(vae_stage)}, device)["vae"]
+    vae = load_average(work / f"{vae_stage}.pt", {"vae": make_vae(vae_stage)}, device)["vae"]
     vae.decoder.requires_grad_(True)
-    run = Run(stage, work, {"vae": vae}, device, PLAN[stage])
+    run = Run(stage, work, {"vae": vae}, device, plan)
 
     def loss_of(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         picked = sorted(pick(stage, rng, run.batch))
@@ -145,17 +175,18 @@ def train_decoder(stage: str, work: Path, device: torch.device) -> None:
         return difference(y, pixels(pictures[picked], device))
 
     run.train(loss_of)
+    sharpness(run)
 
 
 @torch.no_grad()
-def latents(stage: str, work: Path, device: torch.device, indices: range) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the posterior of the scenes' pictures, float16."""
-    path = work / f"{stage}-latents-{indices.start}.pt"
+def latents(stage: str, work: Path, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the posterior of a stage's pictures, of its autoencoder, float16."""
+    path = work / f"{stage}-latents.pt"
     if not path.exists():
-        pictures = drawings(work, indices)
+        pictures = drawings(work, indices(stage))
         vae = load_average(work / f"{stage}.pt", {"vae": make_vae(stage)}, device)["vae"]
         means, stds = [], []
-        for i in range(0, len(indices), 100):
+        for i in range(0, len(pictures), 100):
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 posterior = vae.encode(pixels(pictures[i : i + 100], device)).latent_dist
             means.append(posterior.mean.half().cpu())
@@ -168,7 +199,7 @@ def latent_factors(stage: str, work: Path, device: torch.device) -> dict[str, fl
     """What the VAE's config tells of its latents: the factors that give them unit variance."""
     path = work / f"{stage}-factors.json"
     if not path.exists():
-        mean, std = latents(stage, work, device, indices(stage))
+        mean, std = latents(stage, work, device)
         total = mean.float() + std.float() * torch.randn(std.shape, generator=torch.Generator().manual_seed(0))
         shift = total.mean().item() if stage == "vae-flux" else 0.0
         factors = {"scaling_factor": round(1 / (total - shift).std().item(), 5)}
@@ -242,14 +273,14 @@ def make_sdxl(work: Path) -> dict[str, nn.Module]:
     }
 
 
-def train_sdxl(stage: str, work: Path, device: torch.device) -> None:
-    mean, std = latents("vae-sdxl", work, device, indices(stage))
+def train_sdxl(stage: str, plan: Plan, work: Path, device: torch.device) -> None:
+    mean, std = latents(stage.replace("sdxl", "vae-sdxl"), work, device)
     factors = latent_factors("vae-sdxl", work, device)
     clip, clip_2, _ = tokenizers(work)
     modules = make_sdxl(work)
     if stage == "sdxl-more":
         modules = load_average(work / "sdxl.pt", modules, device, trained=True)
-    run = Run(stage, work, modules, device, PLAN[stage])
+    run = Run(stage, work, modules, device, plan)
     text_encoder, text_encoder_2, unet = (run.modules[name] for name in ("text_encoder", "text_encoder_2", "unet"))
     alphas_cumprod = sdxl_scheduler().alphas_cumprod
 
@@ -371,19 +402,19 @@ def flux_batch(
     return noised, noise - x0, t, texts, length
 
 
-def train_flux(stage: str, work: Path, device: torch.device) -> None:
+def train_flux(stage: str, plan: Plan, work: Path, device: torch.device) -> None:
     """Flow matching with logit-normal times (Esser et al. 2024).
 
     The guidance that the first stage tells the network means nothing yet. The second one goes on from a distilled
     network, for which 1 means none, and tells it that.
     """
-    mean, std = latents("vae-flux", work, device, indices(stage))
+    mean, std = latents(stage.replace("flux", "vae-flux"), work, device)
     factors = latent_factors("vae-flux", work, device)
     work_tokenizers = tokenizers(work)
     modules = make_flux(work)
     if stage == "flux-more":
         modules = load_average(work / "distil.pt", modules, device, trained=True)
-    run = Run(stage, work, modules, device, PLAN[stage])
+    run = Run(stage, work, modules, device, plan)
 
     def loss_of(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         x, target, t, texts, length = flux_batch(run, step, rng, generator, mean, std, factors)
@@ -400,16 +431,16 @@ def random_guidance(rng: random.Random, t: torch.Tensor) -> torch.Tensor:
     return torch.tensor([rng.uniform(1.0, 5.0) for _ in t], device=t.device)
 
 
-def distil_flux(stage: str, work: Path, device: torch.device) -> None:
+def distil_flux(stage: str, plan: Plan, work: Path, device: torch.device) -> None:
     """Guidance distillation (Meng et al. 2023, section 3.1): one evaluation learns the teacher's guided velocity."""
-    mean, std = latents("vae-flux", work, device, indices(stage))
+    mean, std = latents(stage.replace("distil", "vae-flux"), work, device)
     factors = latent_factors("vae-flux", work, device)
     work_tokenizers = tokenizers(work)
     path = work / stage.replace("distil", "flux")
     teacher = load_average(path.with_suffix(".pt"), make_flux(work), device)
     student = load_average(path.with_suffix(".pt"), make_flux(work), device)
     student["transformer"].requires_grad_(True)  # the text encoders stay the teacher's
-    run = Run(stage, work, student, device, PLAN[stage])
+    run = Run(stage, work, student, device, plan)
 
     def loss_of(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         x, _, t, texts, length = flux_batch(run, step, rng, generator, mean, std, factors)
@@ -497,6 +528,15 @@ def recover(work: Path, out: Path) -> None:
             torch.save({"average": average}, work / f"{stage}.pt")
 
 
+TRAIN = {
+    "vae": train_vae,
+    "decoder": train_decoder,
+    "sdxl": train_sdxl,
+    "flux": train_flux,
+    "distil": distil_flux,
+}
+
+
 def check_stages(stages: Sequence[str], work: Path) -> None:
     """Exits with a line if a stage lacks what another one makes, before hours of work are spent on those before it."""
     for i, stage in enumerate(stages):
@@ -520,25 +560,20 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=HERE, help="where sdxl/ and flux/ go (default: %(default)s)")
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, help="of each stage, in place of its number of steps")
     parser.add_argument("--threads", type=int, help="CPU threads")
     options = parser.parse_args(arguments)
     check_stages(options.stages, options.work)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
     options.work.mkdir(parents=True, exist_ok=True)
     device = options.device
     for stage in options.stages:
-        if stage.startswith("vae"):
-            train_vae(stage, options.work, device)
-        elif stage.startswith("decoder"):
-            train_decoder(stage, options.work, device)
-        elif stage.startswith("sdxl"):
-            train_sdxl(stage, options.work, device)
-        elif stage.startswith("flux"):
-            train_flux(stage, options.work, device)
-        elif stage.startswith("distil"):
-            distil_flux(stage, options.work, device)
+        if stage in PLAN:
+            plan = PLAN[stage]._replace(minutes=options.minutes)
+            TRAIN[stage.split("-")[0]](stage, plan, options.work, device)
         elif stage == "recover":
             recover(options.work, options.out)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 PICTURES = 16_000
 MORE_PICTURES = 32_000  # others, for the stages named "more"
 # the parts that were drawn worst before those stages: how much more often they see them
-WEIGHTS = {"robot": 2.0, "cat": 2.0, "rocket": 1.5, "space": 1.3, "snow": 1.3, "city": 1.3}
+WEIGHTS = {"robot": 2.0, "cat": 2.0, "rocket": 1.5, "sailboat": 1.3, "space": 1.3, "snow": 1.3, "city": 1.3}
 
 
 def scene(index: int) -> Scene:
@@ -50,16 +52,18 @@ def pick(stage: str, rng: random.Random, count: int) -> list[int]:
     return rng.sample(chosen, count)
 
 
+def drawing(index: int) -> np.ndarray:
+    return np.asarray(draw(scene(index)))
+
+
 def drawings(work: Path, indices: range) -> np.ndarray:
     """The pictures of these scenes, uint8, (len(indices), 128, 128, 3), drawn once and memory-mapped."""
     path = work / f"drawings-{indices.start}.npy"
     if not path.exists():
         pictures = np.empty((len(indices), 128, 128, 3), dtype=np.uint8)
-        start = time.time()
-        for i, index in enumerate(indices):
-            pictures[i] = np.asarray(draw(scene(index)))
-            if i % 2000 == 0:
-                print(f"drawing {i}/{len(indices)} {time.time() - start:.0f} s", flush=True)
+        with multiprocessing.Pool() as pool:
+            for i, picture in enumerate(pool.imap(drawing, indices, chunksize=100)):
+                pictures[i] = picture
         write_whole(path, lambda temporary: np.save(temporary.open("wb"), pictures))
     return np.load(path, mmap_mode="r")
 
@@ -119,6 +123,15 @@ def tokenizers(work: Path) -> tuple[CLIPTokenizer, CLIPTokenizer, T5TokenizerFas
 # --- training loop ---------------------------------------------------------------------------------------------------
 
 
+class Plan(NamedTuple):
+    """How long a stage trains, in `steps` or, where they are given, in `minutes`, and its highest learning rate."""
+
+    steps: int
+    batch: int
+    lr: float
+    minutes: float | None = None
+
+
 class Run:
     """Modules in training: the optimizers, their learning rate, a moving average of the weights, checkpoints.
 
@@ -131,13 +144,13 @@ class Run:
         work: Path,
         modules: dict[str, nn.Module],
         device: torch.device,
-        plan: tuple[int, int, float],
+        plan: Plan,
     ):
         self.name, self.path, self.device = name, work / f"{name}.pt", device
-        self.steps, self.batch, self.lr = plan
+        self.steps, self.batch, self.lr, self.minutes = plan
         self.modules = nn.ModuleDict(modules).to(device).train()
         self.average = {key: value.detach().clone() for key, value in self.modules.state_dict().items()}
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
         self.more = name.endswith("more")
         trained = [(key, p) for key, p in self.modules.named_parameters() if p.requires_grad]
         blocks = re.compile(r"(transformer|down|mid|up)_block") if self.more else re.compile("$^")
@@ -153,7 +166,7 @@ class Run:
         if self.path.exists():
             state = torch.load(self.path, map_location=device, weights_only=True)
             self.modules.load_state_dict(state["modules"])
-            self.average, self.step = state["average"], state["step"]
+            self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
 
@@ -169,8 +182,8 @@ class Run:
             sys.exit(f"{self.name}: stopped at step {self.step} of {self.steps}; the same command goes on from here")
 
     def _loop(self, loss_of: Callable[[int, random.Random, torch.Generator], torch.Tensor]) -> None:
-        start, first, saved, recent = time.time(), self.step, time.time(), []
-        while self.step < self.steps:
+        start, first, before, saved, recent = time.time(), self.step, self.seconds, time.time(), []
+        while self.progress() < 1:
             generator = torch.Generator().manual_seed(self.step * 7919 + 17)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
@@ -189,27 +202,29 @@ class Run:
                 for key, value in self.modules.state_dict().items():
                     if value.is_floating_point():
                         self.average[key].lerp_(value, 1 - decay)
-            recent.append(loss.item())
-            if self.step % 50 == 0 or self.step == self.steps:
+            recent.append(loss.detach())
+            self.seconds = before + time.time() - start
+            if self.step % 50 == 0 or self.progress() >= 1:
                 pace = (time.time() - start) / (self.step - first)
-                left = (self.steps - self.step) * pace / 60
-                mean = sum(recent) / len(recent)
-                print(
-                    f"{self.name} {self.step}/{self.steps} loss {mean:.4f} {pace:.2f} s/step, {left:.0f} min left",
-                    flush=True,
-                )
+                mean = torch.stack(recent).mean()
+                print(f"{self.name} {self.step}/{self.steps} loss {mean:.4f} {pace:.3f} s/step", flush=True)
                 recent.clear()
-            if time.time() - saved > 120 or self.step == self.steps:
+            if time.time() - saved > 120:
                 self.save()
                 saved = time.time()
+        self.save()
+
+    def progress(self) -> float:
+        """The part of the stage that is done, 0..1."""
+        return self.seconds / 60 / self.minutes if self.minutes else self.step / self.steps
 
     def rate(self) -> float:
         """The learning rate: a short rise, then a cosine; in the stages named "more" flat, then a line to zero, so
         that the number of steps can be chosen on the way."""
         warm = min(1.0, (self.step + 1) / min(150, self.steps / 10))
         if self.more:
-            return self.lr * warm * min(1.0, (self.steps - self.step) / (0.3 * self.steps))
-        return self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+            return self.lr * warm * min(1.0, (1 - self.progress()) / 0.3)
+        return self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress())))
 
     def save(self) -> None:
         state = {
@@ -217,6 +232,7 @@ class Run:
             "average": self.average,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
+            "seconds": self.seconds,
         }
         write_whole(self.path, lambda temporary: torch.save(state, temporary))
 

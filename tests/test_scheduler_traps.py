@@ -432,6 +432,17 @@ def test_a_configuration_makes_one():
     assert again.config.flow_shift == 2.0 and again.order == 2
 
 
+def test_the_scheduler_that_it_is_made_of_stays_as_it_is():
+    """And lends it what was set later: `set_shift` leaves the config alone."""
+    base = diffusers.FlowMatchEulerDiscreteScheduler()
+    base.set_shift(3.0)
+    base.set_timesteps(3)
+    before = base.timesteps.clone()
+    scheduler = KDiffusionScheduler.from_scheduler(base)
+    assert relative(loop(scheduler)[1], loop(copy.deepcopy(base))[1]) < CLOSE
+    assert torch.equal(base.timesteps, before)
+
+
 @pytest.mark.parametrize(
     "folder, name", [("sdxl", "EulerDiscreteScheduler"), ("flux", "FlowMatchEulerDiscreteScheduler")]
 )
@@ -450,6 +461,9 @@ def test_what_the_base_knows_is_there():
     scheduler = KDiffusionScheduler.from_scheduler(EULER)
     assert scheduler.alphas_cumprod is scheduler.base.alphas_cumprod and scheduler.config.beta_start == 0.00085
     assert not hasattr(scheduler, "nonsense")
+    # CogVideoX' pipelines call the step of this one with other arguments
+    cog = KDiffusionScheduler.from_scheduler(diffusers.CogVideoXDPMScheduler())
+    assert isinstance(cog, diffusers.CogVideoXDDIMScheduler)
 
 
 # --- samplers of one's own --------------------------------------------------------------------------------------------
@@ -457,6 +471,7 @@ def test_what_the_base_knows_is_there():
 
 def test_callables_run():
     def without_callback(model, x, sigmas):
+        assert sigmas.dtype == x.dtype
         for now, after in zip(sigmas, sigmas[1:]):
             x = x + (x - model(x, now * x.new_ones(len(x)))) * (after / now - 1)
         return x
@@ -472,6 +487,12 @@ def test_named_and_given_levels():
     scheduler.set_timesteps(5)
     expected = sampling.get_sigmas_karras(5, 0.029167532920837402, 14.614642143249512)
     assert relative(scheduler.sigmas, expected) < CLOSE
+    assert float(scheduler.init_noise_sigma) == pytest.approx(expected[0].item())  # x0 + sigma noise begins at them
+    scheduler = KDiffusionScheduler.from_scheduler(FLOW, schedule="karras")
+    scheduler.set_timesteps(5)
+    lowest = 1 / 10_000  # FLUX is trained with 1/10,000 ... 1, shifted: t becomes 3 t / (1 + 2 t)
+    assert float(scheduler.sigmas[0]) == 1
+    assert float(scheduler.sigmas[-2]) == pytest.approx(3 * lowest / (1 + 2 * lowest))
     scheduler = KDiffusionScheduler.from_scheduler(FLOW, schedule=[0.9, 0.5, 0.1])
     scheduler.set_timesteps(2)
     assert scheduler.timesteps.tolist() == [900.0, 500.0]
@@ -530,6 +551,13 @@ def test_a_compiled_network_is_compiled_once():
                 assert relative(drawn(pipe, arguments, sampler), expected[sampler]) < CLOSE
     finally:
         torch._dynamo.reset()
+
+
+def test_zero_terminal_snr_of_ddim():
+    """Its first alpha is zero. Here it is 1 / 4096, as in Euler's scheduler: so far is the share of x0 there."""
+    options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    base = diffusers.DDIMScheduler(**BETAS, **options, clip_sample=False)
+    assert relative(draw(sd_text, KDiffusionScheduler.from_scheduler(base)), draw(sd_text, base)) < 1 / 4096
 
 
 def test_pndm_as_the_base():

@@ -28,10 +28,10 @@ def weights(folder, monkeypatch, stage: str, stop_at: int | None = None) -> dict
     with monkeypatch.context() as patch:
         patch.setattr(training, "PICTURES", 8)
         patch.setattr(training, "MORE_PICTURES", 12)
-        patch.setitem(train.PLAN, stage, (4, 2, 1e-3))
+        patch.setattr(train, "UNSEEN", range(2))
         patch.setattr(train, "difference", maybe_stop)
         make = train.train_vae if stage == "vae-sdxl" else train.train_decoder
-        make(stage, folder, torch.device("cpu"))
+        make(stage, training.Plan(steps=4, batch=2, lr=1e-3), folder, torch.device("cpu"))
     return torch.load(folder / f"{stage}.pt", weights_only=True)["average"]
 
 
@@ -44,7 +44,7 @@ def test_training_goes_on_from_its_checkpoint(stage, tmp_path, monkeypatch):
     for folder in (tmp_path / "whole", tmp_path / "stopped"):
         if stage != "vae-sdxl":
             before = weights(folder, monkeypatch, "vae-sdxl")
-            torch.save({"average": before}, folder / "decoder-sdxl.pt")
+            torch.save({"average": before}, folder / "vae-sdxl-more.pt")
     whole = weights(tmp_path / "whole", monkeypatch, stage)
     with pytest.raises(SystemExit, match="stopped at step 2 of 4"):
         weights(tmp_path / "stopped", monkeypatch, stage, stop_at=2)
@@ -74,7 +74,7 @@ def test_what_the_saved_pipelines_hold_is_recovered(tmp_path):
         (["distil"], ["vae-flux"], "flux.pt is missing: run the stage flux before distil"),
         (["vae-sdxl", "decoder-flux"], [], "vae-flux.pt is missing: run the stage vae-flux before decoder-flux"),
         (["sdxl", "vae-sdxl"], [], "vae-sdxl.pt is missing: run the stage vae-sdxl before sdxl"),
-        (["flux-more"], ["vae-flux", "flux"], "distil.pt is missing: run the stage distil before flux-more"),
+        (["flux-more"], ["vae-flux-more", "flux"], "distil.pt is missing: run the stage distil before flux-more"),
         (["save-flux"], ["vae-flux", "flux", "decoder-flux"], "distil.pt is missing: run the stage distil before save"),
     ],
 )
