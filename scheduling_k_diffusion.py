@@ -17,19 +17,18 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
-from greenlet import GreenletExit, getcurrent, greenlet
+from greenlet import getcurrent, greenlet
 from torch.overrides import TorchFunctionMode
 
 
-class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
+class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     """A scheduler that runs a k-diffusion sampler, `sampler(model, x, sigmas)`, inside the loop of a stock pipeline.
 
     The sampler runs in a greenlet. Where it calls `model(x, sigma)` it is left: the pipeline gives x to its network.
@@ -41,7 +40,6 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or t is sigma ("flow").
     In "ve" the network still sees pure noise at t = 1, where the first sigma is finite.
-
     Where a pipeline gives `step` no generator, as FLUX's, each image's noise is seeded by its first sample.
 
     Args:
@@ -59,7 +57,7 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def __init__(
         self,
-        scheduler: SchedulerMixin,
+        scheduler: diffusers.SchedulerMixin,
         *,
         sampler: str | Callable = "euler",
         sampler_kwargs: dict[str, Any] | None = None,
@@ -67,49 +65,44 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         parameterization: str = "auto",
         quantize_timesteps: bool = False,
     ):
-        base = scheduler.base if type(scheduler) is KDiffusionScheduler else scheduler
+        base: Any = scheduler.base if type(scheduler) is KDiffusionScheduler else scheduler
         if isinstance(base, diffusers.CogVideoXDPMScheduler):  # its pipelines call its step with other arguments
             base = diffusers.CogVideoXDDIMScheduler.from_config(base.config)
-        config = base.config
+        config, kind = base.config, type(base)
         self.base: Any = copy.deepcopy(base)  # with what the config does not know, as `set_shift`
-        self.__module__ = type(base).__module__  # beside __class__, for savers
+        self.__module__ = kind.__module__  # beside __class__, for savers
         self.sampler = find_sampler(sampler)
         self.sampler_kwargs = check_sampler_kwargs(self.sampler, sampler_kwargs)
-        self.schedule = check_sigmas(schedule, "schedule") if not isinstance(schedule, str | None) else schedule
-        self.parameterization, self.quantize_timesteps = parameterization, quantize_timesteps
-        self._train = config.get("num_train_timesteps", 1000)
-        self._prediction = config.get("prediction_type", "epsilon")
-        self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
-        self._table, scaled = None, "init_noise_sigma" in dir(base)
-        taken = parameters(getattr(base, "step", lambda: None)).values()
-        needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        if needed != ["model_output", "timestep", "sample"] or "stage_index" in parameters(base.set_timesteps):
-            self._scale = None
-        elif hasattr(base, "precondition_outputs"):
-            self._scale = "edm"
-        elif config.get("use_flow_sigmas") or ("shift" in config and not hasattr(base, "alphas_cumprod")):
-            self._scale, self._prediction = "flow", "flow_prediction"
-        elif not (scaled and hasattr(base, "alphas_cumprod")) or "Inverse" in type(base).__name__:
-            self._scale = None
-        else:
-            self._scale = "vp" if float(base.init_noise_sigma) == 1 else "betas"
-            # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
-            alphas_cumprod = base.alphas_cumprod.double().cpu().clamp(min=2**-24)
-            self._table = external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
-        kinds = ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction")
-        if self._scale is None or self._prediction not in kinds:
-            raise ValueError(
-                "`scheduler`: needs betas with 'epsilon', 'v_prediction' or 'sample', flow matching or EDM, a step that"
-                f" takes model_output, timestep and sample, but is {type(base).__name__} with {self._prediction!r}"
-            )
+        self.schedule = schedule if isinstance(schedule, str | None) else check_sigmas(schedule, "schedule")
         if parameterization not in ("auto", "flow", "ve"):
             raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
-        self.num_inference_steps: int | None = None
-        self._plan(torch.tensor([0.8, 0.4, 0.2, 0.1, 0.0], dtype=torch.float64, device="cpu"), [])
+        self.parameterization, self.quantize_timesteps = parameterization, quantize_timesteps
+        self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
+        self._train: int = config.get("num_train_timesteps", 1000)
+        self._prediction, self._scale = config.get("prediction_type", "epsilon"), ""
+        self._table: Any = None
+        taken = parameters(getattr(base, "step", lambda: None)).values()
+        needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if needed == ["model_output", "timestep", "sample"] and "Inverse" not in kind.__name__:
+            if hasattr(base, "precondition_outputs"):
+                self._scale = "edm"
+            elif config.get("use_flow_sigmas") or ("shift" in config and not hasattr(base, "alphas_cumprod")):
+                self._scale, self._prediction = "flow", "flow_prediction"
+            elif hasattr(base, "alphas_cumprod"):
+                self._scale = "vp" if float(base.init_noise_sigma) == 1 else "betas"
+                # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
+                alphas = base.alphas_cumprod.double().cpu().clamp(min=2**-24)
+                self._table = external.DiscreteSchedule(((1 - alphas) / alphas).sqrt(), quantize=quantize_timesteps)
+        kinds = ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction")
+        if not self._scale or self._prediction not in kinds:
+            needs = "betas (epsilon, v_prediction, sample), flow or EDM, and step(model_output, timestep, sample)"
+            raise ValueError(f"`scheduler`: needs {needs}, but is {kind.__name__} with {self._prediction!r}")
+        self._plan(check_sigmas([0.8, 0.4, 0.2, 0.1, 0.0]), {})  # `order` is asked before timesteps are set
         self.timesteps = self.base.timesteps
+        self.num_inference_steps: int | None = None
 
     @classmethod
-    def from_scheduler(cls, scheduler: SchedulerMixin, **options: Any) -> KDiffusionScheduler:
+    def from_scheduler(cls, scheduler: diffusers.SchedulerMixin, **options: Any) -> KDiffusionScheduler:
         """In place of a pipeline's scheduler, which stays as it is. The options are those of the class."""
         return cls(scheduler, **options)
 
@@ -117,27 +110,19 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As any scheduler's, with the options of the class beside those of the base."""
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in parameters(cls.__init__)}
-        name = config.get("_class_name")  # None if it was made in code: what is in it tells flow from betas
-        if name is None and "beta_start" in config:
-            name = "DPMSolverMultistepScheduler" if config.get("use_flow_sigmas") else "EulerDiscreteScheduler"
-        name = name or ("EDMEulerScheduler" if "sigma_data" in config else "FlowMatchEulerDiscreteScheduler")
-        base, unused = getattr(diffusers, name).from_config(config, return_unused_kwargs=True, **kwargs)
+        # one of a scheduler made in code names no class: what is in it tells flow from betas
+        kinds = {"use_flow_sigmas": "DPMSolverMultistep", "beta_start": "EulerDiscrete", "sigma_data": "EDMEuler"}
+        kind = next((kind for key, kind in kinds.items() if config.get(key)), "FlowMatchEulerDiscrete")
+        base = getattr(diffusers, config.get("_class_name") or f"{kind}Scheduler")
+        base, unused = base.from_config(config, return_unused_kwargs=True, **kwargs)
         return (cls(base, **options), unused) if return_unused_kwargs else cls(base, **options)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the base."""
-        self.base.save_pretrained(*args, **kwargs)
-
     # To pipelines and savers it is the base with another step: what they ask of it, its class included, is the base's.
-    __class__ = property(lambda self: type(self.base))  # type: ignore[assignment]
-    _internal_dict = property(
-        lambda self: self.base._internal_dict, lambda self, config: setattr(self.base, "_internal_dict", config)
-    )
+    __class__ = property(lambda me: type(me.base))  # type: ignore[assignment]
+    _internal_dict = property(lambda me: me.base._internal_dict, lambda me, d: vars(me.base).update(_internal_dict=d))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "base":  # while a copy is made
-            raise AttributeError(name)
-        return getattr(self.base, name)
+        return getattr(vars(self).get("base"), name)  # none while a copy is made
 
     def __repr__(self) -> str:
         return f"KDiffusionScheduler(sampler={self.sampler}, sampler_kwargs={self.sampler_kwargs}, {self.base!r})"
@@ -148,91 +133,79 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
     @property
     def set_timesteps(self) -> Callable[..., None]:
         """The base's, with its signature: pipelines look for `sigmas`, `timesteps` and `mu` in it."""
+        return functools.wraps(self.base.set_timesteps)(functools.partial(self._set_timesteps))
 
-        @functools.wraps(self.base.set_timesteps)
-        def set_timesteps(*args: Any, **kwargs: Any) -> None:
-            self.base.set_timesteps(*args, **kwargs)
-            listed = self.base.timesteps.double().cpu()[:: getattr(self.base, "order", 1)]  # one a step
-            if self._table is not None and not hasattr(self.base, "sigmas"):
-                listed = listed.unique_consecutive()  # PNDM's lists one twice
-                levels = self._table.t_to_sigma(listed)
-            else:
-                levels = self.base.sigmas.double().cpu()
-                levels = (1 - levels if self._inverted else levels).unique_consecutive()[: len(listed)]
-            # one that lists its last level twice, or ends above zero, keeps its number of steps and gets the zero
-            levels, times = torch.cat([levels, levels.new_zeros(1)]), listed.tolist()
-            if self.schedule is not None:
-                levels, times = self._scheduled(len(listed), kwargs.get("mu")), []
-            if len(levels) - 1 != len(listed):
-                given = f"`schedule` has {len(levels) - 1} steps, but the pipeline asks for"
-                raise ValueError(f"{given} {len(listed)}: pass num_inference_steps={len(levels) - 1}")
-            check_sigmas(levels, f"{type(self.base).__name__}.sigmas")
-            self.num_inference_steps = len(listed)
-            self._plan(levels, times)
-            if any(kwargs.get(name) is not None for name in ("sigmas", "timesteps")):
-                self.order = 1  # pipelines that pass levels, as FLUX's, count `timesteps` by one then
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        self.base.set_timesteps(*args, **kwargs)
+        times = self.base.timesteps.double().cpu()[:: getattr(self.base, "order", 1)]  # one a step
+        own = getattr(self.base, "sigmas", None)
+        times = times.unique_consecutive() if own is None else times  # PNDM's lists one twice
+        levels = self._table.t_to_sigma(times) if own is None else own.double().cpu()
+        levels = (1 - levels if self._inverted else levels).unique_consecutive()[: len(times)]
+        known = {} if self.quantize_timesteps else dict(zip(levels.tolist(), times.tolist()))
+        # one that lists its last level twice, or ends above zero, keeps its number of steps and gets the zero
+        levels = torch.cat([levels, levels.new_zeros(1)])
+        levels = self.schedule if isinstance(self.schedule, torch.Tensor) else levels
+        if isinstance(self.schedule, str):
+            levels = self._named_levels(self.schedule, len(times), kwargs.get("mu"))
+        if (steps := len(levels) - 1) != len(times):
+            raise ValueError(f"`schedule` has {steps} steps: pass num_inference_steps={steps}, not {len(times)}")
+        check_sigmas(levels, f"{type(self.base).__name__}.sigmas")
+        self._plan(levels, known)
+        if any(kwargs.get(name) is not None for name in ("sigmas", "timesteps")):
+            self.order = 1  # pipelines that pass levels, as FLUX's, count `timesteps` by one then
 
-        return set_timesteps
-
-    def _scheduled(self, n: int, mu: float | None) -> torch.Tensor:
-        """The levels of `schedule`: named ones lie between the ends that the network was trained with."""
+    def _named_levels(self, schedule: str, n: int, mu: float | None) -> torch.Tensor:
+        """Between the ends that the network was trained with."""
         config = self.base.config
-        if not isinstance(self.schedule, str):
-            return self.schedule  # type: ignore[return-value]
         if self._scale != "flow":
-            low, high = (config.sigma_min, config.sigma_max) if self._table is None else self._table.sigmas[[0, -1]]
-            return named_sigmas(self.schedule, n, float(low), float(high))
-        shift = getattr(self.base, "shift", config.get("flow_shift", 1.0))
-        if mu is not None and config.get("use_dynamic_shifting"):
-            shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-        if self.schedule == "vp":
+            ends = self._table.sigmas[[0, -1]].tolist() if self._table else (config.sigma_min, config.sigma_max)
+            return named_sigmas(schedule, n, *ends)
+        if schedule == "vp":
             with torch.device("cpu"), SamplerMode():
                 sigmas = sampling.get_sigmas_vp(n)
             return sigmas / (1 + sigmas)
-        return named_sigmas(self.schedule, n, shift / (shift + 9999), 1.0)
+        shift = getattr(self.base, "shift", config.get("flow_shift", 1.0))
+        if mu is not None and config.get("use_dynamic_shifting"):
+            shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+        return named_sigmas(schedule, n, shift / (shift + 9999), 1.0)
 
-    def _plan(self, levels: torch.Tensor, known: list[float]) -> None:
-        """The evaluations that the sampler will make, their timesteps and levels. `known`: timesteps of the levels."""
-        ve = self._scale == "flow" and levels[0] <= 1 and self._uses_ve(levels)
-        self._levels = _ve_sigmas(levels) if ve else levels
-        asked, self._starts = step_starts(self.sampler, 4, self._levels, self.sampler_kwargs)
+    def _plan(self, levels: torch.Tensor, known: dict[float, float]) -> None:
+        """The evaluations that the sampler will make, through these levels. `known`: their timesteps, if the base's."""
+        n = self.num_inference_steps = len(levels) - 1
+        kind, named = self.parameterization, {*parameters(self.sampler)}
+        one = n == 1 and levels[1] == 0 and is_k_diffusions(self.sampler)  # x0 either way, and "flow" begins at t = 1
+        auto = self.sampler_kwargs.get("s_churn") or named & {"noise_sampler", "sigma_min"} and not one
+        ve = self._scale == "flow" and levels[0] <= 1 and (kind == "ve" or kind == "auto" and auto)
+        pure = ve and levels[0] > 0.9999
+        self._levels = levels / (1 - levels) if ve else levels
+        if pure:  # not infinity: the ratio of the next two goes on, to SDXL's highest sigma, 15, at least
+            second, third = [*self._levels[1:].tolist(), 0.0][:2]
+            self._levels[0] = max(second * (second / third if third > 0 else 4.0), 15.0)
+        asked, starts = step_starts(self.sampler, 4, self._levels, self.sampler_kwargs)
         if not asked:
-            name = getattr(self.sampler, "__name__", self.sampler)
-            raise ValueError(
-                f"`sampler`: {name} can't tell its timesteps before the run, which a pipeline's loop needs; for"
-                " dpm_adaptive there are StableDiffusionXLComfyPipeline and FluxComfyPipeline"
-            )
-        if not self._starts:
-            self._starts = {i: i for i in range(len(asked))} if len(asked) == len(levels) - 1 else {0: 0}
-        self.order = math.ceil(len(asked) / (len(levels) - 1))
-        self._evaluations, times, given = list[_Evaluation](), list[float](), levels.tolist()
+            others = "StableDiffusionXLComfyPipeline and FluxComfyPipeline"
+            raise ValueError(f"`sampler`: can't tell its timesteps before the run; for dpm_adaptive there are {others}")
+        self._starts = starts or ({i: i for i in range(n)} if len(asked) == n else {0: 0})
+        self.order = math.ceil(len(asked) / n)
+        self._evaluations, times = list[SimpleNamespace](), list[float]()
         for i, sigma in enumerate([*asked, float(self._levels[-1])]):
-            pure = ve and i == 0 and given[0] > 0.9999
-            level = given[0] if pure else sigma / (1 + sigma) if ve else sigma
+            level = float(levels[0]) if pure and i == 0 else sigma / (1 + sigma) if ve else sigma
             alpha, noise = self._shares(level)
-            scale = 1.0 if self._scale == "flow" and not ve else 1 / float(self._levels[0]) if pure else alpha
-            self._evaluations.append(_Evaluation(sigma, alpha, noise, scale))
-            near = [t for one, t in zip(given, known) if abs(one - level) <= 1e-9 * one]
-            times.append(near[0] if near and not self.quantize_timesteps else self._time(level))
-        times, like = times[:-1], self.base.timesteps
-        like = torch.zeros(()) if like is None else like  # PNDM's, before the first set_timesteps
-        whole = all(t == round(t) for t in times)
-        self.timesteps = torch.tensor(times, dtype=like.dtype if whole else torch.float32, device=like.device)
+            scale = 1 / float(self._levels[0]) if pure and i == 0 else alpha if ve or self._scale != "flow" else 1.0
+            # the pipeline's sample there: alpha x0 + noise n, n of unit variance, and scale y, y the sampler's state
+            self._evaluations.append(SimpleNamespace(sigma=sigma, alpha=alpha, noise=noise, scale=scale))
+            near = [t for one, t in known.items() if abs(one - level) <= 1e-9 * one]
+            times.append(near[0] if near else self._time(level))
+        like = levels if self.base.timesteps is None else self.base.timesteps  # PNDM's, at first
+        whole = all(t == round(t) for t in times[:-1])
+        self.timesteps = torch.tensor(times[:-1], dtype=like.dtype if whole else torch.float32, device=like.device)
         self._times = self.timesteps.tolist()
-        shown = [one.sigma if self._table is not None else one.noise for one in self._evaluations]
-        self.sigmas = torch.tensor(
-            [1 - t for t in shown] if self._inverted else shown, dtype=torch.float32, device="cpu"
-        )
-        self._run: _Run | None = None
+        ts = [one.noise if self._table is None else one.sigma for one in self._evaluations]
+        self.sigmas = torch.tensor([1 - t for t in ts] if self._inverted else ts, dtype=torch.float32, device="cpu")
+        self._run: Any = None
         self._step_index: int | None = None
-        self._begin_index: int | None = None
-
-    def _uses_ve(self, levels: torch.Tensor) -> bool:
-        if self.parameterization != "auto" or self.sampler_kwargs.get("s_churn"):
-            return self.parameterization != "flow"
-        if len(levels) == 2 and levels[1] == 0 and is_k_diffusions(self.sampler):
-            return False  # one step to zero is x0 either way, and this way it begins at t = 1
-        return "noise_sampler" in parameters(self.sampler) or "sigma_min" in parameters(self.sampler)
+        self.begin_index: int | None = None
 
     def _shares(self, level: float) -> tuple[float, float]:
         """(alpha, sigma) of the pipeline's x = alpha x0 + sigma noise at a level of the base."""
@@ -243,12 +216,11 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def _time(self, level: float) -> float:
         """The network's timestep at a level of the base."""
-        sigma = torch.tensor([level], dtype=torch.float64, device="cpu")
         if self._scale == "flow":
             time = self._train * (1 - level if self._inverted else level)
-        else:
-            time = float((self.base.precondition_noise if self._table is None else self._table.sigma_to_t)(sigma))
-        return float(round(time)) if self.quantize_timesteps and self._scale != "edm" and level > 0 else time
+            return float(round(time)) if self.quantize_timesteps else time
+        to_time = self._table.sigma_to_t if self._table else self.base.precondition_noise
+        return float(to_time(torch.tensor([level], dtype=torch.float64, device="cpu")))
 
     @property
     def init_noise_sigma(self) -> float:
@@ -259,24 +231,20 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         return first.noise if self.schedule is not None else base * first.sigma / float(self._levels[0])
 
     step_index = property(lambda self: self._step_index, doc="The evaluation that comes next.")
-    begin_index = property(lambda self: self._begin_index, doc="The evaluation that the pipeline began the run with.")
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begins the run with this one of `timesteps`."""
-        self._begin_index = begin_index
+        self.begin_index = begin_index
 
     def _locate(self, timestep: Any) -> int:
         """The evaluation that comes next. Where none was named, the first timestep says where the run begins."""
-        if self._step_index == len(self._times):  # after a run that went to its end
-            self._step_index = None
-        if self._step_index is None and self._begin_index is None and timestep is not None:
+        if self._step_index in (None, len(self._times)):  # at first, and after a run that went to its end
+            self._step_index = self.begin_index
+        if self._step_index is None:
             time = float(torch.as_tensor(timestep).max())
-            away = [abs(t - time) for t in self._times]
-            close = [i for i, distance in enumerate(away) if distance <= min(away) + 1e-6]
-            found = min(away) <= 1e-2 * max(abs(time), 0.1)  # some round, and some pass others
-            self._step_index = next((i for i in close if i in self._starts), close[0]) if found else 0
-        elif self._step_index is None:
-            self._step_index = self._begin_index or 0
+            away = [(abs(t - time), i not in self._starts) for i, t in enumerate(self._times)]
+            found = min(away)[0] <= 1e-2 * max(abs(time), 0.1)  # some round, and some pass others
+            self._step_index = away.index(min(away)) if found else 0
         return self._step_index
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
@@ -293,12 +261,11 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
             known = [one for one, t in zip(self._evaluations, self._times) if abs(t - time) <= 1e-6 * abs(t)]
             level = (self._train - time if self._inverted else time) / self._train
             if self._table is not None:
-                level = float(self._table.t_to_sigma(torch.tensor(float(time))))
+                level = float(self._table.t_to_sigma(torch.tensor(float(time), device="cpu")))
             elif self._scale == "edm" and not known:
                 raise ValueError(f"`timesteps`: {time} is none of the run's")
             shares.append((known[0].alpha, known[0].noise) if known else self._shares(level))
-        shape = [len(shares)] + [1] * (original_samples.ndim - 1)
-        alpha, sigma = (torch.tensor(each).to(original_samples).view(shape) for each in zip(*shares))
+        alpha, sigma = torch.tensor(shares).to(original_samples).T.reshape(2, -1, *[1] * (original_samples.ndim - 1))
         return alpha * original_samples + sigma * noise
 
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -312,39 +279,40 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-        per_token_timesteps: torch.Tensor | None = None,
-        pred_original_sample: torch.Tensor | None = None,
-        **kwargs: Any,
+        **given: Any,
     ) -> EulerDiscreteSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """Goes on with the sampler: the network predicted `model_output` at `sample`.
 
-        Returns:
-            `prev_sample`, for the network at the next timestep, in model_output's dtype; `pred_original_sample`, x0.
+        Returns `prev_sample`, of the next timestep, in model_output's dtype; and `pred_original_sample`, x0.
         """
         i = self._locate(timestep)
         here, after = self._evaluations[i : i + 2]
-        dtype = torch.promote_types(torch.promote_types(sample.dtype, model_output.dtype), torch.float32)
         if model_output.shape[:2] == (len(sample), 2 * sample.shape[1]):
             model_output = model_output.chunk(2, dim=1)[0]  # the other half is the variance
+        dtype = torch.promote_types(torch.promote_types(sample.dtype, model_output.dtype), torch.float32)
         x, output = sample.to(dtype), model_output.to(dtype)
-        if pred_original_sample is None:  # Cosmos has it from a call before
-            # LTXCondition's, which also keeps its own tokens, has the sign of its network's output turned
-            denoised = self._denoised(output if per_token_timesteps is None else -output, x, here)
-        else:
-            denoised = pred_original_sample.to(dtype)
-        if self._run is not None and self._run.position != i:
-            self._run = None  # the pipeline went back
-        if self._run is not None and self._run.asked.shape != x.shape:
+        if self._inverted != (given.get("per_token_timesteps") is not None):
+            output = -output  # LTXCondition turns the sign of its network's, and keeps its own tokens
+        denoised = given.get("pred_original_sample")  # Cosmos has it from a call before
+        denoised = self._denoised(output, x, here) if denoised is None else denoised.to(dtype)
+        run = self._run if self._run and self._run.position == i else None  # the pipeline may have gone back
+        if run and run.residual.shape != x.shape:
             self._step_index = i + 1
             return sample, denoised  # Cosmos asks for x0 of both sides of guidance, then goes back
-        if self._run is None:
-            self._run = self._begin(i, x / here.scale, generator)
-        run, self._run = self._run, None  # gone if the sampler fails
-        y = run.step(x / here.scale, denoised, after.scale, model_output.dtype)
-        self._run, self._step_index = None if run.greenlet.dead else run, i + 1
-        return EulerDiscreteSchedulerOutput(y, denoised) if return_dict else (y, denoised)
+        self._run = None  # gone if the sampler fails
+        y = x / here.scale
+        run = run or self._begin(i, y, generator)
+        run.parent = getcurrent()
+        # the pipeline may have changed what it got (inpainting, callbacks): the state is that and what rounding took
+        asked = run.switch(denoised, y + run.residual)
+        if run.dead != (i + 1 == len(self._times)):
+            raise ValueError("`sampler`: it asks for other evaluations than in its trial on a single number")
+        x = (asked * after.scale).to(model_output.dtype)
+        run.position, run.residual = i + 1, asked - x.to(asked.dtype) / after.scale
+        self._run, self._step_index = None if run.dead else run, i + 1
+        return EulerDiscreteSchedulerOutput(x, denoised) if return_dict else (x, denoised)
 
-    def _denoised(self, output: torch.Tensor, x: torch.Tensor, at: _Evaluation) -> torch.Tensor:
+    def _denoised(self, output: torch.Tensor, x: torch.Tensor, at: SimpleNamespace) -> torch.Tensor:
         """The x0 of a prediction at x = alpha x0 + sigma noise."""
         if self._scale == "edm":
             return self.base.precondition_outputs(x, output, at.sigma)
@@ -354,137 +322,66 @@ class KDiffusionScheduler(SchedulerMixin, ConfigMixin):
             norm = math.hypot(at.alpha, at.noise)
             return (at.alpha / norm * x - at.noise * output) / norm
         if self._prediction == "flow_prediction":
-            return x + at.noise * output if self._inverted else x - at.noise * output
+            return x - at.noise * output
         return output
 
-    def _begin(self, i: int, x: torch.Tensor, generator: Any) -> _Run:
+    def _begin(self, i: int, x: torch.Tensor, generator: Any) -> greenlet:
         """The sampler, left where it asks for evaluation i."""
-        options, sigmas, total = dict(self.sampler_kwargs), self._levels, len(self._evaluations) - 1
-        first = next((one for one in sorted(self._starts) if one >= i), total)
+        options, own = dict(self.sampler_kwargs), is_k_diffusions(self.sampler)
         # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
+        first = min((one for one in self._starts if one >= i), default=len(self._times))
         ahead = [one.sigma for one in self._evaluations[i : first + 1]]
-        rest = sigmas[self._starts[first] :] if first < total else sigmas[:0]
-        if first < total and "sigma_min" in parameters(self.sampler):  # it has a level for each evaluation
-            rest = torch.cat([rest.new_tensor([self._evaluations[first].sigma]), sigmas[first + 1 :]])
-        if "s_churn" in options and is_k_diffusions(self.sampler) and len(rest):
-            options["s_churn"] *= (len(rest) - 1) / (len(sigmas) - 1)  # it is spread over the steps
-        generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
+        rest = self._levels[self._starts.get(first, len(self._levels)) :]
+        if "sigma_min" in parameters(self.sampler) and len(rest):  # it has a level for each evaluation
+            rest = torch.cat([rest.new_tensor(ahead[-1:]), self._levels[first + 1 :]])
+        if "s_churn" in options and own:
+            options["s_churn"] *= (len(rest) - 1) / (len(self._levels) - 1)  # it is spread over the steps
         # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
-        rest = rest if is_k_diffusions(self.sampler) else rest.to(x.dtype)
-        return _Run(i, total, self.sampler, options, x.clone(), ahead, rest, generator)
+        rest = rest if own else rest.to(x.dtype)
+        generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
+        noisy = adds_noise(self.sampler, options)
+        if noisy and generator is None:
+            digests = [hashlib.blake2b(image.double().cpu().numpy().tobytes(), digest_size=8).digest() for image in x]
+            generator = [torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1) for digest in digests]
+        mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()), x.dtype)
+        if "noise_sampler" in parameters(self.sampler) and options.get("noise_sampler") is None:
+            options["noise_sampler"] = step_noise(self.sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
+        call = functools.partial(call_sampler, self.sampler, sigmas=rest, arguments=options)
+        run = greenlet(_sample)
+        run.residual = 0.0
+        run.switch(x, ahead, mode, call if len(rest) else None)
+        return run
 
 
-class _Evaluation(NamedTuple):
-    """One call of the network: the pipeline's sample is alpha x0 + noise n, and scale y for the sampler's state y."""
+def _sample(x: torch.Tensor, ahead: list[float], mode: SamplerMode, call: Callable | None) -> torch.Tensor:
+    """A run, in its greenlet: Euler's steps through the levels `ahead`, then `call(model, x)`."""
+    # nothing here refers to the scheduler: a run that is left half way ends with it
 
-    sigma: float
-    alpha: float
-    noise: float
-    scale: float
+    def torch_state() -> tuple[int, bool, bool]:
+        return torch._C._len_torch_function_stack(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
-
-class _Run:
-    """A sampler under way. Nothing in its greenlet refers to it, so one left half way goes with the scheduler."""
-
-    def __init__(self, position: int, total: int, *arguments: Any):
-        self.position, self.total = position, total
-        self.residual: torch.Tensor | float = 0.0
-        self.greenlet = greenlet(_sample)
-        self.asked = self._switch(*arguments)
-
-    def step(self, y: torch.Tensor, denoised: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-        """The next sample: `scale` times the state that the sampler asks for, in this dtype. y is the state now.
-
-        The pipeline may have changed what it got (inpainting, callbacks): the state is that and what rounding took.
-        """
-        self.asked, self.position = self._switch(denoised, y + self.residual), self.position + 1
-        if self.greenlet.dead != (self.position == self.total):
-            raise ValueError("`sampler`: it asks for other evaluations than in its trial on a single number")
-        sample = (self.asked * scale).to(dtype)
-        self.residual = self.asked - sample.to(self.asked.dtype) / scale
-        return sample
-
-    def _switch(self, *values: Any) -> torch.Tensor:
-        """Goes on with the sampler. What is torch's and thread-local is the same after as before."""
-        grad, self.greenlet.parent = torch.is_grad_enabled(), getcurrent()
-        outside = (torch._C._len_torch_function_stack(), grad, torch.is_inference_mode_enabled())
-        try:
-            return self.greenlet.switch(outside, *values)
-        finally:
-            torch.set_grad_enabled(grad)
-
-
-def _sample(
-    outside: tuple[int, bool, bool],
-    sampler: Callable,
-    options: dict[str, Any],
-    x: torch.Tensor,
-    ahead: list[float],
-    sigmas: torch.Tensor,
-    generator: Any,
-) -> torch.Tensor:
-    """A run of the sampler, in its greenlet: Euler's steps through the levels `ahead`, then `sigmas`."""
+    here = torch_state()
 
     def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
-        nonlocal outside
+        nonlocal here
         if with_uncond:
             raise ValueError("`sampler`: a scheduler can't see the prediction without guidance, as our pipelines can")
-        with _left(*outside):
+        depth, grad, inference = here
+        with outside(depth), torch.inference_mode(inference), torch.set_grad_enabled(grad):
             try:
-                outside, denoised, state = getcurrent().parent.switch(x)
-            except GreenletExit:
-                outside = (0, torch.is_grad_enabled(), False)
-                raise
+                denoised, state = getcurrent().parent.switch(x)
+            finally:  # also where a run that was left half way ends
+                here = torch_state()
         x.copy_(state)
         return denoised
 
     try:
         for sigma, after in zip(ahead, ahead[1:]):
             x = x + (x - model(x, x.new_full([len(x)], sigma))) * (after / sigma - 1)
-        if not len(sigmas):
-            return x
-        noisy, given = adds_noise(sampler, options), options.get("noise_sampler") is not None
-        if noisy and generator is None and not given:
-            generator = [_seeded_by(image) for image in x]
-        arguments = dict(options)
-        if "noise_sampler" in parameters(sampler) and not given:
-            noise = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
-            arguments["noise_sampler"] = noise
-        with SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()), x.dtype):
-            return call_sampler(sampler, model, x, sigmas, arguments)
-    except GreenletExit:
-        torch.set_grad_enabled(outside[1])  # the sampler's own no_grad put back what was when it began
-        raise
-
-
-@contextlib.contextmanager
-def _left(depth: int, grad: bool, inference: bool) -> Iterator[None]:
-    """Takes off torch's function modes, grad mode and inference mode that the sampler entered; puts them back after."""
-    inner = torch.is_grad_enabled()
-    same = torch.is_inference_mode_enabled() == inference
-    try:
-        with outside(depth), contextlib.nullcontext() if same else torch.inference_mode(inference):
-            torch.set_grad_enabled(grad)
-            yield
+        with mode:
+            return call(model, x) if call else x
     finally:
-        torch.set_grad_enabled(inner)
-
-
-def _seeded_by(image: torch.Tensor) -> torch.Generator:
-    digest = hashlib.blake2b(image.double().cpu().numpy().tobytes(), digest_size=8).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def _ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
-    """sigma = t / (1 - t). At t = 1, where it is infinite, the first one continues the ratio of the next two.
-
-    It is at least 15, SDXL's highest: noise of a lower sigma would hide less of the picture than pure noise does.
-    """
-    sigmas = ts / (1 - ts)
-    if ts[0] > 0.9999:
-        second, third = sigmas[1].item(), sigmas[2].item() if len(sigmas) > 2 else 0.0
-        sigmas[0] = max(second * (second / third if third > 0 else 4.0), 15.0)
-    return sigmas
+        torch.set_grad_enabled(here[1])  # the sampler's own no_grad puts back what was when it began
 
 
 # --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---

@@ -133,7 +133,7 @@ def stock_schedulers(scheduler: Any) -> Iterator[Any]:
     elif "sigma_data" in config:
         yield diffusers.EDMEulerScheduler.from_config(config)
     elif config.get("use_flow_sigmas"):
-        options = {"solver_order": 1, "algorithm_type": "dpmsolver++"}
+        options = {"solver_order": 1, "algorithm_type": "dpmsolver++", "prediction_type": "flow_prediction"}
         yield diffusers.DPMSolverMultistepScheduler.from_config(config, **options)
     elif hasattr(scheduler, "alphas_cumprod"):
         with contextlib.suppress(NotImplementedError):  # for all kinds of betas
