@@ -295,8 +295,10 @@ def fails(check: Callable, *arguments: Any) -> None:
         check(*arguments)
 
 
-@pytest.mark.parametrize("sampler", ["heun", "euler_ancestral", "dpmpp_sde", "dpmpp_3m_sde", "dpm_fast"])
-@pytest.mark.parametrize("process", ["sdxl", "ve"])
+@pytest.mark.parametrize(
+    "process, sampler",
+    [("sdxl", "heun"), ("ve", "euler_ancestral"), ("ve", "dpmpp_sde"), ("sdxl", "dpmpp_3m_sde"), ("ve", "dpm_fast")],
+)
 def test_distribution_and_step_noise_show_a_network_passed_as_it_is(process, sampler):
     seen, samples = sample(process, sampler, network=PASSES[process])
     fails(check_distribution, samples)
@@ -318,8 +320,10 @@ def test_distribution_and_step_noise_show_noise_in_flow_coordinates_on_sdxl(samp
     fails(check_step_noise, seen)
 
 
-@pytest.mark.parametrize("sampler", ["dpm_2_ancestral", "dpmpp_2s_ancestral", "euler", "dpmpp_sde", "dpmpp_2m_sde"])
-@pytest.mark.parametrize("process", ["sdxl", "ve"])
+@pytest.mark.parametrize(
+    "process, sampler",
+    [("sdxl", "dpm_2_ancestral"), ("ve", "dpmpp_2s_ancestral"), ("sdxl", "euler"), ("ve", "dpmpp_2m_sde")],
+)
 def test_distribution_and_step_noise_show_a_wrong_level(process, sampler):
     """One step late is an error of first order: among 50 steps only the samplers of second order show it at the end."""
     seen, samples = sample(process, sampler, disturb=one_step_late)

@@ -16,7 +16,7 @@ from scenes import PALETTES, PLACES, SUBJECTS, TONES, Scene, caption
 
 @pytest.fixture(scope="module")
 def judge():
-    judge, right = train_judge(1200, 100)  # enough for subject and place; the tone takes more
+    judge, right = train_judge(1200, 150)  # enough for subject and place; the tone takes more
     assert right[:2].min() > 0.98, f"the judge itself is too weak: {dict(zip(PARTS, right.tolist()))}"
     return judge
 
@@ -41,7 +41,7 @@ def pictures(pipe, family: str, texts: list[str], **call) -> list[Image.Image]:
     for i in range(0, len(texts), 10):
         batch = texts[i : i + 10]
         generators = [seeded(100 + i + j) for j in range(len(batch))]
-        call = {"sampler": "dpmpp_2m", "num_inference_steps": 10, **CALLS[family], **call}
+        call = {"sampler": "dpmpp_2m", "num_inference_steps": 12, **CALLS[family], **call}
         drawn += pipe(batch, generator=generators, **call).images
     return drawn
 
