@@ -62,7 +62,7 @@ def ksampler(
         sampler_name, scheduler: of `SAMPLERS` and `SCHEDULERS`. The function is ComfyUI's where k-diffusion's differs.
         denoise: the share of the noise levels that is run, from the lower end, over `latent_image`.
         latent_image: of shape (b, channels, height / 8, width / 8), unpacked on FLUX, in the scale that the network
-            works in: the VAE's latents less its `shift_factor`, times its `scaling_factor`. Default: zeros.
+            works in: the VAE's latents less its `shift_factor`, times its `scaling_factor`. By default zeros.
         noise: "today", or "before 0.7", when ComfyUI drew white step noise on a CPU from the seed, not from seed + 1.
 
     Raises a ValueError for what is unknown or out of range, an ImportError where ComfyUI is needed but absent.
@@ -384,8 +384,9 @@ SCHEDULERS: dict[str, Callable[[int, Any], torch.Tensor]] = {  # n levels, falli
 def _sizes(pipe: Any, width: int, height: int) -> tuple[int, int, tuple[int, int, int]]:
     """Width and height, by default the pipeline's, and the latents' (channels, rows, columns), even on FLUX."""
     scale, network = pipe.vae_scale_factor, getattr(pipe, "transformer", None) or pipe.unet
-    width, height = (side or pipe.default_sample_size * scale for side in (width, height))
-    patch = 2 if hasattr(pipe, "transformer") else 1
+    patch, config = 2 if hasattr(pipe, "transformer") else 1, getattr(pipe.vae, "config", None)
+    default = getattr(config, "sample_size", 1024) if patch == 2 else pipe.default_sample_size * scale
+    width, height = width or default, height or default
     sides = (patch * (side // (patch * scale)) for side in (height, width))
     return width, height, (network.config.in_channels // patch**2, *sides)
 

@@ -39,8 +39,8 @@ class FluxComfyPipeline(FluxPipeline):
     their tokenizers.
 
     FLUX predicts the velocity v = noise - x0 at x = (1 - t) x0 + t noise, so x0 = x - t v. k-diffusion's samplers know
-    y = x0 + sigma noise. With y = x / (1 - t) and sigma = t / (1 - t) the one is the other, exactly ("ve"). Samplers
-    that add no noise may as well take t for sigma and x for y, since the ODE's derivative (x - x0) / t is v ("flow").
+    y = x0 + sigma noise. x / (1 - t) is such a y, with sigma = t / (1 - t) ("ve"). A sampler that adds no noise may as
+    well take x for y and t for sigma, since the ODE's derivative (x - x0) / t is v ("flow").
     """
 
     _callback_tensor_inputs = [*FluxPipeline._callback_tensor_inputs, "denoised", "sigma"]
@@ -96,15 +96,17 @@ class FluxComfyPipeline(FluxPipeline):
             schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", or the
                 levels themselves, falling, in t. None: the scheduler's own.
             parameterization: what the sampler sees as sigma. "flow": t. "ve": t / (1 - t). "auto": "ve" for samplers
-                that add noise or place their own noise levels, "flow" for the others.
+                that have a `noise_sampler` or `s_churn` above 0 or place their own levels, "flow" for the others, also
+                for callables that use `torch.randn_like`.
 
         `sigmas` are t, 1 for noise and 0 for the picture, shifted by the scheduler as in the parent. `latents` are
         packed, x = (1 - t) x0 + t noise at the first t. The state is float32 or more whatever the network's dtype.
 
         `callback_on_step_end` gets, once a step, the latents that the step ended with and the timestep, 1000 t, that it
         began at; by name also `sigma`, that t, and `denoised`, the x0 predicted there. The next step starts from the
-        latents that it returns. A trial on a single number tells where steps begin. Where that fails, `dpm_adaptive`'s
-        and some callables', all of these are of the moment at which the sampler calls back.
+        latents that it returns. With `s_churn` latents already have the next step's noise. A trial on a single number
+        tells where steps begin. Where it can't (`dpm_adaptive`, some callables) latents and `sigma` are those with
+        which the sampler calls back, and to change the latents is an error.
 
         Raises:
             ValueError, TypeError: for arguments that do not fit, before any network runs; for latents changed where the
@@ -126,6 +128,8 @@ class FluxComfyPipeline(FluxPipeline):
         ve = uses_ve(parameterization, sampler, sampler_kwargs, levels)
         given: Any = prompt_embeds if prompt is None else prompt
         batch_size = (1 if isinstance(given, str) else len(given)) * (num_images_per_prompt or 1)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator`: has to be one or {batch_size}, one an image, but is {len(generator)}")
 
         self._guidance_scale = guidance_scale
         self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
@@ -256,7 +260,7 @@ class FluxComfyPipeline(FluxPipeline):
                 shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
             return named_sigmas(schedule, n, shift / (shift + 9999), 1.0)
         if schedule is not None:
-            return check_sigmas(schedule, "schedule")
+            return check_sigmas(schedule, "schedule", at_least=2)
         scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
         if sigmas is None:
             sigmas = np.linspace(1.0, 1 / n, n)
@@ -293,12 +297,11 @@ def uses_ve(parameterization: str, sampler: Callable, sampler_kwargs: dict[str, 
     """Whether the sampler sees "ve", not "flow". See `FluxComfyPipeline`."""
     if parameterization not in ("auto", "flow", "ve"):
         raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
-    named, churn = parameters(sampler), sampler_kwargs.get("s_churn")
-    if parameterization != "auto" or churn or (churn is None and "s_churn" in named and named["s_churn"].default):
+    if parameterization != "auto" or option(sampler, sampler_kwargs, "s_churn"):
         return parameterization != "flow"
     if len(ts) == 2 and ts[1] == 0 and is_k_diffusions(sampler):
         return False  # one step to zero is x0 either way, and this way it begins at t = 1
-    return "noise_sampler" in named or "sigma_min" in named
+    return not {"noise_sampler", "sigma_min"}.isdisjoint(parameters(sampler))
 
 
 def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
@@ -341,6 +344,12 @@ def parameters(sampler: Callable) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(sampler).parameters
 
 
+def option(sampler: Callable, sampler_kwargs: dict[str, Any], name: str) -> Any:
+    """An option's value, given or by default (also a `functools.partial`'s). None where the sampler has none."""
+    default = getattr(parameters(sampler).get(name), "default", None)
+    return sampler_kwargs.get(name, None if default is inspect.Parameter.empty else default)
+
+
 def is_k_diffusions(sampler: Callable) -> bool:
     """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
     return getattr(sampler, "func", sampler) in vars(sampling).values()
@@ -378,11 +387,13 @@ def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | Non
     return options
 
 
-def check_sigmas(sigmas: Any, name: str = "sigmas") -> torch.Tensor:
-    """`sigmas` (any scale) in float64 on the CPU. ValueError: not finite, not falling, not positive to a last zero."""
+def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.Tensor:
+    """`sigmas` (any scale) in float64 on the CPU. ValueError unless finite and falling, from above 0 to 0 or above."""
     levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
-    if not len(levels) or not levels.isfinite().all() or not levels[0] > 0 <= levels[-1] or (levels.diff() >= 0).any():
-        raise ValueError(f"`{name}` have to be finite and fall from a positive number to zero or above: {sigmas}")
+    falling = levels.isfinite().all() and (levels.diff() < 0).all() and (levels[:1] > 0).all() and (levels >= 0).all()
+    if len(levels) < at_least or not falling:
+        rule = f"finite and fall from a positive number to zero or above, {at_least} of them at least"
+        raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
     return levels
 
 
@@ -417,18 +428,18 @@ def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
 def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device | str) -> Callable:
     """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
 
-    In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels: Levy's
-    construction, from W(2^-64) = 0. Normal 0 gives W(2^64), normal 1 how far W is from the line between the ends in
-    their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
-    itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
+    In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels. Levy's
+    construction, from W(2^-64) = 0: normal 0 gives W(2^64). Normal 1 gives W at the middle in log sigma, as the
+    distance from the line between the ends. Normals 2 n and 2 n + 1 do so in the halves of n's interval. After 20
+    halvings an interval is 0.01 % of sigma wide. One more normal gives W(sigma) in it (arXiv:2405.06464).
     """
     generator = torch.Generator(device)
 
     @functools.lru_cache(22)  # those of one level: a next one draws about 13
     def normal(node: int) -> torch.Tensor:
         noise = torch.empty(x.shape, dtype=x.dtype, device=device)
-        for image, seed in zip(noise, seeds):
-            # the CPU's generator reads 32 bits of its seed: odd factors differ between the nodes of a path
+        for image, seed in zip(noise, seeds, strict=True):
+            # the CPU's generator uses the low 32 bits of a seed; the odd factor keeps a path's nodes apart there
             image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
         return noise
 
@@ -453,14 +464,13 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
 
 def adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
     """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
-    named = {name: p.default for name, p in parameters(sampler).items() if name in ("s_churn", "eta")}
-    return any(sampler_kwargs.get(name, default) for name, default in named.items()) or not is_k_diffusions(sampler)
+    return any(option(sampler, sampler_kwargs, name) for name in ("s_churn", "eta")) or not is_k_diffusions(sampler)
 
 
 def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
     """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
     name = getattr(getattr(sampler, "func", sampler), "__name__", "")
-    if not ("dpmpp" in name and name.endswith("_sde")):
+    if not ("dpmpp" in name and "_sde" in name):
         return lambda sigma, sigma_next: white_noise(x, generator)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
     seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
@@ -468,10 +478,10 @@ def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
 
 
 class SamplerMode(TorchFunctionMode):
-    """While a sampler runs, `torch.randn_like`, the noise of `s_churn` and of callables, is `draw(like)`.
+    """While a sampler runs, `torch.randn_like` (the noise of `s_churn` and of callables) is `draw(like)`.
 
-    Levels that k-diffusion makes have this dtype, whatever the default is. A sigma on the CPU that is spread over the
-    latents' dimensions stays a number, which goes with latents on any device.
+    `linspace` and float `tensor`s get `dtype`, not torch's default. `sigma[..., None]` of a number on the CPU stays a
+    number, so that it goes with latents on any device.
     """
 
     def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like, dtype=torch.float64):
@@ -492,7 +502,7 @@ class SamplerMode(TorchFunctionMode):
 
 @contextlib.contextmanager
 def outside(depth: int) -> Iterator[None]:
-    """Without the sampler's modes, those above this depth of torch's stack: each would compile a network anew."""
+    """Takes off the modes above this depth of torch's stack: with them torch.compile would compile a network again."""
     modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - depth)]
     try:
         yield
@@ -506,8 +516,9 @@ def call_sampler(
 ) -> torch.Tensor:
     """Calls a sampler of either signature with those of the arguments that it takes.
 
-    One step to zero is `denoised` in all of k-diffusion's, but some fail on it: it is Euler's. A sampler by range stops
-    at the lowest positive level: Euler's step from there to zero is taken here, and counted by dpm_fast.
+    One step to zero returns `denoised` with every sampler of k-diffusion, but some fail there: Euler's takes it. A
+    sampler by range stops at the lowest positive level. Euler's step from there to zero is taken here, and dpm_fast
+    counts it as one of its evaluations.
     """
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
@@ -530,9 +541,10 @@ def call_sampler(
 def step_starts(
     sampler: Callable, ndim: int, sigmas: torch.Tensor, arguments: dict[str, Any]
 ) -> tuple[list[float], dict[int, int]]:
-    """The level of each evaluation, and which of them begins which step, {evaluation: step}: by a trial on one element.
+    """The level of each evaluation, and {evaluation: step} for those that begin a step, by a trial on one element.
 
-    Both are empty where that can't be run, and for dpm_adaptive; the second where a callback has not the model's x.
+    Both are empty for dpm_adaptive and where the trial fails. The second also is where the sampler's callback gets
+    another x than the model got.
     """
     inputs, levels, starts, x = [], list[float](), dict[int, int](), torch.ones([1] * ndim, dtype=sigmas.dtype)
 
@@ -581,12 +593,12 @@ def run_sampler(
     class Interrupted(Exception):
         """Carries the state and its sigma out of the sampler."""
 
-    evaluations, ended, last = 0, None, (x, sigmas[:1], x)  # the step that waits for its end; what was last evaluated
+    evaluations, ended, last = 0, None, (x, sigmas[0], x)  # the step that waits for its end; what was last evaluated
     starts = step_starts(sampler, x.ndim, sigmas, sampler_kwargs)[1] if after_step else {}
     own, named, depth = is_k_diffusions(sampler), parameters(sampler), torch._C._len_torch_function_stack()
-    one = own and len(sigmas) == 2 and sigmas[1] == 0  # Euler's, as `call_sampler` has it
-    noisy = adds_noise(sampling.sample_euler if one else sampler, sampler_kwargs)
-    given = sampler_kwargs.get("noise_sampler") is not None
+    single_step = own and len(sigmas) == 2 and sigmas[1] == 0  # Euler's, as `call_sampler` has it
+    noisy = adds_noise(sampling.sample_euler if single_step else sampler, sampler_kwargs)
+    noise_given = option(sampler, sampler_kwargs, "noise_sampler") is not None
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal evaluations, ended, last
@@ -607,7 +619,7 @@ def run_sampler(
         nonlocal ended
         on_step()
         # others' may call back with a state that is not the step's
-        x, sigma, denoised = (info["x"], info["sigma"], info["denoised"]) if own else last
+        x, sigma, denoised = (info["x"], info["sigma_hat"], info["denoised"]) if own else last
         if starts:
             ended = info["i"], sigma.clone(), denoised.clone()
         elif after_step:
@@ -617,14 +629,14 @@ def run_sampler(
                 name = getattr(sampler, "__name__", sampler)
                 raise ValueError(f"a callback can't change the latents: {name} does not say where its steps begin")
         if interrupted():
-            raise Interrupted(x, (info.get("sigma_hat", sigma) if own else sigma).cpu())
+            raise Interrupted(x, sigma.cpu())
 
     arguments = {**sampler_kwargs, "callback": callback}
-    if "noise_sampler" in named and not given:
+    if "noise_sampler" in named and not noise_given:
         arguments["noise_sampler"] = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
     mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()), x.dtype)
     # most of k-diffusion's make none of the mode's calls on a CPU
-    plain = own and x.device.type == "cpu" and not (one or given or {"s_churn", "sigma_min"} & {*named})
+    plain = own and x.device.type == "cpu" and not (single_step or noise_given or {"s_churn", "sigma_min"} & {*named})
     try:
         with contextlib.nullcontext() if plain else mode:
             end = call_sampler(sampler, model, x, sigmas, arguments)

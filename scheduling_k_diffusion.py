@@ -31,20 +31,21 @@ from torch.overrides import TorchFunctionMode
 class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     """A scheduler that runs a k-diffusion sampler, `sampler(model, x, sigmas)`, inside the loop of a stock pipeline.
 
-    The sampler runs in a greenlet. Where it calls `model(x, sigma)` it is left: the pipeline gives x to its network.
-    `step` makes `denoised` of the prediction and goes on with the sampler until that asks again. So `timesteps` has one
-    for each evaluation of the network; a trial on a single number finds them before the run.
+    The sampler runs in a greenlet. At `model(x, sigma)` it pauses, and the pipeline gives x to its network. `step`
+    turns the prediction into `denoised` and resumes the sampler until it asks again. So `timesteps` has one for each
+    evaluation of the network; a trial on a single number finds them before the run.
 
     The base scheduler says what the network was trained with, in which scale latents are, and which levels a call uses
     where no schedule is named. `config` is the base's, and what is saved is the base, which every loader knows.
 
     Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or t is sigma ("flow").
-    In "ve" the network still sees pure noise at t = 1, where the first sigma is finite.
+    In "ve" the first sigma is finite (15 or more), but the network is still told t = 1.
     Where a pipeline gives `step` no generator, as FLUX's, each image's noise is seeded by its first sample.
 
     Args:
         scheduler: the base: one with betas (epsilon, v_prediction, sample), for flow matching, or EDM.
-        sampler: a sampler of k-diffusion by name, with or without `sample_`, or a callable with its signature.
+        sampler: a sampler of k-diffusion by name, with or without `sample_`, or a callable with its signature. One with
+            several evaluations a step and no callback can't begin later: Euler's method runs in its place then.
         sampler_kwargs: options for it: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, ...
         schedule: k-diffusion's "karras", "exponential", "polyexponential" or "vp", or the levels themselves, falling
             (sigma; for flow models t). None: the base's, also for the `sigmas` or `timesteps` that a pipeline passes.
@@ -175,7 +176,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         n = self.num_inference_steps = len(levels) - 1
         kind, named = self.parameterization, {*parameters(self.sampler)}
         one = n == 1 and levels[1] == 0 and is_k_diffusions(self.sampler)  # x0 either way, and "flow" begins at t = 1
-        auto = self.sampler_kwargs.get("s_churn") or named & {"noise_sampler", "sigma_min"} and not one
+        churn = option(self.sampler, self.sampler_kwargs, "s_churn")
+        auto = churn or named & {"noise_sampler", "sigma_min"} and not one
         ve = self._scale == "flow" and levels[0] <= 1 and (kind == "ve" or kind == "auto" and auto)
         pure = ve and levels[0] > 0.9999
         self._levels = levels / (1 - levels) if ve else levels
@@ -192,7 +194,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         for i, sigma in enumerate([*asked, float(self._levels[-1])]):
             level = float(levels[0]) if pure and i == 0 else sigma / (1 + sigma) if ve else sigma
             alpha, noise = self._shares(level)
-            scale = 1 / float(self._levels[0]) if pure and i == 0 else alpha if ve or self._scale != "flow" else 1.0
+            scale = 1 / sigma if pure and i == 0 else alpha if ve or self._scale != "flow" else 1.0
             # the pipeline's sample there: alpha x0 + noise n, n of unit variance, and scale y, y the sampler's state
             self._evaluations.append(SimpleNamespace(sigma=sigma, alpha=alpha, noise=noise, scale=scale))
             near = [t for one, t in known.items() if abs(one - level) <= 1e-9 * one]
@@ -226,7 +228,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     def init_noise_sigma(self) -> float:
         """What the pipeline multiplies unit noise by, for the first sample."""
         base, first = float(getattr(self.base, "init_noise_sigma", 1.0)), self._evaluations[0]
-        if self.num_inference_steps is None or base == 1 and (self.schedule is None or self._scale == "flow"):
+        explicit = isinstance(self.schedule, torch.Tensor) and self._scale != "flow"
+        if self.num_inference_steps is None or base == 1 and not explicit:
             return base
         return first.noise if self.schedule is not None else base * first.sigma / float(self._levels[0])
 
@@ -334,8 +337,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         rest = self._levels[self._starts.get(first, len(self._levels)) :]
         if "sigma_min" in parameters(self.sampler) and len(rest):  # it has a level for each evaluation
             rest = torch.cat([rest.new_tensor(ahead[-1:]), self._levels[first + 1 :]])
-        if "s_churn" in options and own:
-            options["s_churn"] *= (len(rest) - 1) / (len(self._levels) - 1)  # it is spread over the steps
+        if own and (churn := option(self.sampler, options, "s_churn")):
+            options["s_churn"] = churn * (len(rest) - 1) / (len(self._levels) - 1)  # it is spread over the steps
         # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
         rest = rest if own else rest.to(x.dtype)
         generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
@@ -344,7 +347,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             digests = [hashlib.blake2b(image.double().cpu().numpy().tobytes(), digest_size=8).digest() for image in x]
             generator = [torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1) for digest in digests]
         mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()), x.dtype)
-        if "noise_sampler" in parameters(self.sampler) and options.get("noise_sampler") is None:
+        if "noise_sampler" in parameters(self.sampler) and option(self.sampler, options, "noise_sampler") is None:
             options["noise_sampler"] = step_noise(self.sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
         call = functools.partial(call_sampler, self.sampler, sigmas=rest, arguments=options)
         run = greenlet(_sample)
@@ -412,6 +415,12 @@ def parameters(sampler: Callable) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(sampler).parameters
 
 
+def option(sampler: Callable, sampler_kwargs: dict[str, Any], name: str) -> Any:
+    """An option's value, given or by default (also a `functools.partial`'s). None where the sampler has none."""
+    default = getattr(parameters(sampler).get(name), "default", None)
+    return sampler_kwargs.get(name, None if default is inspect.Parameter.empty else default)
+
+
 def is_k_diffusions(sampler: Callable) -> bool:
     """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
     return getattr(sampler, "func", sampler) in vars(sampling).values()
@@ -449,11 +458,13 @@ def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | Non
     return options
 
 
-def check_sigmas(sigmas: Any, name: str = "sigmas") -> torch.Tensor:
-    """`sigmas` (any scale) in float64 on the CPU. ValueError: not finite, not falling, not positive to a last zero."""
+def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.Tensor:
+    """`sigmas` (any scale) in float64 on the CPU. ValueError unless finite and falling, from above 0 to 0 or above."""
     levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
-    if not len(levels) or not levels.isfinite().all() or not levels[0] > 0 <= levels[-1] or (levels.diff() >= 0).any():
-        raise ValueError(f"`{name}` have to be finite and fall from a positive number to zero or above: {sigmas}")
+    falling = levels.isfinite().all() and (levels.diff() < 0).all() and (levels[:1] > 0).all() and (levels >= 0).all()
+    if len(levels) < at_least or not falling:
+        rule = f"finite and fall from a positive number to zero or above, {at_least} of them at least"
+        raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
     return levels
 
 
@@ -488,18 +499,18 @@ def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
 def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device | str) -> Callable:
     """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
 
-    In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels: Levy's
-    construction, from W(2^-64) = 0. Normal 0 gives W(2^64), normal 1 how far W is from the line between the ends in
-    their middle by log sigma, normals 2 n and 2 n + 1 the same in the halves of n's interval. The last gives W(sigma)
-    itself over 0.01 % of sigma (Jelincic et al. 2024, arXiv:2405.06464): exact if no two sigmas lie in one of those.
+    In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels. Levy's
+    construction, from W(2^-64) = 0: normal 0 gives W(2^64). Normal 1 gives W at the middle in log sigma, as the
+    distance from the line between the ends. Normals 2 n and 2 n + 1 do so in the halves of n's interval. After 20
+    halvings an interval is 0.01 % of sigma wide. One more normal gives W(sigma) in it (arXiv:2405.06464).
     """
     generator = torch.Generator(device)
 
     @functools.lru_cache(22)  # those of one level: a next one draws about 13
     def normal(node: int) -> torch.Tensor:
         noise = torch.empty(x.shape, dtype=x.dtype, device=device)
-        for image, seed in zip(noise, seeds):
-            # the CPU's generator reads 32 bits of its seed: odd factors differ between the nodes of a path
+        for image, seed in zip(noise, seeds, strict=True):
+            # the CPU's generator uses the low 32 bits of a seed; the odd factor keeps a path's nodes apart there
             image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
         return noise
 
@@ -524,14 +535,13 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
 
 def adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
     """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
-    named = {name: p.default for name, p in parameters(sampler).items() if name in ("s_churn", "eta")}
-    return any(sampler_kwargs.get(name, default) for name, default in named.items()) or not is_k_diffusions(sampler)
+    return any(option(sampler, sampler_kwargs, name) for name in ("s_churn", "eta")) or not is_k_diffusions(sampler)
 
 
 def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
     """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
     name = getattr(getattr(sampler, "func", sampler), "__name__", "")
-    if not ("dpmpp" in name and name.endswith("_sde")):
+    if not ("dpmpp" in name and "_sde" in name):
         return lambda sigma, sigma_next: white_noise(x, generator)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
     seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
@@ -539,10 +549,10 @@ def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
 
 
 class SamplerMode(TorchFunctionMode):
-    """While a sampler runs, `torch.randn_like`, the noise of `s_churn` and of callables, is `draw(like)`.
+    """While a sampler runs, `torch.randn_like` (the noise of `s_churn` and of callables) is `draw(like)`.
 
-    Levels that k-diffusion makes have this dtype, whatever the default is. A sigma on the CPU that is spread over the
-    latents' dimensions stays a number, which goes with latents on any device.
+    `linspace` and float `tensor`s get `dtype`, not torch's default. `sigma[..., None]` of a number on the CPU stays a
+    number, so that it goes with latents on any device.
     """
 
     def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like, dtype=torch.float64):
@@ -563,7 +573,7 @@ class SamplerMode(TorchFunctionMode):
 
 @contextlib.contextmanager
 def outside(depth: int) -> Iterator[None]:
-    """Without the sampler's modes, those above this depth of torch's stack: each would compile a network anew."""
+    """Takes off the modes above this depth of torch's stack: with them torch.compile would compile a network again."""
     modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - depth)]
     try:
         yield
@@ -577,8 +587,9 @@ def call_sampler(
 ) -> torch.Tensor:
     """Calls a sampler of either signature with those of the arguments that it takes.
 
-    One step to zero is `denoised` in all of k-diffusion's, but some fail on it: it is Euler's. A sampler by range stops
-    at the lowest positive level: Euler's step from there to zero is taken here, and counted by dpm_fast.
+    One step to zero returns `denoised` with every sampler of k-diffusion, but some fail there: Euler's takes it. A
+    sampler by range stops at the lowest positive level. Euler's step from there to zero is taken here, and dpm_fast
+    counts it as one of its evaluations.
     """
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
@@ -601,9 +612,10 @@ def call_sampler(
 def step_starts(
     sampler: Callable, ndim: int, sigmas: torch.Tensor, arguments: dict[str, Any]
 ) -> tuple[list[float], dict[int, int]]:
-    """The level of each evaluation, and which of them begins which step, {evaluation: step}: by a trial on one element.
+    """The level of each evaluation, and {evaluation: step} for those that begin a step, by a trial on one element.
 
-    Both are empty where that can't be run, and for dpm_adaptive; the second where a callback has not the model's x.
+    Both are empty for dpm_adaptive and where the trial fails. The second also is where the sampler's callback gets
+    another x than the model got.
     """
     inputs, levels, starts, x = [], list[float](), dict[int, int](), torch.ones([1] * ndim, dtype=sigmas.dtype)
 

@@ -625,3 +625,8 @@ def test_levels_are_on_the_cpu_whatever_the_default_device(pipes, scheduler):
         with torch.device("meta"):
             found = levels(pipe, scheduler, 5)
         assert found.device.type == "cpu" and found.equal(expected)
+
+
+def test_sizes_are_by_default_the_pipelines(flux):
+    """The demo model's is 128, on which its shift depends."""
+    assert levels(flux, "simple", 4).equal(levels(flux, "simple", 4, width=128, height=128))

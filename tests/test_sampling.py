@@ -19,6 +19,7 @@ from sdxl_comfy_pipeline import (
     run_sampler,
     sampler_names,
     sampling,
+    step_noise,
 )
 
 THIRTEEN = [
@@ -204,6 +205,45 @@ def test_a_sampler_that_adds_no_noise_draws_none(name):
     run_sampler(function, {}, gaussian, noise(), SIGMAS[[0, -1]], generator)
     assert generator.get_state().equal(before) and torch.get_rng_state().equal(before_global)
     assert drawn.shape == noise().shape
+
+
+def test_a_noise_sampler_may_be_bound_before():
+    """By `functools.partial`, as well as in `sampler_kwargs`."""
+    ones = {"noise_sampler": lambda sigma, sigma_next: torch.ones(2, 4, 8, 8)}
+    bound = functools.partial(sampling.sample_dpmpp_sde, **ones)
+    expected = run_sampler(sampling.sample_dpmpp_sde, ones, gaussian, noise(), SIGMAS)[0]
+    assert run_sampler(bound, {}, gaussian, noise(), SIGMAS, torch.Generator().manual_seed(0))[0].equal(expected)
+
+
+def test_step_noise_of_an_sde_sampler_is_a_path_whatever_follows_in_its_name():
+    """ComfyUI has `sample_dpmpp_sde_gpu`. Noise over an interval is that of its halves together."""
+
+    def sample_dpmpp_sde_gpu(model, x, sigmas, noise_sampler=None): ...
+
+    draw = step_noise(sample_dpmpp_sde_gpu, noise(), torch.Generator().manual_seed(0))
+    whole, halves = 8**0.5 * draw(9.0, 1.0), 2 * draw(9.0, 5.0) + 2 * draw(5.0, 1.0)
+    torch.testing.assert_close(whole, halves)
+
+
+def test_each_image_has_a_generator():
+    with pytest.raises(ValueError, match="zip"):
+        run_sampler(sampling.sample_dpmpp_sde, {}, gaussian, noise(), SIGMAS, [torch.Generator()])
+
+
+def test_a_callback_gets_the_level_of_what_was_predicted():
+    """With `s_churn` the network is asked above the step's first level."""
+    asked, told = [], []
+
+    def denoiser(x, sigma):
+        asked.append(sigma[0].item())
+        return gaussian(x, sigma)
+
+    def after_step(i, x, sigma, began, denoised):
+        told.append(began.item())
+        return x
+
+    run_sampler(sampling.sample_euler, {"s_churn": 2.0}, denoiser, noise(), SIGMAS, None, after_step)
+    assert told == asked and asked[0] > SIGMAS[0]
 
 
 @pytest.mark.parametrize("name", [name for name in THIRTEEN if name != "dpm_adaptive"])

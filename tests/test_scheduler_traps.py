@@ -114,6 +114,26 @@ def test_churn_is_spread_over_the_whole_run():
     assert float(noise.std()) == pytest.approx((after.sigma**2 - level**2) ** 0.5, rel=0.25)
 
 
+def test_churn_of_a_flow_model_begins_with_noise_of_its_level():
+    """The first sample is pure noise, also at the higher level. Towards x0 = 0 the next is t times the same noise."""
+    options = {"s_churn": 2.0, "s_noise": 0.0}  # the network is asked at higher levels, and nothing is added
+    scheduler = KDiffusionScheduler.from_scheduler(FLOW, sampler_kwargs=options)
+    scheduler.set_timesteps(6)
+    noise = random(1, 2, 4, 4)
+    x = scheduler.step(noise, scheduler.timesteps[0], noise, seeded(), return_dict=False)[0]  # v = noise: x0 is 0
+    now, after = scheduler._evaluations[:2]
+    assert now.sigma > scheduler._levels[0]
+    torch.testing.assert_close(x / after.scale, noise * float(scheduler._levels[1]))
+
+
+def test_options_may_be_bound_before():
+    """By `functools.partial`, as well as in `sampler_kwargs`: churn adds noise, so that a flow model is "ve"."""
+    bound = functools.partial(sampling.sample_euler, s_churn=2.0)
+    given = KDiffusionScheduler.from_scheduler(FLOW, sampler_kwargs={"s_churn": 2.0})
+    expected = loop(given, start=2, generator=seeded())[1]
+    assert loop(KDiffusionScheduler.from_scheduler(FLOW, sampler=bound), start=2, generator=seeded())[1].equal(expected)
+
+
 def test_a_pipeline_that_cuts_its_timesteps_goes_on_in_another():
     """`denoising_end` of one is `denoising_start` of the next: together the whole."""
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="heun")

@@ -146,6 +146,15 @@ def test_ddim_is_euler(sdxl64):
     assert relative(child(PROMPT, generator=seeded(), **call).images, expected) < 5 * EXACT
 
 
+def test_levels_cut_in_two_are_one_run(sdxl64):
+    """Latents beside levels of one's own are x0 + sigma noise, in and out, whatever the scheduler's scale."""
+    child = quiet(with_scheduler(sdxl64[0], DDIMScheduler.from_config(sdxl64[0].scheduler.config)))
+    levels = [14.0, 6.0, 2.0, 0.5, 0.0]
+    whole = child(PROMPT, schedule=levels, generator=seeded(), **SMALL).images
+    first = child(PROMPT, schedule=levels[:3], generator=seeded(), **SMALL).images
+    assert relative(child(PROMPT, schedule=levels[2:], latents=first, **SMALL).images, whole) < 1e-12
+
+
 def test_quantize_timesteps_is_what_dpm_solver_does(sdxl64):
     """With Karras levels diffusers' DPM-Solver rounds timesteps. Rounding here too removes the difference."""
     child, parent = sdxl64
@@ -256,6 +265,7 @@ BAD = [
     ({"sigmas": []}, ValueError, "and fall from a positive number"),
     ({"sigmas": [3.0, 1.0, 1.0]}, ValueError, "and fall from"),
     ({"sigmas": [3.0, 1.0, -1.0]}, ValueError, "to zero or above"),
+    ({"schedule": [14.6]}, ValueError, "2 of them at least"),
     ({"schedule": "karras", "sigmas": [3.0, 1.0]}, ValueError, "pass one of them"),
     ({"schedule": "karras", "timesteps": [900, 1]}, ValueError, "pass one of them"),
     ({"schedule": "karas"}, ValueError, "there are karras, exponential, polyexponential, vp, or pass the levels"),
