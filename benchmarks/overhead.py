@@ -270,7 +270,7 @@ def table(name: str, rows: list[dict[str, Any]]) -> list[str]:
             ratio, around = found.get(goal, (0.0, 0.0))
             line.append(f"{ratio:.3f} ({around:.3f})" if goal in found else "none")
             limit = GOALS[goal][1][name.split(",")[0]]
-            if ratio - around > limit:
+            if round(ratio - around, 3) > limit:
                 missed.append(f"{name}, {row['sampler']}: {GOALS[goal][0]} is {ratio:.3f}, the goal {limit:.2f}")
         line += [listed(row["waits"], ".1f", LOOPS[:4])] if waits else []
         print(f"| {' | '.join([*line, listed(row['peak'], '.2f', LOOPS)])} |", flush=True)
