@@ -528,7 +528,8 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
         before, after = float(sigma), float(sigma_next)
-        return _sent((w(after) - w(before)) / math.sqrt(abs(after - before)), x.device)
+        start, end = w(before), w(after)  # in this order: the cache of two drops what was used first
+        return _sent((end - start) / math.sqrt(abs(after - before)), x.device)
 
     return noise_sampler
 

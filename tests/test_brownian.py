@@ -85,6 +85,16 @@ def test_path_does_not_depend_on_what_else_is_asked():
         assert asked(walked, 0.7, 3.0).equal(-fresh)
 
 
+def test_a_step_begins_where_another_ended(monkeypatch):
+    """So that a step draws the normals of one level, of which the upper ones are there: 346 in all, else 681."""
+    draws, normal_ = [], torch.Tensor.normal_
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda x, **options: draws.append(x) or normal_(x, **options))
+    draw, sigmas = noise(x=torch.empty(1, 2)), named_sigmas("karras", 25, 0.0292, 14.6146)[:-1]
+    for sigma, sigma_next in zip(sigmas, sigmas[1:]):
+        draw(sigma, sigma_next)
+    assert len(draws) < 22 + 15 * (len(sigmas) - 1)
+
+
 def test_each_image_has_its_own_path():
     x = torch.empty(3, *SHAPE[1:])
     together = brownian_noise(x, [5, 6, 2**63 - 2], "cpu")
