@@ -1,6 +1,6 @@
 """Work and precision of every sampler: its error over its evaluations of the network, as tables and as diagrams.
 
-    uv run benchmarks/work_precision.py                        # all four models, an hour on two cores
+    uv run benchmarks/work_precision.py                        # all four models
     uv run benchmarks/work_precision.py --model closed-form    # the one whose answer is known, a few minutes
 
 Samplers without noise: the distance of their sample from the converged one of the same noise, ||x - ref|| / ||ref||,
