@@ -16,7 +16,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -72,8 +72,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         config, kind = base.config, type(base)
         self.base: Any = copy.deepcopy(base)  # with what the config does not know, as `set_shift`
         self.__module__ = kind.__module__  # beside __class__, for savers
-        self.sampler = find_sampler(sampler)
-        self.sampler_kwargs = check_sampler_kwargs(self.sampler, sampler_kwargs)
+        self.sampler = find_sampler(sampler, sampler_kwargs)
         self.schedule = schedule if isinstance(schedule, str | None) else check_sigmas(schedule, "schedule")
         if parameterization not in ("auto", "flow", "ve"):
             raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
@@ -82,7 +81,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self._train: int = config.get("num_train_timesteps", 1000)
         self._prediction, self._scale = config.get("prediction_type", "epsilon"), ""
         self._table: Any = None
-        taken = parameters(getattr(base, "step", lambda: None)).values()
+        taken = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
         needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if needed == ["model_output", "timestep", "sample"] and "Inverse" not in kind.__name__:
             if hasattr(base, "precondition_outputs"):
@@ -110,7 +109,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As any scheduler's, with the options of the class beside those of the base."""
-        options = {name: kwargs.pop(name) for name in list(kwargs) if name in parameters(cls.__init__)}
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in arguments_of(cls.__init__)}
         # one of a scheduler made in code names no class: what is in it tells flow from betas
         kinds = {"use_flow_sigmas": "DPMSolverMultistep", "beta_start": "EulerDiscrete", "sigma_data": "EDMEuler"}
         kind = next((kind for key, kind in kinds.items() if config.get(key)), "FlowMatchEulerDiscrete")
@@ -126,7 +125,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         return getattr(vars(self).get("base"), name)  # none while a copy is made
 
     def __repr__(self) -> str:
-        return f"KDiffusionScheduler(sampler={self.sampler}, sampler_kwargs={self.sampler_kwargs}, {self.base!r})"
+        return f"KDiffusionScheduler(sampler={self.sampler}, {self.base!r})"
 
     def __reduce__(self) -> tuple:
         return object.__new__, (KDiffusionScheduler,), {**self.__dict__, "_run": None}  # a run can't be copied
@@ -174,17 +173,16 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     def _plan(self, levels: torch.Tensor, known: dict[float, float]) -> None:
         """The evaluations that the sampler will make, through these levels. `known`: their timesteps, if the base's."""
         n = self.num_inference_steps = len(levels) - 1
-        kind, named = self.parameterization, {*parameters(self.sampler)}
+        kind, named = self.parameterization, arguments_of(self.sampler)
         one = n == 1 and levels[1] == 0 and is_k_diffusions(self.sampler)  # x0 either way, and "flow" begins at t = 1
-        churn = option(self.sampler, self.sampler_kwargs, "s_churn")
-        auto = churn or named & {"noise_sampler", "sigma_min"} and not one
+        auto = named.get("s_churn") or named.keys() & {"noise_sampler", "sigma_min"} and not one
         ve = self._scale == "flow" and levels[0] <= 1 and (kind == "ve" or kind == "auto" and auto)
         pure = ve and levels[0] > 0.9999
         self._levels = levels / (1 - levels) if ve else levels
         if pure:  # not infinity: the ratio of the next two goes on, to SDXL's highest sigma, 15, at least
             second, third = [*self._levels[1:].tolist(), 0.0][:2]
             self._levels[0] = max(second * (second / third if third > 0 else 4.0), 15.0)
-        asked, starts = step_starts(self.sampler, 4, self._levels, self.sampler_kwargs)
+        asked, starts = step_starts(self.sampler, 4, self._levels)
         if not asked:
             others = "StableDiffusionXLComfyPipeline and FluxComfyPipeline"
             raise ValueError(f"`sampler`: can't tell its timesteps before the run; for dpm_adaptive there are {others}")
@@ -330,26 +328,27 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     def _begin(self, i: int, x: torch.Tensor, generator: Any) -> greenlet:
         """The sampler, left where it asks for evaluation i."""
-        options, own = dict(self.sampler_kwargs), is_k_diffusions(self.sampler)
+        sampler, own, named = self.sampler, is_k_diffusions(self.sampler), arguments_of(self.sampler)
         # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
         first = min((one for one in self._starts if one >= i), default=len(self._times))
         ahead = [one.sigma for one in self._evaluations[i : first + 1]]
         rest = self._levels[self._starts.get(first, len(self._levels)) :]
-        if "sigma_min" in parameters(self.sampler) and len(rest):  # it has a level for each evaluation
+        if "sigma_min" in named and len(rest):  # it has a level for each evaluation
             rest = torch.cat([rest.new_tensor(ahead[-1:]), self._levels[first + 1 :]])
-        if own and (churn := option(self.sampler, options, "s_churn")):
-            options["s_churn"] = churn * (len(rest) - 1) / (len(self._levels) - 1)  # it is spread over the steps
+        if own and (churn := named.get("s_churn")):  # it is spread over the steps
+            sampler = functools.partial(sampler, s_churn=churn * (len(rest) - 1) / (len(self._levels) - 1))
         # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
         rest = rest if own else rest.to(x.dtype)
         generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
-        noisy = adds_noise(self.sampler, options)
+        noisy = adds_noise(sampler)
         if noisy and generator is None:
             digests = [hashlib.blake2b(image.double().cpu().numpy().tobytes(), digest_size=8).digest() for image in x]
             generator = [torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1) for digest in digests]
         mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()), x.dtype)
-        if "noise_sampler" in parameters(self.sampler) and option(self.sampler, options, "noise_sampler") is None:
-            options["noise_sampler"] = step_noise(self.sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
-        call = functools.partial(call_sampler, self.sampler, sigmas=rest, arguments=options)
+        call = functools.partial(call_sampler, sampler, sigmas=rest)
+        if named.get("noise_sampler", 0) is None:  # it takes one, and has none
+            noise = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
+            call = functools.partial(call, noise_sampler=noise)
         run = greenlet(_sample)
         run.residual = 0.0
         run.switch(x, ahead, mode, call if len(rest) else None)
@@ -388,19 +387,18 @@ def _sample(x: torch.Tensor, ahead: list[float], mode: SamplerMode, call: Callab
 
 
 # --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
-# k-diffusion without its package, samplers and noise levels by name, step noise, the call of a sampler.
 
 
-def _k_diffusion(*submodules: str) -> list[ModuleType]:
-    """k-diffusion's submodules, in a package of another name: the `__init__` of its own imports the training code."""
+def _k_diffusion(name: str) -> ModuleType:
+    """k-diffusion's submodule, in a package of another name: the `__init__` of its own imports the training code."""
     if (spec := importlib.util.find_spec("k_diffusion")) is None:
         raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
     package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
     package.__path__ = spec.submodule_search_locations or []
-    return [importlib.import_module(f"{package.__name__}.{name}") for name in submodules]
+    return importlib.import_module(f"k_diffusion_alone.{name}")
 
 
-sampling, external = _k_diffusion("sampling", "external")
+sampling, external = _k_diffusion("sampling"), _k_diffusion("external")
 SCHEDULES = ("karras", "exponential", "polyexponential", "vp")
 GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
 
@@ -410,15 +408,10 @@ def sampler_names() -> list[str]:
     return [name[7:] for name in vars(sampling) if name.startswith("sample_")]
 
 
-def parameters(sampler: Callable) -> Mapping[str, inspect.Parameter]:
-    """What a sampler takes. One with `sigma_min` places its own levels in a range: dpm_fast and dpm_adaptive."""
-    return inspect.signature(sampler).parameters
-
-
-def option(sampler: Callable, sampler_kwargs: dict[str, Any], name: str) -> Any:
-    """An option's value, given or by default (also a `functools.partial`'s). None where the sampler has none."""
-    default = getattr(parameters(sampler).get(name), "default", None)
-    return sampler_kwargs.get(name, None if default is inspect.Parameter.empty else default)
+def arguments_of(sampler: Callable) -> dict[str, Any]:
+    """What a sampler takes, with the values that are bound (`functools.partial`) or the defaults, else None."""
+    parameters = inspect.signature(sampler).parameters.values()
+    return {p.name: None if p.default is p.empty else p.default for p in parameters}
 
 
 def is_k_diffusions(sampler: Callable) -> bool:
@@ -426,36 +419,34 @@ def is_k_diffusions(sampler: Callable) -> bool:
     return getattr(sampler, "func", sampler) in vars(sampling).values()
 
 
-def find_sampler(sampler: str | Callable) -> Callable:
-    """The sampler of this name, with or without `sample_`, or the callable. ValueError, TypeError: there is none."""
+def find_sampler(sampler: str | Callable, sampler_kwargs: dict[str, Any] | None = None) -> Callable:
+    """The sampler of this name, with or without `sample_`, or the callable itself, with its options bound.
+
+    ValueError, TypeError: there is none; it does not take an option, or lacks one.
+    """
     signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
     if isinstance(sampler, str):
         name, names = sampler.removeprefix("sample_"), sampler_names()
-        if name in names:
-            return getattr(sampling, f"sample_{name}")
-        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.7)  # "lcm" is not near "lms"
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}, or pass {signature}"
-        raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
+        if name not in names:
+            near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.7)  # "lcm" is not near "lms"
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}, or pass {signature}"
+            raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
+        sampler = getattr(sampling, f"sample_{name}")
     try:
         inspect.signature(sampler).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
-    return sampler
-
-
-def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """A copy of the sampler's options. ValueError, with those it takes: another one, or one that it lacks."""
-    options, rest = dict(sampler_kwargs or {}), list(parameters(sampler).values())[3:]  # after model, x and sigmas
+    options, rest = dict(sampler_kwargs or {}), list(inspect.signature(sampler).parameters.values())[3:]
     named = {p.name: p for p in rest if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    unknown = [name for name in options if name not in named]
-    missing = [name for name, p in named.items() if p.default is p.empty and name not in options]
-    if missing or (unknown and all(p.kind is not p.VAR_KEYWORD for p in rest)):
-        wrong = f"needs {', '.join(missing)}" if missing else f"takes no {', '.join(unknown)}"
+    wrong = [f"needs {name}" for name, p in named.items() if p.default is p.empty and name not in options]
+    if all(p.kind is not p.VAR_KEYWORD for p in rest):
+        wrong += [f"takes no {name}" for name in options if name not in named]
+    if wrong:
         name = getattr(sampler, "__name__", repr(sampler))
-        raise ValueError(f"`sampler_kwargs`: {name} {wrong}; it takes {', '.join(named) or 'none'}")
+        raise ValueError(f"`sampler_kwargs`: {name} {', '.join(wrong)}; it takes {', '.join(named) or 'none'}")
     if any(name in ("rtol", "atol") and not value > 0 for name, value in options.items()):
         raise ValueError("`sampler_kwargs`: rtol and atol have to be above 0, or the steps never end")
-    return options
+    return functools.partial(sampler, **options) if options else sampler
 
 
 def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.Tensor:
@@ -527,16 +518,15 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
         return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        before, after = float(sigma), float(sigma_next)
-        start, end = w(before), w(after)  # in this order: the cache of two drops what was used first
-        return _sent((end - start) / math.sqrt(abs(after - before)), x.device)
+        start, end = w(float(sigma)), w(float(sigma_next))  # in this order: the cache of two drops what was used first
+        return _sent((end - start) / math.sqrt(abs(float(sigma_next) - float(sigma))), x.device)
 
     return noise_sampler
 
 
-def adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
+def adds_noise(sampler: Callable) -> bool:
     """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
-    return any(option(sampler, sampler_kwargs, name) for name in ("s_churn", "eta")) or not is_k_diffusions(sampler)
+    return any(arguments_of(sampler).get(name) for name in ("s_churn", "eta")) or not is_k_diffusions(sampler)
 
 
 def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
@@ -557,7 +547,6 @@ class SamplerMode(TorchFunctionMode):
     """
 
     def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like, dtype=torch.float64):
-        super().__init__()
         self.draw, self.dtype = draw, dtype
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -584,35 +573,31 @@ def outside(depth: int) -> Iterator[None]:
 
 
 def call_sampler(
-    sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, arguments: dict[str, Any]
+    sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, **ours: Any
 ) -> torch.Tensor:
-    """Calls a sampler of either signature with those of the arguments that it takes.
+    """Calls a sampler of either signature with those of `ours` (`callback`, `noise_sampler`) that it takes.
 
-    One step to zero returns `denoised` with every sampler of k-diffusion, but some fail there: Euler's takes it. A
-    sampler by range stops at the lowest positive level. Euler's step from there to zero is taken here, and dpm_fast
-    counts it as one of its evaluations.
+    One step to zero is `denoised` with all of k-diffusion's, but some fail there: Euler's takes it. A sampler by range
+    (`sigma_min`) stops at the lowest positive level: Euler's step to zero is taken here, and dpm_fast counts it.
     """
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
-    named, arguments = parameters(sampler), {"disable": True, **arguments}
-    if all(p.kind is not p.VAR_KEYWORD for p in named.values()):
-        arguments = {name: value for name, value in arguments.items() if name in named}
+    ours, named, positive = {"disable": True, **ours}, arguments_of(sampler), sigmas[sigmas > 0]
+    if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(sampler).parameters.values()):
+        ours = {name: value for name, value in ours.items() if name in named}
     if "sigma_min" not in named:
-        return sampler(model, x, sigmas, **arguments)
-    positive = sigmas[sigmas > 0]
+        return sampler(model, x, sigmas, **ours)
     if "n" in named:
-        arguments["n"] = max(len(positive) - 1, 1)
-    if 0 < arguments.get("eta", 0) < 1e-3:
-        arguments["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
+        ours["n"] = max(len(positive) - 1, 1)
+    if 0 < (named.get("eta") or 0) < 1e-3:
+        ours["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
     if len(positive) > 1:
-        x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **arguments)
+        x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **ours)
         x = x[0] if isinstance(x, tuple) else x  # return_info=True
     return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
 
 
-def step_starts(
-    sampler: Callable, ndim: int, sigmas: torch.Tensor, arguments: dict[str, Any]
-) -> tuple[list[float], dict[int, int]]:
+def step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor) -> tuple[list[float], dict[int, int]]:
     """The level of each evaluation, and {evaluation: step} for those that begin a step, by a trial on one element.
 
     Both are empty for dpm_adaptive and where the trial fails. The second also is where the sampler's callback gets
@@ -628,12 +613,13 @@ def step_starts(
     def callback(info: dict[str, Any]) -> None:
         starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
 
-    arguments = {**arguments, "callback": callback}
-    if "noise_sampler" in {*parameters(sampler), *arguments}:  # nothing is drawn from what the caller gave
-        arguments["noise_sampler"] = lambda *_: torch.zeros_like(x)
+    ours: dict[str, Callable] = {"callback": callback}
+    named = {*arguments_of(sampler), *getattr(sampler, "keywords", ())}
+    if "noise_sampler" in named:  # nothing is drawn from what the caller gave
+        ours["noise_sampler"] = lambda *_: torch.zeros_like(x)
     try:
         with SamplerMode(torch.zeros_like, sigmas.dtype):
-            "rtol" in parameters(sampler) or call_sampler(sampler, model, x, sigmas, arguments)
+            "rtol" in named or call_sampler(sampler, model, x, sigmas, **ours)
     except Exception:
         return [], {}
     return levels, {} if -1 in starts else starts

@@ -16,7 +16,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -126,8 +126,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         self.check_inputs(prompt, prompt_2, height, width, None, *rest)
         if eta:
             raise ValueError("`eta` is an option of the sampler here: pass sampler_kwargs={'eta': ...}")
-        sampler = find_sampler(sampler)
-        sampler_kwargs = check_sampler_kwargs(sampler, sampler_kwargs)
+        sampler = find_sampler(sampler, sampler_kwargs)
         denoiser_class, alphas_cumprod = self._trained_with()
         levels = self.noise_levels(num_inference_steps, timesteps, sigmas, schedule, denoising_end)
         given: Any = prompt_embeds if prompt is None else prompt
@@ -230,9 +229,9 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
 
             # noise, levels -> latents
             after = None if callback_on_step_end is None else after_step
-            with self.progress_bar(total=math.inf if "sigma_min" in parameters(sampler) else len(levels) - 1) as bar:
+            with self.progress_bar(total=math.inf if "sigma_min" in arguments_of(sampler) else len(levels) - 1) as bar:
                 hooks = (after, bar.update, lambda: self.interrupt)
-                x, sigma = run_sampler(sampler, sampler_kwargs, denoiser, x, levels.to(state_dtype), generator, *hooks)
+                x, sigma = run_sampler(sampler, denoiser, x, levels.to(state_dtype), generator, *hooks)
             latents = x / (1.0 if explicit else self.latents_scale(sigma))
 
             # latents -> images
@@ -333,19 +332,18 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
 
 
 # --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
-# k-diffusion without its package, samplers and noise levels by name, step noise, the call of a sampler.
 
 
-def _k_diffusion(*submodules: str) -> list[ModuleType]:
-    """k-diffusion's submodules, in a package of another name: the `__init__` of its own imports the training code."""
+def _k_diffusion(name: str) -> ModuleType:
+    """k-diffusion's submodule, in a package of another name: the `__init__` of its own imports the training code."""
     if (spec := importlib.util.find_spec("k_diffusion")) is None:
         raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
     package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
     package.__path__ = spec.submodule_search_locations or []
-    return [importlib.import_module(f"{package.__name__}.{name}") for name in submodules]
+    return importlib.import_module(f"k_diffusion_alone.{name}")
 
 
-sampling, external = _k_diffusion("sampling", "external")
+sampling, external = _k_diffusion("sampling"), _k_diffusion("external")
 SCHEDULES = ("karras", "exponential", "polyexponential", "vp")
 GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
 
@@ -355,15 +353,10 @@ def sampler_names() -> list[str]:
     return [name[7:] for name in vars(sampling) if name.startswith("sample_")]
 
 
-def parameters(sampler: Callable) -> Mapping[str, inspect.Parameter]:
-    """What a sampler takes. One with `sigma_min` places its own levels in a range: dpm_fast and dpm_adaptive."""
-    return inspect.signature(sampler).parameters
-
-
-def option(sampler: Callable, sampler_kwargs: dict[str, Any], name: str) -> Any:
-    """An option's value, given or by default (also a `functools.partial`'s). None where the sampler has none."""
-    default = getattr(parameters(sampler).get(name), "default", None)
-    return sampler_kwargs.get(name, None if default is inspect.Parameter.empty else default)
+def arguments_of(sampler: Callable) -> dict[str, Any]:
+    """What a sampler takes, with the values that are bound (`functools.partial`) or the defaults, else None."""
+    parameters = inspect.signature(sampler).parameters.values()
+    return {p.name: None if p.default is p.empty else p.default for p in parameters}
 
 
 def is_k_diffusions(sampler: Callable) -> bool:
@@ -371,36 +364,34 @@ def is_k_diffusions(sampler: Callable) -> bool:
     return getattr(sampler, "func", sampler) in vars(sampling).values()
 
 
-def find_sampler(sampler: str | Callable) -> Callable:
-    """The sampler of this name, with or without `sample_`, or the callable. ValueError, TypeError: there is none."""
+def find_sampler(sampler: str | Callable, sampler_kwargs: dict[str, Any] | None = None) -> Callable:
+    """The sampler of this name, with or without `sample_`, or the callable itself, with its options bound.
+
+    ValueError, TypeError: there is none; it does not take an option, or lacks one.
+    """
     signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
     if isinstance(sampler, str):
         name, names = sampler.removeprefix("sample_"), sampler_names()
-        if name in names:
-            return getattr(sampling, f"sample_{name}")
-        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.7)  # "lcm" is not near "lms"
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}, or pass {signature}"
-        raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
+        if name not in names:
+            near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.7)  # "lcm" is not near "lms"
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}, or pass {signature}"
+            raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
+        sampler = getattr(sampling, f"sample_{name}")
     try:
         inspect.signature(sampler).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
-    return sampler
-
-
-def check_sampler_kwargs(sampler: Callable, sampler_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """A copy of the sampler's options. ValueError, with those it takes: another one, or one that it lacks."""
-    options, rest = dict(sampler_kwargs or {}), list(parameters(sampler).values())[3:]  # after model, x and sigmas
+    options, rest = dict(sampler_kwargs or {}), list(inspect.signature(sampler).parameters.values())[3:]
     named = {p.name: p for p in rest if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    unknown = [name for name in options if name not in named]
-    missing = [name for name, p in named.items() if p.default is p.empty and name not in options]
-    if missing or (unknown and all(p.kind is not p.VAR_KEYWORD for p in rest)):
-        wrong = f"needs {', '.join(missing)}" if missing else f"takes no {', '.join(unknown)}"
+    wrong = [f"needs {name}" for name, p in named.items() if p.default is p.empty and name not in options]
+    if all(p.kind is not p.VAR_KEYWORD for p in rest):
+        wrong += [f"takes no {name}" for name in options if name not in named]
+    if wrong:
         name = getattr(sampler, "__name__", repr(sampler))
-        raise ValueError(f"`sampler_kwargs`: {name} {wrong}; it takes {', '.join(named) or 'none'}")
+        raise ValueError(f"`sampler_kwargs`: {name} {', '.join(wrong)}; it takes {', '.join(named) or 'none'}")
     if any(name in ("rtol", "atol") and not value > 0 for name, value in options.items()):
         raise ValueError("`sampler_kwargs`: rtol and atol have to be above 0, or the steps never end")
-    return options
+    return functools.partial(sampler, **options) if options else sampler
 
 
 def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.Tensor:
@@ -472,16 +463,15 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
         return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        before, after = float(sigma), float(sigma_next)
-        start, end = w(before), w(after)  # in this order: the cache of two drops what was used first
-        return _sent((end - start) / math.sqrt(abs(after - before)), x.device)
+        start, end = w(float(sigma)), w(float(sigma_next))  # in this order: the cache of two drops what was used first
+        return _sent((end - start) / math.sqrt(abs(float(sigma_next) - float(sigma))), x.device)
 
     return noise_sampler
 
 
-def adds_noise(sampler: Callable, sampler_kwargs: dict[str, Any]) -> bool:
+def adds_noise(sampler: Callable) -> bool:
     """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
-    return any(option(sampler, sampler_kwargs, name) for name in ("s_churn", "eta")) or not is_k_diffusions(sampler)
+    return any(arguments_of(sampler).get(name) for name in ("s_churn", "eta")) or not is_k_diffusions(sampler)
 
 
 def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
@@ -502,7 +492,6 @@ class SamplerMode(TorchFunctionMode):
     """
 
     def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like, dtype=torch.float64):
-        super().__init__()
         self.draw, self.dtype = draw, dtype
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -529,35 +518,31 @@ def outside(depth: int) -> Iterator[None]:
 
 
 def call_sampler(
-    sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, arguments: dict[str, Any]
+    sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, **ours: Any
 ) -> torch.Tensor:
-    """Calls a sampler of either signature with those of the arguments that it takes.
+    """Calls a sampler of either signature with those of `ours` (`callback`, `noise_sampler`) that it takes.
 
-    One step to zero returns `denoised` with every sampler of k-diffusion, but some fail there: Euler's takes it. A
-    sampler by range stops at the lowest positive level. Euler's step from there to zero is taken here, and dpm_fast
-    counts it as one of its evaluations.
+    One step to zero is `denoised` with all of k-diffusion's, but some fail there: Euler's takes it. A sampler by range
+    (`sigma_min`) stops at the lowest positive level: Euler's step to zero is taken here, and dpm_fast counts it.
     """
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
-    named, arguments = parameters(sampler), {"disable": True, **arguments}
-    if all(p.kind is not p.VAR_KEYWORD for p in named.values()):
-        arguments = {name: value for name, value in arguments.items() if name in named}
+    ours, named, positive = {"disable": True, **ours}, arguments_of(sampler), sigmas[sigmas > 0]
+    if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(sampler).parameters.values()):
+        ours = {name: value for name, value in ours.items() if name in named}
     if "sigma_min" not in named:
-        return sampler(model, x, sigmas, **arguments)
-    positive = sigmas[sigmas > 0]
+        return sampler(model, x, sigmas, **ours)
     if "n" in named:
-        arguments["n"] = max(len(positive) - 1, 1)
-    if 0 < arguments.get("eta", 0) < 1e-3:
-        arguments["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
+        ours["n"] = max(len(positive) - 1, 1)
+    if 0 < (named.get("eta") or 0) < 1e-3:
+        ours["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
     if len(positive) > 1:
-        x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **arguments)
+        x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **ours)
         x = x[0] if isinstance(x, tuple) else x  # return_info=True
     return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
 
 
-def step_starts(
-    sampler: Callable, ndim: int, sigmas: torch.Tensor, arguments: dict[str, Any]
-) -> tuple[list[float], dict[int, int]]:
+def step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor) -> tuple[list[float], dict[int, int]]:
     """The level of each evaluation, and {evaluation: step} for those that begin a step, by a trial on one element.
 
     Both are empty for dpm_adaptive and where the trial fails. The second also is where the sampler's callback gets
@@ -573,12 +558,13 @@ def step_starts(
     def callback(info: dict[str, Any]) -> None:
         starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
 
-    arguments = {**arguments, "callback": callback}
-    if "noise_sampler" in {*parameters(sampler), *arguments}:  # nothing is drawn from what the caller gave
-        arguments["noise_sampler"] = lambda *_: torch.zeros_like(x)
+    ours: dict[str, Callable] = {"callback": callback}
+    named = {*arguments_of(sampler), *getattr(sampler, "keywords", ())}
+    if "noise_sampler" in named:  # nothing is drawn from what the caller gave
+        ours["noise_sampler"] = lambda *_: torch.zeros_like(x)
     try:
         with SamplerMode(torch.zeros_like, sigmas.dtype):
-            "rtol" in parameters(sampler) or call_sampler(sampler, model, x, sigmas, arguments)
+            "rtol" in named or call_sampler(sampler, model, x, sigmas, **ours)
     except Exception:
         return [], {}
     return levels, {} if -1 in starts else starts
@@ -589,7 +575,6 @@ def step_starts(
 
 def run_sampler(
     sampler: Callable,
-    sampler_kwargs: dict[str, Any],
     denoiser: Callable[..., torch.Tensor],
     x: torch.Tensor,
     sigmas: torch.Tensor,
@@ -607,15 +592,11 @@ def run_sampler(
     called, and the run ends where `interrupted()`. TypeError: the sampler returns no tensor of x's shape.
     """
 
-    class Interrupted(Exception):
-        """Carries the state and its sigma out of the sampler."""
+    class Interrupted(Exception): ...  # carries the state and its sigma out of the sampler
 
+    starts = step_starts(sampler, x.ndim, sigmas)[1] if after_step else {}
     evaluations, ended, last = 0, None, (x, sigmas[0], x)  # the step that waits for its end; what was last evaluated
-    starts = step_starts(sampler, x.ndim, sigmas, sampler_kwargs)[1] if after_step else {}
-    own, named, depth = is_k_diffusions(sampler), parameters(sampler), torch._C._len_torch_function_stack()
-    single_step = own and len(sigmas) == 2 and sigmas[1] == 0  # Euler's, as `call_sampler` has it
-    noisy = adds_noise(sampling.sample_euler if single_step else sampler, sampler_kwargs)
-    noise_given = option(sampler, sampler_kwargs, "noise_sampler") is not None
+    own, named, depth = is_k_diffusions(sampler), arguments_of(sampler), torch._C._len_torch_function_stack()
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal evaluations, ended, last
@@ -643,20 +624,22 @@ def run_sampler(
             with outside(depth):
                 changed = after_step(info["i"], x.clone(), sigma, sigma.clone(), denoised.clone())
             if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
-                name = getattr(sampler, "__name__", sampler)
+                name = getattr(getattr(sampler, "func", sampler), "__name__", sampler)
                 raise ValueError(f"a callback can't change the latents: {name} does not say where its steps begin")
         if interrupted():
             raise Interrupted(x, sigma.cpu())
 
-    arguments = {**sampler_kwargs, "callback": callback}
-    if "noise_sampler" in named and not noise_given:
-        arguments["noise_sampler"] = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
+    noisy = adds_noise(sampler) and not (own and len(sigmas) == 2 and sigmas[1] == 0)  # as in `call_sampler`
+    ours: dict[str, Any] = {"callback": callback}
+    if named.get("noise_sampler", 0) is None:  # it takes one, and has none
+        ours["noise_sampler"] = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
     mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()), x.dtype)
-    # most of k-diffusion's make none of the mode's calls on a CPU
-    plain = own and x.device.type == "cpu" and not (single_step or noise_given or {"s_churn", "sigma_min"} & {*named})
+    # most of k-diffusion's make none of the mode's calls on a CPU; one step is Euler's, which does
+    calls = named.get("noise_sampler") or {"s_churn", "sigma_min"} & {*named} or len(sigmas) == 2
+    plain = own and x.device.type == "cpu" and not calls
     try:
         with contextlib.nullcontext() if plain else mode:
-            end = call_sampler(sampler, model, x, sigmas, arguments)
+            end = call_sampler(sampler, model, x, sigmas, **ours)
     except Interrupted as stopped:
         return stopped.args
     if not isinstance(end, torch.Tensor) or end.shape != x.shape:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import inspect
 import math
 import time
@@ -271,7 +272,7 @@ class Session:
         choice = self.options.parameterization
         if choice == "auto" and side.comfy:
             choice = "flow"  # ComfyUI's samplers know flows themselves
-        return self.module.uses_ve(choice, side.target, side.options, ours.levels)
+        return self.module.uses_ve(choice, functools.partial(side.target, **side.options), ours.levels)
 
     def sampler_sigmas(self, levels: torch.Tensor, ve: bool) -> torch.Tensor:
         """What the sampler sees for these levels. Only t = 1 itself has no finite sigma, and gets the pipeline's."""
@@ -312,7 +313,7 @@ class Session:
             return self._sample(side, ours, model, ve, record, callback)
 
         sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype)
-        self.module.run_sampler(run, {}, model, ours.start, sigmas)
+        self.module.run_sampler(run, model, ours.start, sigmas)
         return record.trajectory(ours.levels, [math.nan] * len(record.calls), ve)
 
     def _sample(
@@ -359,10 +360,11 @@ class Session:
         sampler = side.target
         if side.file is not None and not ve:  # one's own may ask a model what ComfyUI's do
             sampler = comfy_sampler(sampler, self.pipe, self.width, self.height)
-        arguments = {"disable": True, **side.options, "callback": called_back}
+        sampler = functools.partial(sampler, **side.options)
+        ours_given: dict[str, Callable] = {"callback": called_back}
         if "noise_sampler" in inspect.signature(sampler).parameters:
-            arguments["noise_sampler"] = noise_sampler
-        final = self.module.call_sampler(sampler, recorded, x, sigmas, arguments)
+            ours_given["noise_sampler"] = noise_sampler
+        final = self.module.call_sampler(sampler, recorded, x, sigmas, **ours_given)
         if not isinstance(final, torch.Tensor) or final.shape != x.shape:
             returned = (
                 f"one of shape {tuple(final.shape)}" if isinstance(final, torch.Tensor) else f"{type(final).__name__}"

@@ -99,7 +99,8 @@ def find_side(text: str, module: ModuleType, flag: str) -> Side:
             raise Refused(f"{flag}: {name} takes no {', '.join(strange)}; it takes {', '.join(known)}")
         return Side(text, target, options, file)
     try:
-        return Side(text, module.find_sampler(target), module.check_sampler_kwargs(target, options), file)
+        module.find_sampler(target, options)
+        return Side(text, target, options, file)
     except (TypeError, ValueError) as error:
         raise Refused(f"{flag}: {error}".replace("`", "")) from None
 

@@ -119,7 +119,7 @@ def test_more_steps_follow_the_same_path(name):
     def sample(steps: int, seed: int) -> torch.Tensor:
         sigmas = named_sigmas("karras", steps, 0.02 + 0.2 / steps, 10 + steps / 8)
         generator = torch.Generator().manual_seed(seed)
-        return run_sampler(find_sampler(name), {}, ideal, start * sigmas[0], sigmas, generator)[0] / 0.2
+        return run_sampler(find_sampler(name), ideal, start * sigmas[0], sigmas, generator)[0] / 0.2
 
     finest = sample(320, 1)
     few, many, other = [(sample(*run) - finest).pow(2).mean().sqrt().item() for run in ((20, 1), (80, 1), (320, 2))]

@@ -97,13 +97,13 @@ def test_every_sampler_at_any_number_of_steps(flux, spread, sampler, steps):
 
 def test_which_parameterization():
     ts = torch.tensor([1.0, 0.8, 0.5, 0.0])
-    ve = {name for name in sampler_names() if uses_ve("auto", find_sampler(name), {}, ts)}
+    ve = {name for name in sampler_names() if uses_ve("auto", find_sampler(name), ts)}
     assert ve == set(sampler_names()) - {"euler", "heun", "dpm_2", "lms", "dpmpp_2m"}
-    assert uses_ve("auto", find_sampler("euler"), {"s_churn": 1.0}, ts)
-    assert not uses_ve("flow", find_sampler("dpmpp_sde"), {}, ts)
-    assert uses_ve("ve", find_sampler("euler"), {}, ts)
+    assert uses_ve("auto", find_sampler("euler", {"s_churn": 1.0}), ts)
+    assert not uses_ve("flow", find_sampler("dpmpp_sde"), ts)
+    assert uses_ve("ve", find_sampler("euler"), ts)
     churning = functools.partial(find_sampler("euler"), s_churn=1.0)
-    assert uses_ve("auto", churning, {}, ts) and not uses_ve("auto", churning, {"s_churn": 0.0}, ts)
+    assert uses_ve("auto", churning, ts) and not uses_ve("auto", find_sampler(churning, {"s_churn": 0.0}), ts)
 
 
 @pytest.mark.parametrize("first", [1.0, 0.999999, 0.99])

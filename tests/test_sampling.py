@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flux_comfy_pipeline
 import sdxl_comfy_pipeline as pipeline_file
 from sdxl_comfy_pipeline import (
-    check_sampler_kwargs,
     find_sampler,
     named_sigmas,
     run_sampler,
@@ -64,12 +63,12 @@ def test_callable_is_called_as_a_sampler():
         return x + share * (model(x, sigmas[0] * x.new_ones([x.shape[0]])) - x)
 
     x = noise()
-    y, sigma = run_sampler(find_sampler(halfway), {"share": 1.0}, gaussian, x, SIGMAS)
+    y, sigma = run_sampler(find_sampler(halfway, {"share": 1.0}), gaussian, x, SIGMAS)
     assert sigma == 0
     torch.testing.assert_close(y, gaussian(x, SIGMAS[:1].expand(2)))
     partial = functools.partial(sampling.sample_dpmpp_2m)
-    ours = run_sampler(find_sampler(partial), {}, gaussian, x, SIGMAS)[0]
-    assert ours.equal(run_sampler(sampling.sample_dpmpp_2m, {}, gaussian, x, SIGMAS)[0])
+    ours = run_sampler(find_sampler(partial), gaussian, x, SIGMAS)[0]
+    assert ours.equal(run_sampler(sampling.sample_dpmpp_2m, gaussian, x, SIGMAS)[0])
 
 
 @pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "euler_ancestral"])
@@ -81,7 +80,7 @@ def test_bound_and_wrapped_samplers_draw_as_by_name(name):
     function, x = find_sampler(name), noise()
 
     def run(sampler, **options):
-        return run_sampler(find_sampler(sampler), options, gaussian, x, SIGMAS, torch.Generator().manual_seed(0))[0]
+        return run_sampler(find_sampler(sampler, options), gaussian, x, SIGMAS, torch.Generator().manual_seed(0))[0]
 
     def copied(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, noise_sampler=None):
         return function(model, x, sigmas, callback=callback, disable=disable, eta=eta, noise_sampler=noise_sampler)
@@ -101,7 +100,9 @@ def test_a_callable_that_passes_its_options_on(name, options):
     def run(seed):
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(0)
-        return run_sampler(passing_on, options, gaussian, noise(), SIGMAS, generator, lambda i, x, *_: x * 1.01)
+        return run_sampler(
+            functools.partial(passing_on, **options), gaussian, noise(), SIGMAS, generator, lambda i, x, *_: x * 1.01
+        )
 
     assert run(0)[0].equal(run(1)[0])
 
@@ -115,7 +116,9 @@ def test_a_noise_sampler_of_ones_own_draws_from_the_generator(options):
     def run(seed):
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(0)
-        return run_sampler(sampling.sample_dpmpp_2m_sde, options, gaussian, noise(), SIGMAS, generator)[0]
+        return run_sampler(
+            functools.partial(sampling.sample_dpmpp_2m_sde, **options), gaussian, noise(), SIGMAS, generator
+        )[0]
 
     assert run(0).equal(run(1))
 
@@ -125,18 +128,18 @@ def test_randn_like_keeps_its_arguments():
         assert torch.randn_like(x, dtype=torch.float64).dtype == torch.float64
         return torch.randn_like(input=x)
 
-    assert run_sampler(drawing, {}, gaussian, noise(), SIGMAS)[0].shape == noise().shape
+    assert run_sampler(drawing, gaussian, noise(), SIGMAS)[0].shape == noise().shape
 
 
 def test_an_option_that_a_callable_needs():
     def needy(model, x, sigmas, order, *, extra_args=None, callback=None, disable=None, power):
         return x
 
-    assert check_sampler_kwargs(find_sampler(needy), {"order": 2, "power": 1}) == {"order": 2, "power": 1}
+    assert find_sampler(needy, {"order": 2, "power": 1}).keywords == {"order": 2, "power": 1}
     with pytest.raises(ValueError, match="`sampler_kwargs`: needy needs order; it takes order, power"):
-        check_sampler_kwargs(needy, {"power": 1})
+        find_sampler(needy, {"power": 1})
     with pytest.raises(ValueError, match="needy takes no x; it takes order, power"):
-        check_sampler_kwargs(needy, {"order": 2, "power": 1, "x": 3})
+        find_sampler(needy, {"order": 2, "power": 1, "x": 3})
 
 
 def test_callable_indexes_a_sigma():
@@ -148,7 +151,7 @@ def test_callable_indexes_a_sigma():
         return model(x, levels[0] * x.new_ones([x.shape[0]]))
 
     x = noise()
-    y, _ = run_sampler(joining, {}, gaussian, x, SIGMAS)
+    y, _ = run_sampler(joining, gaussian, x, SIGMAS)
     assert y.equal(gaussian(x, SIGMAS[0].expand(2)))
 
 
@@ -170,7 +173,7 @@ def test_sampler_is_k_diffusions_own(name):
     else:
         expected = function(gaussian, x, SIGMAS, disable=True, **options)
     options = {"noise_sampler": draws()} if stochastic else {}
-    assert run_sampler(function, options, gaussian, x, SIGMAS)[0].equal(expected)
+    assert run_sampler(functools.partial(function, **options), gaussian, x, SIGMAS)[0].equal(expected)
 
 
 @pytest.mark.parametrize("name", THIRTEEN)
@@ -182,7 +185,7 @@ def test_every_draw_comes_from_the_generators(name):
         churn = {"s_churn": 5.0} if "s_churn" in inspect.signature(function).parameters else {}
         eta = {"eta": 1.0} if name in ("dpm_fast", "dpm_adaptive") else {}
         generator = torch.Generator().manual_seed(seed)
-        return run_sampler(function, {**churn, **eta}, gaussian, x, SIGMAS, generator)[0]
+        return run_sampler(functools.partial(function, **churn, **eta), gaussian, x, SIGMAS, generator)[0]
 
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -201,8 +204,8 @@ def test_a_sampler_that_adds_no_noise_draws_none(name):
     options = {"eta": 0.0} if "eta" in inspect.signature(function).parameters else {}
     generator = torch.Generator().manual_seed(0)
     before, before_global = generator.get_state(), torch.get_rng_state()
-    drawn = run_sampler(function, options, gaussian, noise(), SIGMAS, generator)[0]
-    run_sampler(function, {}, gaussian, noise(), SIGMAS[[0, -1]], generator)
+    drawn = run_sampler(functools.partial(function, **options), gaussian, noise(), SIGMAS, generator)[0]
+    run_sampler(function, gaussian, noise(), SIGMAS[[0, -1]], generator)
     assert generator.get_state().equal(before) and torch.get_rng_state().equal(before_global)
     assert drawn.shape == noise().shape
 
@@ -210,9 +213,9 @@ def test_a_sampler_that_adds_no_noise_draws_none(name):
 def test_a_noise_sampler_may_be_bound_before():
     """By `functools.partial`, as well as in `sampler_kwargs`."""
     ones = {"noise_sampler": lambda sigma, sigma_next: torch.ones(2, 4, 8, 8)}
-    bound = functools.partial(sampling.sample_dpmpp_sde, **ones)
-    expected = run_sampler(sampling.sample_dpmpp_sde, ones, gaussian, noise(), SIGMAS)[0]
-    assert run_sampler(bound, {}, gaussian, noise(), SIGMAS, torch.Generator().manual_seed(0))[0].equal(expected)
+    bound, generator = functools.partial(sampling.sample_dpmpp_sde, **ones), torch.Generator().manual_seed(0)
+    expected = sampling.sample_dpmpp_sde(gaussian, noise(), SIGMAS, **ones, disable=True)
+    assert run_sampler(bound, gaussian, noise(), SIGMAS, generator)[0].equal(expected)
 
 
 def test_step_noise_of_an_sde_sampler_is_a_path_whatever_follows_in_its_name():
@@ -227,7 +230,7 @@ def test_step_noise_of_an_sde_sampler_is_a_path_whatever_follows_in_its_name():
 
 def test_each_image_has_a_generator():
     with pytest.raises(ValueError, match="zip"):
-        run_sampler(sampling.sample_dpmpp_sde, {}, gaussian, noise(), SIGMAS, [torch.Generator()])
+        run_sampler(sampling.sample_dpmpp_sde, gaussian, noise(), SIGMAS, [torch.Generator()])
 
 
 def test_a_callback_gets_the_level_of_what_was_predicted():
@@ -242,7 +245,7 @@ def test_a_callback_gets_the_level_of_what_was_predicted():
         told.append(began.item())
         return x
 
-    run_sampler(sampling.sample_euler, {"s_churn": 2.0}, denoiser, noise(), SIGMAS, None, after_step)
+    run_sampler(functools.partial(sampling.sample_euler, s_churn=2.0), denoiser, noise(), SIGMAS, None, after_step)
     assert told == asked and asked[0] > SIGMAS[0]
 
 
@@ -252,8 +255,10 @@ def test_a_picture_does_not_depend_on_its_batch(name):
     function, x = find_sampler(name), noise(3)
     options = {"s_churn": 5.0} if "s_churn" in inspect.signature(function).parameters else {}
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    together = run_sampler(function, options, gaussian, x, SIGMAS, generators)[0]
-    alone = run_sampler(function, options, gaussian, x[1:2], SIGMAS, [torch.Generator().manual_seed(1)])[0]
+    together = run_sampler(functools.partial(function, **options), gaussian, x, SIGMAS, generators)[0]
+    alone = run_sampler(
+        functools.partial(function, **options), gaussian, x[1:2], SIGMAS, [torch.Generator().manual_seed(1)]
+    )[0]
     torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -264,7 +269,7 @@ def test_any_number_of_steps(name, steps):
     x, sigmas = noise(), named_sigmas("karras", steps, 0.03, 14.6).float()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        y = run_sampler(find_sampler(name), {}, gaussian, x, sigmas, torch.Generator().manual_seed(0))[0]
+        y = run_sampler(find_sampler(name), gaussian, x, sigmas, torch.Generator().manual_seed(0))[0]
     assert y.isfinite().all()
     if steps == 1:
         # float32 rounding of states of up to 60
@@ -296,7 +301,7 @@ def test_sampler_runs_on_gpu_tensors_without_waiting(name, monkeypatch):
         assert sigma.device.type == "cuda" and sigma.shape == (2,)
         return gaussian(x, sigma)
 
-    y, _ = run_sampler(function, options, denoiser, x, SIGMAS)
+    y, _ = run_sampler(functools.partial(function, **options), denoiser, x, SIGMAS)
     assert y.device.type == "cuda"
 
 
@@ -308,7 +313,7 @@ def test_sampler_runs_on_a_gpu_without_waiting(name, device):
     x, generator = noise().to("cuda"), torch.Generator(device).manual_seed(0)
     try:
         forbid = functools.partial(torch.cuda.set_sync_debug_mode, "error")  # from the first step on
-        y, _ = run_sampler(find_sampler(name), {}, gaussian, x, SIGMAS, generator, on_step=forbid)
+        y, _ = run_sampler(find_sampler(name), gaussian, x, SIGMAS, generator, on_step=forbid)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert y.is_cuda and y.isfinite().all()
@@ -353,8 +358,8 @@ def test_after_step_sees_the_state_between_steps(name):
         seen.append((i, sigma.item(), began.item(), x.clone(), denoised.clone()))
         return x
 
-    y = run_sampler(function, {}, gaussian, x, SIGMAS, torch.Generator().manual_seed(0), after_step)[0]
-    assert y.equal(run_sampler(function, {}, gaussian, x, SIGMAS, torch.Generator().manual_seed(0))[0])
+    y = run_sampler(function, gaussian, x, SIGMAS, torch.Generator().manual_seed(0), after_step)[0]
+    assert y.equal(run_sampler(function, gaussian, x, SIGMAS, torch.Generator().manual_seed(0))[0])
     assert [one[0] for one in seen] == list(range(len(seen)))
     assert seen[-1][1] == 0 and seen[-1][3].equal(y)
     for one, following in zip(seen, seen[1:]):
@@ -373,15 +378,15 @@ def test_changed_latents_take_effect(name):
         return torch.zeros_like(x) if i == 5 else x
 
     options = {"eta": 0.0} if name == "dpm_2_ancestral" else {}
-    y = run_sampler(find_sampler(name), options, gaussian, x, SIGMAS, torch.Generator().manual_seed(0), after_step)[0]
-    scale = run_sampler(find_sampler(name), options, gaussian, x, SIGMAS)[0].abs().mean()
+    y = run_sampler(find_sampler(name, options), gaussian, x, SIGMAS, torch.Generator().manual_seed(0), after_step)[0]
+    scale = run_sampler(find_sampler(name, options), gaussian, x, SIGMAS)[0].abs().mean()
     # multistep samplers carry what earlier steps predicted, single-step ones nothing
     assert y.abs().mean() < (0.5 * scale if name == "dpmpp_2m" else 1e-6)
 
 
 def test_changed_latents_are_refused_where_steps_are_not_known():
     with pytest.raises(ValueError, match="sample_dpm_adaptive does not say"):
-        run_sampler(sampling.sample_dpm_adaptive, {}, gaussian, noise(), SIGMAS, None, lambda i, x, *_: x * 2)
+        run_sampler(sampling.sample_dpm_adaptive, gaussian, noise(), SIGMAS, None, lambda i, x, *_: x * 2)
 
 
 def before_its_evaluation(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -404,7 +409,7 @@ def on_another_tensor(model, x, sigmas, extra_args=None, callback=None, disable=
 def test_changed_latents_are_refused_where_they_would_be_lost(sampler):
     """Its steps don't begin at the evaluation before the callback, or not with the tensor that it hands over."""
     with pytest.raises(ValueError, match=f"{sampler.__name__} does not say"):
-        run_sampler(sampler, {}, gaussian, noise(), SIGMAS, None, lambda i, x, *_: x * 2)
+        run_sampler(sampler, gaussian, noise(), SIGMAS, None, lambda i, x, *_: x * 2)
 
 
 @pytest.mark.parametrize("name", THIRTEEN)
@@ -413,7 +418,7 @@ def test_a_callback_may_write_on_what_it_gets(name):
 
     def run(after_step):
         generator = torch.Generator().manual_seed(0)
-        return run_sampler(find_sampler(name), {}, gaussian, noise(), SIGMAS, generator, after_step)[0]
+        return run_sampler(find_sampler(name), gaussian, noise(), SIGMAS, generator, after_step)[0]
 
     def write(i, x, sigma, began, denoised):
         denoised.zero_()
@@ -428,7 +433,7 @@ def test_interrupt(name):
     """Stops where it is told to, with the state and sigma of that place."""
     calls = []
     y, sigma = run_sampler(
-        find_sampler(name), {}, gaussian, noise(), SIGMAS, None, None, lambda: calls.append(1), lambda: len(calls) == 2
+        find_sampler(name), gaussian, noise(), SIGMAS, None, None, lambda: calls.append(1), lambda: len(calls) == 2
     )
     assert len(calls) == 2 and 0 < sigma < SIGMAS[0]
     assert 0.3 * sigma < y.std() < 3 * (1 + sigma)
@@ -460,7 +465,7 @@ def test_a_device_mode_inside_a_sampler_stays_its_own():
         return denoised
 
     x = noise()
-    assert run_sampler(sampler, {}, gaussian, x, SIGMAS)[0].equal(gaussian(x, SIGMAS[:1].expand(2)))
+    assert run_sampler(sampler, gaussian, x, SIGMAS)[0].equal(gaussian(x, SIGMAS[:1].expand(2)))
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
@@ -473,9 +478,9 @@ def test_a_wrapper_of_k_diffusions_function_is_not_that_function(name, sigmas):
     def wrapper(model, x, sigmas, **options):
         return function(model, x + torch.randn_like(x), sigmas, **options)
 
-    drawn = run_sampler(wrapper, {}, gaussian, x, sigmas, torch.Generator().manual_seed(3))[0]
+    drawn = run_sampler(wrapper, gaussian, x, sigmas, torch.Generator().manual_seed(3))[0]
     added = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(drawn, run_sampler(function, {}, gaussian, x + added, sigmas)[0])
+    torch.testing.assert_close(drawn, run_sampler(function, gaussian, x + added, sigmas)[0])
 
 
 def test_the_trial_run_does_not_call_a_noise_sampler_that_was_given():
@@ -484,7 +489,9 @@ def test_the_trial_run_does_not_call_a_noise_sampler_that_was_given():
     def run(after_step):
         generator = torch.Generator().manual_seed(0)
         options = {"noise_sampler": lambda sigma, sigma_next: torch.randn(2, 4, 8, 8, generator=generator)}
-        return run_sampler(sampling.sample_euler_ancestral, options, gaussian, noise(), SIGMAS, None, after_step)[0]
+        return run_sampler(
+            functools.partial(sampling.sample_euler_ancestral, **options), gaussian, noise(), SIGMAS, None, after_step
+        )[0]
 
     assert run(lambda i, x, *_: x).equal(run(None))
 
@@ -506,7 +513,7 @@ def test_a_callback_gets_the_steps_state_whatever_the_sampler_calls_back_with():
         seen.append((x, sigma, denoised))
         return x
 
-    run_sampler(sampler, {}, gaussian, noise(), SIGMAS, None, look)
+    run_sampler(sampler, gaussian, noise(), SIGMAS, None, look)
     x = noise()
     assert len(seen) == len(SIGMAS) - 1
     for (state, sigma, predicted), now, then in zip(seen, SIGMAS, SIGMAS[1:]):
@@ -524,4 +531,4 @@ def test_a_callback_gets_the_steps_state_whatever_the_sampler_calls_back_with():
 )
 def test_a_callable_has_to_return_latents(end, what):
     with pytest.raises(TypeError, match=rf"shape \[2, 4, 8, 8\], but returned {what}"):
-        run_sampler(lambda model, x, sigmas: end(x), {}, gaussian, noise(), SIGMAS)
+        run_sampler(lambda model, x, sigmas: end(x), gaussian, noise(), SIGMAS)
