@@ -341,7 +341,8 @@ def sampler_names() -> list[str]:
 def arguments_of(sampler: Callable) -> dict[str, Any]:
     """What a sampler takes, with the values that are bound (`functools.partial`) or the defaults, else None."""
     parameters = inspect.signature(sampler).parameters.values()
-    return {p.name: None if p.default is p.empty else p.default for p in parameters}
+    taken = {p.name: None if p.default is p.empty else p.default for p in parameters}
+    return taken | getattr(sampler, "keywords", {})
 
 
 def is_k_diffusions(sampler: Callable) -> bool:
@@ -454,11 +455,6 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     return noise_sampler
 
 
-def adds_noise(sampler: Callable) -> bool:
-    """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
-    return any(arguments_of(sampler).get(name) for name in ("s_churn", "eta")) or not is_k_diffusions(sampler)
-
-
 def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
     """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
     name = getattr(getattr(sampler, "func", sampler), "__name__", "")
@@ -503,28 +499,41 @@ def outside(depth: int) -> Iterator[None]:
 
 
 def call_sampler(
-    sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, **ours: Any
+    sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any = None, **ours: Any
 ) -> torch.Tensor:
-    """Calls a sampler of either signature with those of `ours` (`callback`, `noise_sampler`) that it takes.
+    """Calls a sampler of either signature, with the generator's noise (False: zero) and `ours` (`callback`).
 
     One step to zero is `denoised` with all of k-diffusion's, but some fail there: Euler's takes it. A sampler by range
     (`sigma_min`) stops at the lowest positive level: Euler's step to zero is taken here, and dpm_fast counts it.
+    k-diffusion's with neither `s_churn` nor `eta` above zero draw noise too, times zero: they get zero.
     """
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
-    ours, named, positive = {"disable": True, **ours}, arguments_of(sampler), sigmas[sigmas > 0]
+    own, named, positive = is_k_diffusions(sampler), arguments_of(sampler), sigmas[sigmas > 0]
+    noisy = generator is not False and (not own or any(named.get(name) for name in ("s_churn", "eta")))
+
+    def draw(like: torch.Tensor) -> torch.Tensor:
+        return white_noise(like, generator) if noisy else like.new_zeros(()).expand(like.shape)
+
+    # most of k-diffusion's make none of the mode's calls where x and sigmas are of one kind
+    calls = named.get("noise_sampler") or {"s_churn", "sigma_min"} & {*named}
+    plain = own and not calls and (x.device, x.dtype) == (sigmas.device, sigmas.dtype)
+    ours = {"disable": True, **ours}
+    if "noise_sampler" in named and (named["noise_sampler"] is None or generator is False):
+        ours["noise_sampler"] = step_noise(sampler, x, generator) if noisy else lambda *_: draw(x)
     if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(sampler).parameters.values()):
         ours = {name: value for name, value in ours.items() if name in named}
-    if "sigma_min" not in named:
-        return sampler(model, x, sigmas, **ours)
-    if "n" in named:
-        ours["n"] = max(len(positive) - 1, 1)
-    if 0 < (named.get("eta") or 0) < 1e-3:
-        ours["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
-    if len(positive) > 1:
-        x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **ours)
-        x = x[0] if isinstance(x, tuple) else x  # return_info=True
-    return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
+    with contextlib.nullcontext() if plain else SamplerMode(draw, x.dtype):
+        if "sigma_min" not in named:
+            return sampler(model, x, sigmas, **ours)
+        if "n" in named:
+            ours["n"] = max(len(positive) - 1, 1)
+        if 0 < (named.get("eta") or 0) < 1e-3:
+            ours["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
+        if len(positive) > 1:
+            x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **ours)
+            x = x[0] if isinstance(x, tuple) else x  # return_info=True
+        return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
 
 
 def step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor) -> tuple[list[float], dict[int, int]]:
@@ -533,7 +542,7 @@ def step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor) -> tuple[lis
     Both are empty for dpm_adaptive and where the trial fails. The second also is where the sampler's callback gets
     another x than the model got.
     """
-    inputs, levels, starts, x = [], list[float](), dict[int, int](), torch.ones([1] * ndim, dtype=sigmas.dtype)
+    inputs, levels, starts = [], list[float](), dict[int, int]()
 
     def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
         inputs.append(x)
@@ -543,13 +552,9 @@ def step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor) -> tuple[lis
     def callback(info: dict[str, Any]) -> None:
         starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
 
-    ours: dict[str, Callable] = {"callback": callback}
-    named = {*arguments_of(sampler), *getattr(sampler, "keywords", ())}
-    if "noise_sampler" in named:  # nothing is drawn from what the caller gave
-        ours["noise_sampler"] = lambda *_: torch.zeros_like(x)
     try:
-        with SamplerMode(torch.zeros_like, sigmas.dtype):
-            "rtol" in named or call_sampler(sampler, model, x, sigmas, **ours)
+        if "rtol" not in arguments_of(sampler):
+            call_sampler(sampler, model, sigmas.new_ones([1] * ndim), sigmas, False, callback=callback)
     except Exception:
         return [], {}
     return levels, {} if -1 in starts else starts
@@ -580,32 +585,31 @@ def run_sampler(
     class Interrupted(Exception): ...  # carries the state and its sigma out of the sampler
 
     starts = step_starts(sampler, x.ndim, sigmas)[1] if after_step else {}
-    evaluations, ended, last = 0, None, (x, sigmas[0], x)  # the step that waits for its end; what was last evaluated
-    own, named, depth = is_k_diffusions(sampler), arguments_of(sampler), torch._C._len_torch_function_stack()
+    evaluations, step, last = 0, None, (x, sigmas[0], x)  # the step under way; what was last evaluated
+    own, depth = is_k_diffusions(sampler), torch._C._len_torch_function_stack()
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        nonlocal evaluations, ended, last
+        nonlocal evaluations, step, last
         with outside(depth):
-            if ended and evaluations in starts:
+            if step and evaluations in starts:
                 # the tensors are the sampler's own; the caller gets others, to keep or to write on
-                (i, *of_step), ended = ended, None
-                x.copy_(after_step(i, x.clone(), sigma[0], *of_step))
+                x.copy_(after_step(step[0], x.clone(), sigma[0], *step[1:]))
                 if interrupted():
                     raise Interrupted(x, sigma[0].cpu())
+            predicted = denoiser(x, sigma, **kwargs)
+            denoised = predicted[0] if kwargs.get("with_uncond") else predicted
+            if evaluations in starts:
+                step = starts[evaluations], sigma[0].clone(), denoised.clone()
+            elif not own:
+                last = x, sigma[0], denoised
             evaluations += 1
-            denoised = denoiser(x, sigma, **kwargs)
-            if not own:
-                last = x, sigma[0], denoised[0] if kwargs.get("with_uncond") else denoised
-            return denoised
+            return predicted
 
     def callback(info: dict[str, Any]) -> None:
-        nonlocal ended
         on_step()
         # others' may call back with a state that is not the step's
         x, sigma, denoised = (info["x"], info["sigma_hat"], info["denoised"]) if own else last
-        if starts:
-            ended = info["i"], sigma.clone(), denoised.clone()
-        elif after_step:
+        if after_step and not starts:
             with outside(depth):
                 changed = after_step(info["i"], x.clone(), sigma, sigma.clone(), denoised.clone())
             if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
@@ -614,23 +618,14 @@ def run_sampler(
         if interrupted():
             raise Interrupted(x, sigma.cpu())
 
-    noisy = adds_noise(sampler) and not (own and len(sigmas) == 2 and sigmas[1] == 0)  # as in `call_sampler`
-    ours: dict[str, Any] = {"callback": callback}
-    if named.get("noise_sampler", 0) is None:  # it takes one, and has none
-        ours["noise_sampler"] = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
-    mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()), x.dtype)
-    # most of k-diffusion's make none of the mode's calls on a CPU; one step is Euler's, which does
-    calls = named.get("noise_sampler") or {"s_churn", "sigma_min"} & {*named} or len(sigmas) == 2
-    plain = own and x.device.type == "cpu" and not calls
     try:
-        with contextlib.nullcontext() if plain else mode:
-            end = call_sampler(sampler, model, x, sigmas, **ours)
+        end = call_sampler(sampler, model, x, sigmas, generator, callback=callback)
     except Interrupted as stopped:
         return stopped.args
     if not isinstance(end, torch.Tensor) or end.shape != x.shape:
         what = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
         raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {what}")
-    return after_step(ended[0], end, sigmas[-1], *ended[1:]) if ended else end, sigmas[-1]
+    return after_step(step[0], end, sigmas[-1], *step[1:]) if step else end, sigmas[-1]
 
 
 # --- end of the shared block ---

@@ -340,22 +340,17 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
         rest = rest if own else rest.to(x.dtype)
         generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
-        noisy = adds_noise(sampler)
-        if noisy and generator is None:
+        if generator is None:
             digests = [hashlib.blake2b(image.double().cpu().numpy().tobytes(), digest_size=8).digest() for image in x]
             generator = [torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1) for digest in digests]
-        mode = SamplerMode(lambda like: white_noise(like, generator) if noisy else like.new_zeros(()), x.dtype)
-        call = functools.partial(call_sampler, sampler, sigmas=rest)
-        if named.get("noise_sampler", 0) is None:  # it takes one, and has none
-            noise = step_noise(sampler, x, generator) if noisy else lambda *_: x.new_zeros(())
-            call = functools.partial(call, noise_sampler=noise)
+        call = functools.partial(call_sampler, sampler, sigmas=rest, generator=generator) if len(rest) else None
         run = greenlet(_sample)
         run.residual = 0.0
-        run.switch(x, ahead, mode, call if len(rest) else None)
+        run.switch(x, ahead, call)
         return run
 
 
-def _sample(x: torch.Tensor, ahead: list[float], mode: SamplerMode, call: Callable | None) -> torch.Tensor:
+def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> torch.Tensor:
     """A run, in its greenlet: Euler's steps through the levels `ahead`, then `call(model, x)`."""
     # nothing here refers to the scheduler: a run that is left half way ends with it
 
@@ -380,8 +375,7 @@ def _sample(x: torch.Tensor, ahead: list[float], mode: SamplerMode, call: Callab
     try:
         for sigma, after in zip(ahead, ahead[1:]):
             x = x + (x - model(x, x.new_full([len(x)], sigma))) * (after / sigma - 1)
-        with mode:
-            return call(model, x) if call else x
+        return call(model, x) if call else x
     finally:
         torch.set_grad_enabled(here[1])  # the sampler's own no_grad puts back what was when it began
 
@@ -411,7 +405,8 @@ def sampler_names() -> list[str]:
 def arguments_of(sampler: Callable) -> dict[str, Any]:
     """What a sampler takes, with the values that are bound (`functools.partial`) or the defaults, else None."""
     parameters = inspect.signature(sampler).parameters.values()
-    return {p.name: None if p.default is p.empty else p.default for p in parameters}
+    taken = {p.name: None if p.default is p.empty else p.default for p in parameters}
+    return taken | getattr(sampler, "keywords", {})
 
 
 def is_k_diffusions(sampler: Callable) -> bool:
@@ -524,11 +519,6 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     return noise_sampler
 
 
-def adds_noise(sampler: Callable) -> bool:
-    """False for k-diffusion's with neither `s_churn` nor `eta` above zero. They draw noise then too, times zero."""
-    return any(arguments_of(sampler).get(name) for name in ("s_churn", "eta")) or not is_k_diffusions(sampler)
-
-
 def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
     """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
     name = getattr(getattr(sampler, "func", sampler), "__name__", "")
@@ -573,28 +563,41 @@ def outside(depth: int) -> Iterator[None]:
 
 
 def call_sampler(
-    sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, **ours: Any
+    sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any = None, **ours: Any
 ) -> torch.Tensor:
-    """Calls a sampler of either signature with those of `ours` (`callback`, `noise_sampler`) that it takes.
+    """Calls a sampler of either signature, with the generator's noise (False: zero) and `ours` (`callback`).
 
     One step to zero is `denoised` with all of k-diffusion's, but some fail there: Euler's takes it. A sampler by range
     (`sigma_min`) stops at the lowest positive level: Euler's step to zero is taken here, and dpm_fast counts it.
+    k-diffusion's with neither `s_churn` nor `eta` above zero draw noise too, times zero: they get zero.
     """
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
-    ours, named, positive = {"disable": True, **ours}, arguments_of(sampler), sigmas[sigmas > 0]
+    own, named, positive = is_k_diffusions(sampler), arguments_of(sampler), sigmas[sigmas > 0]
+    noisy = generator is not False and (not own or any(named.get(name) for name in ("s_churn", "eta")))
+
+    def draw(like: torch.Tensor) -> torch.Tensor:
+        return white_noise(like, generator) if noisy else like.new_zeros(()).expand(like.shape)
+
+    # most of k-diffusion's make none of the mode's calls where x and sigmas are of one kind
+    calls = named.get("noise_sampler") or {"s_churn", "sigma_min"} & {*named}
+    plain = own and not calls and (x.device, x.dtype) == (sigmas.device, sigmas.dtype)
+    ours = {"disable": True, **ours}
+    if "noise_sampler" in named and (named["noise_sampler"] is None or generator is False):
+        ours["noise_sampler"] = step_noise(sampler, x, generator) if noisy else lambda *_: draw(x)
     if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(sampler).parameters.values()):
         ours = {name: value for name, value in ours.items() if name in named}
-    if "sigma_min" not in named:
-        return sampler(model, x, sigmas, **ours)
-    if "n" in named:
-        ours["n"] = max(len(positive) - 1, 1)
-    if 0 < (named.get("eta") or 0) < 1e-3:
-        ours["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
-    if len(positive) > 1:
-        x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **ours)
-        x = x[0] if isinstance(x, tuple) else x  # return_info=True
-    return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
+    with contextlib.nullcontext() if plain else SamplerMode(draw, x.dtype):
+        if "sigma_min" not in named:
+            return sampler(model, x, sigmas, **ours)
+        if "n" in named:
+            ours["n"] = max(len(positive) - 1, 1)
+        if 0 < (named.get("eta") or 0) < 1e-3:
+            ours["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
+        if len(positive) > 1:
+            x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **ours)
+            x = x[0] if isinstance(x, tuple) else x  # return_info=True
+        return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
 
 
 def step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor) -> tuple[list[float], dict[int, int]]:
@@ -603,7 +606,7 @@ def step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor) -> tuple[lis
     Both are empty for dpm_adaptive and where the trial fails. The second also is where the sampler's callback gets
     another x than the model got.
     """
-    inputs, levels, starts, x = [], list[float](), dict[int, int](), torch.ones([1] * ndim, dtype=sigmas.dtype)
+    inputs, levels, starts = [], list[float](), dict[int, int]()
 
     def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
         inputs.append(x)
@@ -613,13 +616,9 @@ def step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor) -> tuple[lis
     def callback(info: dict[str, Any]) -> None:
         starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
 
-    ours: dict[str, Callable] = {"callback": callback}
-    named = {*arguments_of(sampler), *getattr(sampler, "keywords", ())}
-    if "noise_sampler" in named:  # nothing is drawn from what the caller gave
-        ours["noise_sampler"] = lambda *_: torch.zeros_like(x)
     try:
-        with SamplerMode(torch.zeros_like, sigmas.dtype):
-            "rtol" in named or call_sampler(sampler, model, x, sigmas, **ours)
+        if "rtol" not in arguments_of(sampler):
+            call_sampler(sampler, model, sigmas.new_ones([1] * ndim), sigmas, False, callback=callback)
     except Exception:
         return [], {}
     return levels, {} if -1 in starts else starts

@@ -286,7 +286,7 @@ class Session:
         timesteps, record = [], Record()
 
         def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
-            return self._sample(side, ours, model, ve, record, callback)
+            return self._sample(side, ours, model, ve, record, callback, generator)
 
         arguments = {"parameterization": "ve" if ve else "flow"} if self.flux else {"quantize_timesteps": ours.quantize}
         generator = torch.Generator("cpu")
@@ -310,14 +310,14 @@ class Session:
             return torch.stack([given, given]) if with_uncond else given
 
         def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
-            return self._sample(side, ours, model, ve, record, callback)
+            return self._sample(side, ours, model, ve, record, callback, None)
 
         sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype)
         self.module.run_sampler(run, model, ours.start, sigmas)
         return record.trajectory(ours.levels, [math.nan] * len(record.calls), ve)
 
     def _sample(
-        self, side: Side, ours: Ours, model: Callable, ve: bool, record: Record, callback: Callable | None
+        self, side: Side, ours: Ours, model: Callable, ve: bool, record: Record, callback: Any, generator: Any
     ) -> torch.Tensor:
         """Calls the sampler over our levels and notes what it asks of the model."""
         sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype)
@@ -360,11 +360,10 @@ class Session:
         sampler = side.target
         if side.file is not None and not ve:  # one's own may ask a model what ComfyUI's do
             sampler = comfy_sampler(sampler, self.pipe, self.width, self.height)
-        sampler = functools.partial(sampler, **side.options)
-        ours_given: dict[str, Callable] = {"callback": called_back}
-        if "noise_sampler" in inspect.signature(sampler).parameters:
-            ours_given["noise_sampler"] = noise_sampler
-        final = self.module.call_sampler(sampler, recorded, x, sigmas, **ours_given)
+        drawing = "noise_sampler" in inspect.signature(sampler).parameters
+        given = {**side.options, **({"noise_sampler": noise_sampler} if drawing else {})}
+        sampler = functools.partial(sampler, **given)
+        final = self.module.call_sampler(sampler, recorded, x, sigmas, generator, callback=called_back)
         if not isinstance(final, torch.Tensor) or final.shape != x.shape:
             returned = (
                 f"one of shape {tuple(final.shape)}" if isinstance(final, torch.Tensor) else f"{type(final).__name__}"
