@@ -81,6 +81,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self._train: int = config.get("num_train_timesteps", 1000)
         self._prediction, self._scale = config.get("prediction_type", "epsilon"), ""
         self._table: Any = None
+        self._tried: tuple = (torch.empty(0, device="cpu"), [], {})  # levels, and what a trial over them told
         taken = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
         needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if needed == ["model_output", "timestep", "sample"] and "Inverse" not in kind.__name__:
@@ -182,7 +183,9 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if pure:  # not infinity: the ratio of the next two goes on, to SDXL's highest sigma, 15, at least
             second, third = [*self._levels[1:].tolist(), 0.0][:2]
             self._levels[0] = max(second * (second / third if third > 0 else 4.0), 15.0)
-        asked, starts = step_starts(self.sampler, 4, self._levels)
+        if not self._levels.equal(self._tried[0]):
+            self._tried = self._levels, *step_starts(self.sampler, 4, self._levels)
+        asked, starts = self._tried[1:]
         if not asked:
             others = "StableDiffusionXLComfyPipeline and FluxComfyPipeline"
             raise ValueError(f"`sampler`: can't tell its timesteps before the run; for dpm_adaptive there are {others}")
