@@ -34,9 +34,7 @@ class FluxComfyPipeline(FluxPipeline):
     """`FluxPipeline` with the scheduler's loop replaced by one call of a k-diffusion sampler.
 
     Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler gives the shift and, when the
-    caller names no schedule, the noise levels; its `step` is never called. A pipeline serves one call at a time, as the
-    parent does: for a second thread make another with `from_pipe`. Encode the prompts beforehand, since the two share
-    their tokenizers.
+    caller names no schedule, the noise levels. Its `step` is never called. One call at a time, as with the parent.
 
     FLUX predicts the velocity v = noise - x0 at x = (1 - t) x0 + t noise, so x0 = x - t v. k-diffusion's samplers know
     y = x0 + sigma noise. x / (1 - t) is such a y, with sigma = t / (1 - t) ("ve"). A sampler that adds no noise may as
@@ -100,17 +98,17 @@ class FluxComfyPipeline(FluxPipeline):
                 for callables that use `torch.randn_like`.
 
         `sigmas` are t, 1 for noise and 0 for the picture, shifted by the scheduler as in the parent. `latents` are
-        packed, x = (1 - t) x0 + t noise at the first t. The state is float32 or more whatever the network's dtype.
+        packed, x = (1 - t) x0 + t noise at the first t. Without them x is noise, whatever that t. The state is float32
+        or more whatever the network's dtype.
 
         `callback_on_step_end` gets, once a step, the latents that the step ended with and the timestep, 1000 t, that it
         began at; by name also `sigma`, that t, and `denoised`, the x0 predicted there. The next step starts from the
-        latents that it returns. With `s_churn` latents already have the next step's noise. A trial on a single number
-        tells where steps begin. Where it can't (`dpm_adaptive`, some callables) latents and `sigma` are those with
-        which the sampler calls back, and to change the latents is an error.
+        latents that it returns. With `s_churn` they include the noise that the next step adds first. A trial on a
+        tensor of one element tells where steps begin. Where it can't (`dpm_adaptive`, some callables) latents and
+        `sigma` are those with which the sampler calls back, and to change the latents is an error.
 
-        Raises:
-            ValueError, TypeError: for arguments that do not fit, before any network runs; for latents changed where the
-                trial failed; for a callable that does not return latents.
+        Raises ValueError or TypeError for arguments that do not fit, before any network runs, and later for a callable
+        that does not return latents.
         """
         # FLUX.1's is 1024, which is the parent's default; the tiny autoencoders do not say
         size = getattr(getattr(self.vae, "config", None), "sample_size", 1024)
@@ -155,9 +153,15 @@ class FluxComfyPipeline(FluxPipeline):
             if true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None):
                 negative = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
                 unconditional = encode(*negative)[1]
-            images = (ip_adapter_image, ip_adapter_image_embeds)
-            negatives = (negative_ip_adapter_image, negative_ip_adapter_image_embeds)
-            image_embeds = self._image_embeds(images, negatives, (width, height), batch_size)
+            images = {"cond": (ip_adapter_image, ip_adapter_image_embeds)}
+            images["uncond"] = (negative_ip_adapter_image, negative_ip_adapter_image_embeds)
+            image_embeds = {}
+            if any(given is not None for pair in images.values() for given in pair):  # black where one is missing
+                black = [np.zeros((width, height, 3), np.uint8)] * self.transformer.encoder_hid_proj.num_ip_adapters
+                for side, (picture, given) in images.items():
+                    picture = black if picture is None and given is None else picture
+                    given = self.prepare_ip_adapter_image_embeds(picture, given, device, batch_size)
+                    image_embeds[side] = {"ip_adapter_image_embeds": given}
 
             # generator -> noise, the stock pipeline's own
             shape = (batch_size, self.transformer.config.in_channels // 4, height, width)
@@ -194,10 +198,10 @@ class FluxComfyPipeline(FluxPipeline):
                 return x - t * velocity(x, t.flatten(), **kwargs)
 
             # t -> sigmas, and the noise -> y at the first of them
-            ts = levels.to(state_dtype)
-            sigmas = ve_sigmas(ts) if ve else ts
-            x = (noise if latents is None else latents).to(device, state_dtype)
-            y = x * (sigmas[0] / ts[0]).item() if ve else x
+            sigmas = (ve_sigmas(levels) if ve else levels).to(state_dtype)
+            x = noise if latents is None else latents.clone()  # a sampler may write on it
+            x = x.to(device, state_dtype)
+            y = x * (sigmas[0] / levels[0]).item() if ve else x
 
             def after_step(i, y, sigma, began, denoised) -> torch.Tensor:
                 scale, t = (1 + sigma, began / (1 + began)) if ve else (1, began)
@@ -261,9 +265,8 @@ class FluxComfyPipeline(FluxPipeline):
         if schedule is not None:
             return check_sigmas(schedule, "schedule", at_least=2)
         scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
-        if sigmas is None:
-            sigmas = np.linspace(1.0, 1 / n, n)
-        sigmas = None if config.get("use_flow_sigmas") else [sigma for sigma in sigmas if sigma > 0]  # it appends zero
+        given = np.linspace(1.0, 1 / n, n) if sigmas is None else sigmas
+        sigmas = None if config.get("use_flow_sigmas") else [sigma for sigma in given if sigma > 0]  # it appends zero
         shifting = {"mu": mu} if config.get("use_dynamic_shifting") else {}
         with torch.device("cpu"):  # whatever the default device
             retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, **shifting)
@@ -279,29 +282,15 @@ class FluxComfyPipeline(FluxPipeline):
         latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.image_processor.postprocess(self.vae.decode(latents, return_dict=False)[0], output_type=output_type)
 
-    def _image_embeds(self, positive: Any, negative: Any, size: tuple[int, int], batch_size: int) -> dict[str, Any]:
-        """IP-adapter arguments for both sides of true CFG from their (image, embeds); black where one is missing."""
-        prepared: dict[str, Any] = {}
-        if all(given is None for given in (*positive, *negative)):
-            return prepared
-        black = [np.zeros((*size, 3), dtype=np.uint8)] * self.transformer.encoder_hid_proj.num_ip_adapters
-        for side, (image, embeds) in (("cond", positive), ("uncond", negative)):
-            image = black if image is None and embeds is None else image
-            embeds = self.prepare_ip_adapter_image_embeds(image, embeds, self._execution_device, batch_size)
-            prepared[side] = {"ip_adapter_image_embeds": embeds}
-        return prepared
-
 
 def uses_ve(parameterization: str, sampler: Callable, ts: torch.Tensor) -> bool:
     """Whether the sampler sees "ve", not "flow". See `FluxComfyPipeline`."""
     if parameterization not in ("auto", "flow", "ve"):
         raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
     named = arguments_of(sampler)
-    if parameterization != "auto" or named.get("s_churn"):
-        return parameterization != "flow"
-    if len(ts) == 2 and ts[1] == 0 and is_k_diffusions(sampler):
-        return False  # one step to zero is x0 either way, and this way it begins at t = 1
-    return "noise_sampler" in named or "sigma_min" in named
+    one = len(ts) == 2 and ts[1] == 0 and is_k_diffusions(sampler)  # x0 either way, and "flow" begins at t = 1
+    auto = named.get("s_churn") or named.keys() & {"noise_sampler", "sigma_min"} and not one
+    return parameterization == "ve" or parameterization == "auto" and bool(auto)
 
 
 def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
@@ -342,12 +331,18 @@ def arguments_of(sampler: Callable) -> dict[str, Any]:
     """What a sampler takes, with the values that are bound (`functools.partial`) or the defaults, else None."""
     parameters = inspect.signature(sampler).parameters.values()
     taken = {p.name: None if p.default is p.empty else p.default for p in parameters}
-    return taken | getattr(sampler, "keywords", {})
+    bound = sampler.keywords if isinstance(sampler, functools.partial) else {}
+    return taken | {name: value for name, value in bound.items() if name not in GIVEN}
+
+
+def unbound(sampler: Any) -> Callable:
+    """The function under any `functools.partial`."""
+    return unbound(sampler.func) if isinstance(sampler, functools.partial) else sampler
 
 
 def is_k_diffusions(sampler: Callable) -> bool:
     """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
-    return getattr(sampler, "func", sampler) in vars(sampling).values()
+    return unbound(sampler) in vars(sampling).values()
 
 
 def find_sampler(sampler: str | Callable, sampler_kwargs: dict[str, Any] | None = None) -> Callable:
@@ -375,17 +370,20 @@ def find_sampler(sampler: str | Callable, sampler_kwargs: dict[str, Any] | None 
     if wrong:
         name = getattr(sampler, "__name__", repr(sampler))
         raise ValueError(f"`sampler_kwargs`: {name} {', '.join(wrong)}; it takes {', '.join(named) or 'none'}")
-    if any(name in ("rtol", "atol") and not value > 0 for name, value in options.items()):
-        raise ValueError("`sampler_kwargs`: rtol and atol have to be above 0, or the steps never end")
-    return functools.partial(sampler, **options) if options else sampler
+    sampler = functools.partial(sampler, **options) if options else sampler
+    tolerances = [value for name, value in arguments_of(sampler).items() if name in ("rtol", "atol")]
+    if is_k_diffusions(sampler) and not max(tolerances, default=1) > 0:
+        raise ValueError("`sampler_kwargs`: rtol or atol has to be above 0, or the steps never end")
+    return sampler
 
 
 def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.Tensor:
-    """`sigmas` (any scale) in float64 on the CPU. ValueError unless finite and falling, from above 0 to 0 or above."""
-    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
-    falling = levels.isfinite().all() and (levels.diff() < 0).all() and (levels[:1] > 0).all() and (levels >= 0).all()
+    """`sigmas` (any scale), copied in float64 to the CPU. ValueError unless finite, falling and not below zero."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten().clone()
+    single = levels.float()  # in which a sampler may get them
+    falling = single.isfinite().all() and (single.diff() < 0).all() and (single[:1] > 0).all() and (levels >= 0).all()
     if len(levels) < at_least or not falling:
-        rule = f"finite and fall from a positive number to zero or above, {at_least} of them at least"
+        rule = f"finite and fall in float32 from a positive number to zero or above, {at_least} of them at least"
         raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
     return levels
 
@@ -449,7 +447,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
         return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        start, end = w(float(sigma)), w(float(sigma_next))  # in this order: the cache of two drops what was used first
+        start, end = (w(max(float(s), 2.0**-64)) for s in (sigma, sigma_next))  # in this order, for the cache of two
         return _sent((end - start) / math.sqrt(abs(float(sigma_next) - float(sigma))), x.device)
 
     return noise_sampler
@@ -457,7 +455,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
 
 def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
     """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
-    name = getattr(getattr(sampler, "func", sampler), "__name__", "")
+    name = getattr(unbound(sampler), "__name__", "")
     if not ("dpmpp" in name and "_sde" in name):
         return lambda sigma, sigma_next: white_noise(x, generator)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
@@ -468,8 +466,8 @@ def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
 class SamplerMode(TorchFunctionMode):
     """While a sampler runs, `torch.randn_like` (the noise of `s_churn` and of callables) is `draw(like)`.
 
-    `linspace` and float `tensor`s get `dtype`, not torch's default. `sigma[..., None]` of a number on the CPU stays a
-    number, so that it goes with latents on any device.
+    `linspace` and float `tensor`s get `dtype`, not torch's default. `sigma[..., None]` of a number on the CPU is the
+    number itself, so that it goes with latents on any device.
     """
 
     def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like, dtype=torch.float64):
@@ -501,25 +499,28 @@ def outside(depth: int) -> Iterator[None]:
 def call_sampler(
     sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any = None, **ours: Any
 ) -> torch.Tensor:
-    """Calls a sampler of either signature, with the generator's noise (False: zero) and `ours` (`callback`).
+    """Calls a sampler of either signature. Its noise is the generator's (False: zeros, a trial), `ours` a `callback`.
 
-    One step to zero is `denoised` with all of k-diffusion's, but some fail there: Euler's takes it. A sampler by range
-    (`sigma_min`) stops at the lowest positive level: Euler's step to zero is taken here, and dpm_fast counts it.
-    k-diffusion's with neither `s_churn` nor `eta` above zero draw noise too, times zero: they get zero.
+    One step to zero is `denoised` with every sampler of k-diffusion, but some fail there: Euler's method takes it. A
+    sampler that takes `sigma_min` stops at the lowest positive level: Euler's step to zero is taken here, and is one of
+    dpm_fast's n. k-diffusion draws noise even where `s_churn` and `eta` are 0: it gets zeros, and nothing is drawn.
     """
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
     own, named, positive = is_k_diffusions(sampler), arguments_of(sampler), sigmas[sigmas > 0]
     noisy = generator is not False and (not own or any(named.get(name) for name in ("s_churn", "eta")))
+    given = named.get("noise_sampler") is not None
 
     def draw(like: torch.Tensor) -> torch.Tensor:
-        return white_noise(like, generator) if noisy else like.new_zeros(()).expand(like.shape)
+        if noisy:
+            return white_noise(like, generator)
+        return like.new_zeros(()) if own and not given else torch.zeros_like(like)  # others may write on it
 
     # most of k-diffusion's make none of the mode's calls where x and sigmas are of one kind
-    calls = named.get("noise_sampler") or {"s_churn", "sigma_min"} & {*named}
+    calls = given or {"s_churn", "sigma_min"} & {*named}
     plain = own and not calls and (x.device, x.dtype) == (sigmas.device, sigmas.dtype)
     ours = {"disable": True, **ours}
-    if "noise_sampler" in named and (named["noise_sampler"] is None or generator is False):
+    if "noise_sampler" in named and (not given or generator is False):
         ours["noise_sampler"] = step_noise(sampler, x, generator) if noisy else lambda *_: draw(x)
     if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(sampler).parameters.values()):
         ours = {name: value for name, value in ours.items() if name in named}
@@ -527,7 +528,7 @@ def call_sampler(
         if "sigma_min" not in named:
             return sampler(model, x, sigmas, **ours)
         if "n" in named:
-            ours["n"] = max(len(positive) - 1, 1)
+            ours["n"] = len(positive) - 1
         if 0 < (named.get("eta") or 0) < 1e-3:
             ours["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
         if len(positive) > 1:
@@ -537,10 +538,10 @@ def call_sampler(
 
 
 def step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor) -> tuple[list[float], dict[int, int]]:
-    """The level of each evaluation, and {evaluation: step} for those that begin a step, by a trial on one element.
+    """The level of each evaluation, and {evaluation: step} for those that begin a step.
 
-    Both are empty for dpm_adaptive and where the trial fails. The second also is where the sampler's callback gets
-    another x than the model got.
+    Found by a trial on a tensor of one element. Both are empty for dpm_adaptive and where the trial fails. The second
+    also is where the sampler's callback gets another x than the model got.
     """
     inputs, levels, starts = [], list[float](), dict[int, int]()
 
@@ -578,15 +579,17 @@ def run_sampler(
     `denoiser(x, sigma)` has x of shape (b, ...) and sigma of shape (b,). `sigmas` are on the CPU: to compare them on a
     GPU the sampler would wait for it. `after_step(i, x, sigma, began, denoised)` gets the state that step i ended with,
     its sigma, the sigma that the step began at and what was predicted there. The sampler goes on from what it returns.
-    Where `step_starts` is empty, both sigmas are that of x, and another x is a ValueError. In every step `on_step()` is
-    called, and the run ends where `interrupted()`. TypeError: the sampler returns no tensor of x's shape.
+    Where `step_starts` is empty, both sigmas are that of x, and another x is a ValueError. So is a sampler that then
+    asks for another number of evaluations. `on_step()` is called once a step; the run ends at the next evaluation after
+    `interrupted()`. TypeError: the sampler returns no tensor of x's shape.
     """
 
     class Interrupted(Exception): ...  # carries the state and its sigma out of the sampler
 
-    starts = step_starts(sampler, x.ndim, sigmas)[1] if after_step else {}
+    levels, starts = step_starts(sampler, x.ndim, sigmas) if after_step else ([], {})
     evaluations, step, last = 0, None, (x, sigmas[0], x)  # the step under way; what was last evaluated
     own, depth = is_k_diffusions(sampler), torch._C._len_torch_function_stack()
+    name = getattr(unbound(sampler), "__name__", sampler)
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal evaluations, step, last
@@ -594,29 +597,26 @@ def run_sampler(
             if step and evaluations in starts:
                 # the tensors are the sampler's own; the caller gets others, to keep or to write on
                 x.copy_(after_step(step[0], x.clone(), sigma[0], *step[1:]))
-                if interrupted():
-                    raise Interrupted(x, sigma[0].cpu())
+            if interrupted():
+                raise Interrupted(x, sigma[0].cpu())
             predicted = denoiser(x, sigma, **kwargs)
             denoised = predicted[0] if kwargs.get("with_uncond") else predicted
             if evaluations in starts:
-                step = starts[evaluations], sigma[0].clone(), denoised.clone()
-            elif not own:
+                step = starts[evaluations], sigmas.new_tensor(levels[evaluations]), denoised.clone()
+            elif not (own or starts):
                 last = x, sigma[0], denoised
             evaluations += 1
             return predicted
 
     def callback(info: dict[str, Any]) -> None:
         on_step()
-        # others' may call back with a state that is not the step's
-        x, sigma, denoised = (info["x"], info["sigma_hat"], info["denoised"]) if own else last
         if after_step and not starts:
+            # others' may call back with a state that is not the step's
+            x, sigma, denoised = (info["x"], info["sigma_hat"], info["denoised"]) if own else last
             with outside(depth):
                 changed = after_step(info["i"], x.clone(), sigma, sigma.clone(), denoised.clone())
             if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
-                name = getattr(getattr(sampler, "func", sampler), "__name__", sampler)
                 raise ValueError(f"a callback can't change the latents: {name} does not say where its steps begin")
-        if interrupted():
-            raise Interrupted(x, sigma.cpu())
 
     try:
         end = call_sampler(sampler, model, x, sigmas, generator, callback=callback)
@@ -625,6 +625,8 @@ def run_sampler(
     if not isinstance(end, torch.Tensor) or end.shape != x.shape:
         what = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
         raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {what}")
+    if starts and evaluations != len(levels):
+        raise ValueError(f"a callback can't follow {name}: its evaluations depend on what the network predicts")
     return after_step(step[0], end, sigmas[-1], *step[1:]) if step else end, sigmas[-1]
 
 

@@ -33,19 +33,20 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     The sampler runs in a greenlet. At `model(x, sigma)` it pauses, and the pipeline gives x to its network. `step`
     turns the prediction into `denoised` and resumes the sampler until it asks again. So `timesteps` has one for each
-    evaluation of the network; a trial on a single number finds them before the run.
+    evaluation of the network; a trial on a tensor of one element finds them before the run.
 
     The base scheduler says what the network was trained with, in which scale latents are, and which levels a call uses
     where no schedule is named. `config` is the base's, and what is saved is the base, which every loader knows.
 
     Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or t is sigma ("flow").
     In "ve" the first sigma is finite (15 or more), but the network is still told t = 1.
-    Where a pipeline gives `step` no generator, as FLUX's, each image's noise is seeded by its first sample.
+    Where a pipeline gives `step` no generator, as FLUX's, each image's noise is seeded by a hash of its first sample.
 
     Args:
         scheduler: the base: one with betas (epsilon, v_prediction, sample), for flow matching, or EDM.
         sampler: a sampler of k-diffusion by name, with or without `sample_`, or a callable with its signature. One with
-            several evaluations a step and no callback can't begin later: Euler's method runs in its place then.
+            several evaluations a step that never calls back does not tell where its steps begin: a run that starts
+            part-way (`strength` below 1) uses Euler's method in its place.
         sampler_kwargs: options for it: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, ...
         schedule: k-diffusion's "karras", "exponential", "polyexponential" or "vp", or the levels themselves, falling
             (sigma; for flow models t). None: the base's, also for the `sigmas` or `timesteps` that a pipeline passes.
@@ -81,7 +82,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self._train: int = config.get("num_train_timesteps", 1000)
         self._prediction, self._scale = config.get("prediction_type", "epsilon"), ""
         self._table: Any = None
-        self._tried: tuple = (torch.empty(0, device="cpu"), [], {})  # levels, and what a trial over them told
+        self._tried: tuple = (None, None)  # a sampler, levels, and what its trial over them told
         taken = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
         needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if needed == ["model_output", "timestep", "sample"] and "Inverse" not in kind.__name__:
@@ -166,7 +167,9 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             with torch.device("cpu"), SamplerMode():
                 sigmas = sampling.get_sigmas_vp(n)
             return sigmas / (1 + sigmas)
-        shift = getattr(self.base, "shift", config.get("flow_shift", 1.0))
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        if hasattr(type(self.base), "shift"):  # its `set_shift` leaves the config alone
+            shift = self.base.shift
         if mu is not None and config.get("use_dynamic_shifting"):
             shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         return named_sigmas(schedule, n, shift / (shift + 9999), 1.0)
@@ -175,7 +178,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         """The evaluations that the sampler will make, through these levels. `known`: their timesteps, if the base's."""
         n = self.num_inference_steps = len(levels) - 1
         kind, named = self.parameterization, arguments_of(self.sampler)
-        one = n == 1 and levels[1] == 0 and is_k_diffusions(self.sampler)  # x0 either way, and "flow" begins at t = 1
+        own = is_k_diffusions(self.sampler)
+        one = n == 1 and levels[1] == 0 and own  # x0 either way, and "flow" begins at t = 1
         auto = named.get("s_churn") or named.keys() & {"noise_sampler", "sigma_min"} and not one
         ve = self._scale == "flow" and levels[0] <= 1 and (kind == "ve" or kind == "auto" and auto)
         pure = ve and levels[0] > 0.9999
@@ -183,9 +187,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if pure:  # not infinity: the ratio of the next two goes on, to SDXL's highest sigma, 15, at least
             second, third = [*self._levels[1:].tolist(), 0.0][:2]
             self._levels[0] = max(second * (second / third if third > 0 else 4.0), 15.0)
-        if not self._levels.equal(self._tried[0]):
-            self._tried = self._levels, *step_starts(self.sampler, 4, self._levels)
-        asked, starts = self._tried[1:]
+        # for others anew: they may have changed in between
+        if not (own and self.sampler is self._tried[0] and self._levels.equal(self._tried[1])):
+            self._tried = self.sampler, self._levels, *step_starts(self.sampler, 4, self._levels)
+        asked, starts = self._tried[2:]
         if not asked:
             others = "StableDiffusionXLComfyPipeline and FluxComfyPipeline"
             raise ValueError(f"`sampler`: can't tell its timesteps before the run; for dpm_adaptive there are {others}")
@@ -343,8 +348,9 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
         rest = rest if own else rest.to(x.dtype)
         generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
-        if generator is None:
-            digests = [hashlib.blake2b(image.double().cpu().numpy().tobytes(), digest_size=8).digest() for image in x]
+        if generator is None and (not own or named.get("s_churn") or named.get("eta")):
+            numbers = (image.detach().cpu().double().numpy().tobytes() for image in x)
+            digests = [hashlib.blake2b(image, digest_size=8).digest() for image in numbers]
             generator = [torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1) for digest in digests]
         call = functools.partial(call_sampler, sampler, sigmas=rest, generator=generator) if len(rest) else None
         run = greenlet(_sample)
@@ -409,12 +415,18 @@ def arguments_of(sampler: Callable) -> dict[str, Any]:
     """What a sampler takes, with the values that are bound (`functools.partial`) or the defaults, else None."""
     parameters = inspect.signature(sampler).parameters.values()
     taken = {p.name: None if p.default is p.empty else p.default for p in parameters}
-    return taken | getattr(sampler, "keywords", {})
+    bound = sampler.keywords if isinstance(sampler, functools.partial) else {}
+    return taken | {name: value for name, value in bound.items() if name not in GIVEN}
+
+
+def unbound(sampler: Any) -> Callable:
+    """The function under any `functools.partial`."""
+    return unbound(sampler.func) if isinstance(sampler, functools.partial) else sampler
 
 
 def is_k_diffusions(sampler: Callable) -> bool:
     """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
-    return getattr(sampler, "func", sampler) in vars(sampling).values()
+    return unbound(sampler) in vars(sampling).values()
 
 
 def find_sampler(sampler: str | Callable, sampler_kwargs: dict[str, Any] | None = None) -> Callable:
@@ -442,17 +454,20 @@ def find_sampler(sampler: str | Callable, sampler_kwargs: dict[str, Any] | None 
     if wrong:
         name = getattr(sampler, "__name__", repr(sampler))
         raise ValueError(f"`sampler_kwargs`: {name} {', '.join(wrong)}; it takes {', '.join(named) or 'none'}")
-    if any(name in ("rtol", "atol") and not value > 0 for name, value in options.items()):
-        raise ValueError("`sampler_kwargs`: rtol and atol have to be above 0, or the steps never end")
-    return functools.partial(sampler, **options) if options else sampler
+    sampler = functools.partial(sampler, **options) if options else sampler
+    tolerances = [value for name, value in arguments_of(sampler).items() if name in ("rtol", "atol")]
+    if is_k_diffusions(sampler) and not max(tolerances, default=1) > 0:
+        raise ValueError("`sampler_kwargs`: rtol or atol has to be above 0, or the steps never end")
+    return sampler
 
 
 def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.Tensor:
-    """`sigmas` (any scale) in float64 on the CPU. ValueError unless finite and falling, from above 0 to 0 or above."""
-    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
-    falling = levels.isfinite().all() and (levels.diff() < 0).all() and (levels[:1] > 0).all() and (levels >= 0).all()
+    """`sigmas` (any scale), copied in float64 to the CPU. ValueError unless finite, falling and not below zero."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten().clone()
+    single = levels.float()  # in which a sampler may get them
+    falling = single.isfinite().all() and (single.diff() < 0).all() and (single[:1] > 0).all() and (levels >= 0).all()
     if len(levels) < at_least or not falling:
-        rule = f"finite and fall from a positive number to zero or above, {at_least} of them at least"
+        rule = f"finite and fall in float32 from a positive number to zero or above, {at_least} of them at least"
         raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
     return levels
 
@@ -516,7 +531,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
         return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        start, end = w(float(sigma)), w(float(sigma_next))  # in this order: the cache of two drops what was used first
+        start, end = (w(max(float(s), 2.0**-64)) for s in (sigma, sigma_next))  # in this order, for the cache of two
         return _sent((end - start) / math.sqrt(abs(float(sigma_next) - float(sigma))), x.device)
 
     return noise_sampler
@@ -524,7 +539,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
 
 def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
     """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
-    name = getattr(getattr(sampler, "func", sampler), "__name__", "")
+    name = getattr(unbound(sampler), "__name__", "")
     if not ("dpmpp" in name and "_sde" in name):
         return lambda sigma, sigma_next: white_noise(x, generator)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
@@ -535,8 +550,8 @@ def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
 class SamplerMode(TorchFunctionMode):
     """While a sampler runs, `torch.randn_like` (the noise of `s_churn` and of callables) is `draw(like)`.
 
-    `linspace` and float `tensor`s get `dtype`, not torch's default. `sigma[..., None]` of a number on the CPU stays a
-    number, so that it goes with latents on any device.
+    `linspace` and float `tensor`s get `dtype`, not torch's default. `sigma[..., None]` of a number on the CPU is the
+    number itself, so that it goes with latents on any device.
     """
 
     def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like, dtype=torch.float64):
@@ -568,25 +583,28 @@ def outside(depth: int) -> Iterator[None]:
 def call_sampler(
     sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any = None, **ours: Any
 ) -> torch.Tensor:
-    """Calls a sampler of either signature, with the generator's noise (False: zero) and `ours` (`callback`).
+    """Calls a sampler of either signature. Its noise is the generator's (False: zeros, a trial), `ours` a `callback`.
 
-    One step to zero is `denoised` with all of k-diffusion's, but some fail there: Euler's takes it. A sampler by range
-    (`sigma_min`) stops at the lowest positive level: Euler's step to zero is taken here, and dpm_fast counts it.
-    k-diffusion's with neither `s_churn` nor `eta` above zero draw noise too, times zero: they get zero.
+    One step to zero is `denoised` with every sampler of k-diffusion, but some fail there: Euler's method takes it. A
+    sampler that takes `sigma_min` stops at the lowest positive level: Euler's step to zero is taken here, and is one of
+    dpm_fast's n. k-diffusion draws noise even where `s_churn` and `eta` are 0: it gets zeros, and nothing is drawn.
     """
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
     own, named, positive = is_k_diffusions(sampler), arguments_of(sampler), sigmas[sigmas > 0]
     noisy = generator is not False and (not own or any(named.get(name) for name in ("s_churn", "eta")))
+    given = named.get("noise_sampler") is not None
 
     def draw(like: torch.Tensor) -> torch.Tensor:
-        return white_noise(like, generator) if noisy else like.new_zeros(()).expand(like.shape)
+        if noisy:
+            return white_noise(like, generator)
+        return like.new_zeros(()) if own and not given else torch.zeros_like(like)  # others may write on it
 
     # most of k-diffusion's make none of the mode's calls where x and sigmas are of one kind
-    calls = named.get("noise_sampler") or {"s_churn", "sigma_min"} & {*named}
+    calls = given or {"s_churn", "sigma_min"} & {*named}
     plain = own and not calls and (x.device, x.dtype) == (sigmas.device, sigmas.dtype)
     ours = {"disable": True, **ours}
-    if "noise_sampler" in named and (named["noise_sampler"] is None or generator is False):
+    if "noise_sampler" in named and (not given or generator is False):
         ours["noise_sampler"] = step_noise(sampler, x, generator) if noisy else lambda *_: draw(x)
     if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(sampler).parameters.values()):
         ours = {name: value for name, value in ours.items() if name in named}
@@ -594,7 +612,7 @@ def call_sampler(
         if "sigma_min" not in named:
             return sampler(model, x, sigmas, **ours)
         if "n" in named:
-            ours["n"] = max(len(positive) - 1, 1)
+            ours["n"] = len(positive) - 1
         if 0 < (named.get("eta") or 0) < 1e-3:
             ours["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
         if len(positive) > 1:
@@ -604,10 +622,10 @@ def call_sampler(
 
 
 def step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor) -> tuple[list[float], dict[int, int]]:
-    """The level of each evaluation, and {evaluation: step} for those that begin a step, by a trial on one element.
+    """The level of each evaluation, and {evaluation: step} for those that begin a step.
 
-    Both are empty for dpm_adaptive and where the trial fails. The second also is where the sampler's callback gets
-    another x than the model got.
+    Found by a trial on a tensor of one element. Both are empty for dpm_adaptive and where the trial fails. The second
+    also is where the sampler's callback gets another x than the model got.
     """
     inputs, levels, starts = [], list[float](), dict[int, int]()
 

@@ -125,3 +125,9 @@ def test_more_steps_follow_the_same_path(name):
     few, many, other = [(sample(*run) - finest).pow(2).mean().sqrt().item() for run in ((20, 1), (80, 1), (320, 2))]
     assert other == pytest.approx(math.sqrt(2), rel=0.05)
     assert many < few / 1.7 and few < 0.6 * other
+
+
+def test_the_path_at_zero():
+    """A sampler of one's own may ask for the noise of the last step: W(0) is W(2^-64) to 1e-10."""
+    draw = noise()
+    torch.testing.assert_close(draw(1.0, 0.0), draw(1.0, 2.0**-64), rtol=0, atol=1e-6)

@@ -222,6 +222,17 @@ def test_given_latents_are_the_state_at_the_first_t(flux):
         assert relative(flux(PROMPT, **later, **call).images, whole) < 1e-4
 
 
+def test_given_latents_stay_as_they_are(flux):
+    """Whatever a sampler of one's own writes on."""
+
+    def writing(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return x.mul_(0.5)
+
+    latents = torch.ones(1, 64, 64)
+    found = flux(PROMPT, latents=latents, sampler=writing, num_inference_steps=2, output_type="latent", **SIZE).images
+    assert latents.eq(1).all() and found.eq(0.5).all()
+
+
 def test_bfloat16_network(flux):
     half = FluxComfyPipeline.from_pretrained(flux.name_or_path, dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -437,6 +439,106 @@ def test_interrupt(name):
     )
     assert len(calls) == 2 and 0 < sigma < SIGMAS[0]
     assert 0.3 * sigma < y.std() < 3 * (1 + sigma)
+
+
+@pytest.mark.parametrize("after_step", [None, lambda i, x, *_: x])
+@pytest.mark.parametrize("tells", [True, False])
+def test_interrupt_of_a_callable(after_step, tells):
+    """Whether or not it calls back, the latents are those that the third evaluation left."""
+    asked = []
+
+    def euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return sampling.sample_euler(model, x, sigmas, callback=callback if tells else None, disable=True)
+
+    def denoiser(x, sigma):
+        asked.append(x)
+        return gaussian(x, sigma)
+
+    y, sigma = run_sampler(euler, denoiser, noise(), SIGMAS, None, after_step, interrupted=lambda: len(asked) == 3)
+    assert sigma == SIGMAS[3]
+    torch.testing.assert_close(y, sampling.sample_euler(gaussian, noise(), SIGMAS[:4], disable=True))
+
+
+def test_levels_that_are_one_in_float32():
+    """dpmpp_2m divides by their difference."""
+    with pytest.raises(ValueError, match="fall in float32"):
+        pipeline_file.check_sigmas([1.0, 1.0 - 1e-9, 0.0])
+
+
+def test_tolerances_end_the_steps():
+    """A step's error may be max(atol, rtol |x|), so that one of them is enough, however it was given."""
+    bound = functools.partial(sampling.sample_dpm_adaptive, rtol=0.0)
+    assert run_sampler(find_sampler(bound, {"atol": 0.5}), gaussian, noise(), SIGMAS)[0].isfinite().all()
+    for sampler, options in ((bound, {"atol": 0.0}), (functools.partial(bound, atol=-1.0), {})):
+        with pytest.raises(ValueError, match="rtol or atol has to be above 0"):
+            find_sampler(sampler, options)
+
+
+def test_a_callback_can_not_follow_evaluations_that_depend_on_the_prediction():
+    def adaptive(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i, sigma in enumerate(sigmas[:-1]):
+            denoised = model(x, sigma.expand(len(x)))
+            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+            if denoised.abs().max() > 0.1:  # zero in the trial
+                model(x, sigma.expand(len(x)))
+        return x
+
+    with pytest.raises(ValueError, match="can't follow adaptive"):
+        run_sampler(adaptive, gaussian, noise(), SIGMAS, None, lambda i, x, *_: x)
+
+
+@dataclasses.dataclass
+class Disturbing:
+    """A sampler that adds noise to the first x. It keeps the function that it calls as partials do."""
+
+    func: Callable
+
+    def __call__(self, model, x, sigmas, **options):
+        return self.func(model, x + torch.randn_like(x), sigmas, **options)
+
+
+def test_a_callable_with_a_function_of_k_diffusion_in_it_is_none():
+    def run(seed):
+        torch.manual_seed(seed)
+        sampler = Disturbing(sampling.sample_dpmpp_2m)
+        return run_sampler(sampler, gaussian, noise(), SIGMAS, torch.Generator().manual_seed(0))[0]
+
+    assert run(0).equal(run(1))
+
+
+def test_a_partial_of_a_labelled_partial_draws_as_by_name():
+    """functools.partial does not join those that have attributes."""
+    labelled = functools.partial(sampling.sample_dpmpp_2m_sde, s_noise=0.9)
+    labelled.label = "soft"
+
+    def run(sampler, sigmas, **options):
+        sampler, generator = find_sampler(sampler, options), torch.Generator().manual_seed(0)
+        return run_sampler(sampler, gaussian, noise(), sigmas, generator)[0]
+
+    for sigmas in (SIGMAS, SIGMAS[[0, -1]]):
+        assert run(labelled, sigmas, eta=0.5).equal(run("dpmpp_2m_sde", sigmas, eta=0.5, s_noise=0.9))
+
+
+def test_noise_that_is_zero_may_be_written_on():
+    """Also in the trial, where one that fails would leave the steps unknown."""
+    x = noise()
+    own = {"eta": 0.0, "noise_sampler": lambda sigma, sigma_next: torch.randn_like(x).mul_(2.0)}
+    assert run_sampler(find_sampler("euler_ancestral", own), gaussian, x, SIGMAS)[0].isfinite().all()
+
+    def writing(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        torch.randn_like(x.repeat(2, 1, 1, 1)).mul_(0.1)
+        return sampling.sample_euler(model, x, sigmas, callback=callback, disable=True)
+
+    assert pipeline_file.step_starts(writing, 4, SIGMAS)[1]
+
+
+def test_what_a_callable_keeps_under_any_name_is_its_own():
+    def sampler(model, x, sigmas, **options):
+        return x * options.get("sigma_min", 1.0)
+
+    sampler.keywords = ["a"]
+    bound = find_sampler(sampler, {"sigma_min": 0.5})
+    assert run_sampler(bound, gaussian, noise(), SIGMAS)[0].equal(noise() * 0.5)
 
 
 @pytest.mark.parametrize("schedule", ["karras", "exponential", "polyexponential", "vp"])

@@ -502,6 +502,45 @@ def test_callables_run():
     assert relative(loop(scheduler, start=2)[1], loop(copy.deepcopy(EULER), start=2)[1]) < CLOSE
 
 
+class Midpoint:
+    """A second evaluation at this share of sigma."""
+
+    share = 0.5
+
+    def __call__(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i in range(len(sigmas) - 1):
+            denoised = model(x, sigmas[i].expand(len(x)))
+            if callback is not None:
+                callback({"x": x, "i": i, "denoised": denoised})
+            x = x + 0.1 * model(denoised, (sigmas[i] * self.share).expand(len(x)))
+        return x
+
+
+def test_what_changes_between_two_runs():
+    """The second run is that of a new scheduler: with another sampler, or with one that has changed."""
+    sampler = Midpoint()
+    kept = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
+    loop(kept)
+    sampler.share = 0.25
+    assert loop(kept)[1].equal(loop(KDiffusionScheduler.from_scheduler(EULER, sampler=sampler))[1])
+    kept.sampler = find_sampler("heun")
+    assert loop(kept)[1].equal(loop(KDiffusionScheduler.from_scheduler(EULER, sampler="heun"))[1])
+    levels = torch.tensor([10.0, 5.0, 2.0, 1.0, 0.5, 0.1, 0.0], dtype=torch.float64)
+    kept = KDiffusionScheduler.from_scheduler(EULER, schedule=levels)
+    first = loop(kept)[1]
+    levels.mul_(0.5)
+    assert loop(kept)[1].equal(first)
+
+
+def test_a_sample_that_is_differentiated():
+    """As guidance of one's own has it. Noise is seeded by a hash of the sample's bits all the same."""
+    x = torch.ones(1, 4, 8, 8, requires_grad=True)
+    for sampler in ("euler", "euler_ancestral"):
+        scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
+        scheduler.set_timesteps(3)
+        assert scheduler.step(x * 0.1, scheduler.timesteps[0], x).prev_sample.isfinite().all()
+
+
 def test_named_and_given_levels():
     scheduler = KDiffusionScheduler.from_scheduler(EULER, schedule="karras")
     scheduler.set_timesteps(5)
