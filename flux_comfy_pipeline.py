@@ -383,7 +383,7 @@ def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.
     single = levels.float()  # in which a sampler may get them
     falling = single.isfinite().all() and (single.diff() < 0).all() and (single[:1] > 0).all() and (levels >= 0).all()
     if len(levels) < at_least or not falling:
-        rule = f"finite and fall in float32 from a positive number to zero or above, {at_least} of them at least"
+        rule = f"finite and fall from a positive number to zero or above (as float32), {at_least} of them at least"
         raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
     return levels
 

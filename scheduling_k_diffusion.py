@@ -158,7 +158,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             self.order = 1  # pipelines that pass levels, as FLUX's, count `timesteps` by one then
 
     def _named_levels(self, schedule: str, n: int, mu: float | None) -> torch.Tensor:
-        """Between the ends that the network was trained with."""
+        """Between the ends that the network was trained with; "vp" of a flow model between k-diffusion's own."""
         config = self.base.config
         if self._scale != "flow":
             ends = self._table.sigmas[[0, -1]].tolist() if self._table else (config.sigma_min, config.sigma_max)
@@ -467,7 +467,7 @@ def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.
     single = levels.float()  # in which a sampler may get them
     falling = single.isfinite().all() and (single.diff() < 0).all() and (single[:1] > 0).all() and (levels >= 0).all()
     if len(levels) < at_least or not falling:
-        rule = f"finite and fall in float32 from a positive number to zero or above, {at_least} of them at least"
+        rule = f"finite and fall from a positive number to zero or above (as float32), {at_least} of them at least"
         raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
     return levels
 

@@ -538,7 +538,7 @@ BAD = [
     (["--against", "FlowMatchEulerDiscreteScheduler"], "is for flow models: add --family flux"),
     (["--against", "EulerDiscreteScheduler", "--family", "flux"], "is not for flow models"),
     (["--against", "UniPCMultistepScheduler", "--family", "flux"], "needs (use_flow_sigmas=True, prediction_type="),
-    (["--sampler", "dpm_adaptive(rtol=0)", "--against", "euler"], "rtol and atol have to be above 0"),
+    (["--sampler", "dpm_adaptive(rtol=0, atol=0)", "--against", "euler"], "rtol or atol has to be above 0"),
     (["--against", "Heun"], "did you mean heun?\n"),
     (["--against", f"{FAULTY}:WrongSigmaEular"], "did you mean WrongSigmaEuler"),
     ([], "--all"),

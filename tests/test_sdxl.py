@@ -271,7 +271,11 @@ BAD = [
     ({"schedule": "karas"}, ValueError, "there are karras, exponential, polyexponential, vp, or pass the levels"),
     ({"num_inference_steps": 0}, ValueError, "at least 1"),
     ({"sampler": "lcm"}, ValueError, "no 'lcm'; there are euler, .*, or pass sampler\\(model, x, sigmas"),
-    ({"sampler": "dpm_adaptive", "sampler_kwargs": {"rtol": 0}}, ValueError, "rtol and atol have to be above 0"),
+    (
+        {"sampler": "dpm_adaptive", "sampler_kwargs": {"rtol": 0, "atol": 0}},
+        ValueError,
+        "rtol or atol has to be above 0",
+    ),
     ({"height": 100}, ValueError, "divisible by 8"),
     ({"negative_prompt_embeds": torch.zeros(1, 77, 160)}, ValueError, "negative_pooled_prompt_embeds"),
     ({"generator": [seeded(), seeded()]}, ValueError, "has to be one or 1, one an image, but is 2"),
