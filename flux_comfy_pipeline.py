@@ -579,9 +579,9 @@ def run_sampler(
     `denoiser(x, sigma)` has x of shape (b, ...) and sigma of shape (b,). `sigmas` are on the CPU: to compare them on a
     GPU the sampler would wait for it. `after_step(i, x, sigma, began, denoised)` gets the state that step i ended with,
     its sigma, the sigma that the step began at and what was predicted there. The sampler goes on from what it returns.
-    Where `step_starts` is empty, both sigmas are that of x, and another x is a ValueError. So is a sampler that then
-    asks for another number of evaluations. `on_step()` is called once a step; the run ends at the next evaluation after
-    `interrupted()`. TypeError: the sampler returns no tensor of x's shape.
+    Where `step_starts` is empty, both sigmas are that of x, and another x is a ValueError. Where it is not, another
+    number of evaluations than in the trial is one. In every step `on_step()` is called. Where `interrupted()`, the run
+    ends before its next evaluation. TypeError: the sampler returns no tensor of x's shape.
     """
 
     class Interrupted(Exception): ...  # carries the state and its sigma out of the sampler
