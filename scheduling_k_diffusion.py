@@ -456,7 +456,7 @@ def find_sampler(sampler: str | Callable, sampler_kwargs: dict[str, Any] | None 
         raise ValueError(f"`sampler_kwargs`: {name} {', '.join(wrong)}; it takes {', '.join(named) or 'none'}")
     sampler = functools.partial(sampler, **options) if options else sampler
     tolerances = [value for name, value in arguments_of(sampler).items() if name in ("rtol", "atol")]
-    if is_k_diffusions(sampler) and not max(tolerances, default=1) > 0:
+    if is_k_diffusions(sampler) and tolerances and not sum(tolerances) > 0:
         raise ValueError("`sampler_kwargs`: rtol or atol has to be above 0, or the steps never end")
     return sampler
 

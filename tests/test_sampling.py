@@ -469,7 +469,7 @@ def test_tolerances_end_the_steps():
     """A step's error may be max(atol, rtol |x|), so that one of them is enough, however it was given."""
     bound = functools.partial(sampling.sample_dpm_adaptive, rtol=0.0)
     assert run_sampler(find_sampler(bound, {"atol": 0.5}), gaussian, noise(), SIGMAS)[0].isfinite().all()
-    for sampler, options in ((bound, {"atol": 0.0}), (functools.partial(bound, atol=-1.0), {})):
+    for sampler, options in ((bound, {"atol": 0.0}), (functools.partial(bound, atol=float("nan")), {})):
         with pytest.raises(ValueError, match="rtol or atol has to be above 0"):
             find_sampler(sampler, options)
 
