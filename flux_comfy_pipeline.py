@@ -107,8 +107,8 @@ class FluxComfyPipeline(FluxPipeline):
         tensor of one element tells where steps begin. Where it can't (`dpm_adaptive`, some callables) latents and
         `sigma` are those with which the sampler calls back, and to change the latents is an error.
 
-        Raises ValueError or TypeError for arguments that do not fit, before any network runs, and later for a callable
-        that does not return latents.
+        Raises ValueError or TypeError for arguments that do not fit, before any network runs; later for a callable that
+        does not return latents, or whose evaluations depend on the prediction, so that a callback can't follow them.
         """
         # FLUX.1's is 1024, which is the parent's default; the tiny autoencoders do not say
         size = getattr(getattr(self.vae, "config", None), "sample_size", 1024)
@@ -156,12 +156,12 @@ class FluxComfyPipeline(FluxPipeline):
             images = {"cond": (ip_adapter_image, ip_adapter_image_embeds)}
             images["uncond"] = (negative_ip_adapter_image, negative_ip_adapter_image_embeds)
             image_embeds = {}
-            if any(given is not None for pair in images.values() for given in pair):  # black where one is missing
+            if any(image is not None for pair in images.values() for image in pair):  # black where one is missing
                 black = [np.zeros((width, height, 3), np.uint8)] * self.transformer.encoder_hid_proj.num_ip_adapters
-                for side, (picture, given) in images.items():
-                    picture = black if picture is None and given is None else picture
-                    given = self.prepare_ip_adapter_image_embeds(picture, given, device, batch_size)
-                    image_embeds[side] = {"ip_adapter_image_embeds": given}
+                for side, (picture, embeds) in images.items():
+                    picture = black if picture is None and embeds is None else picture
+                    embeds = self.prepare_ip_adapter_image_embeds(picture, embeds, device, batch_size)
+                    image_embeds[side] = {"ip_adapter_image_embeds": embeds}
 
             # generator -> noise, the stock pipeline's own
             shape = (batch_size, self.transformer.config.in_channels // 4, height, width)
@@ -199,8 +199,7 @@ class FluxComfyPipeline(FluxPipeline):
 
             # t -> sigmas, and the noise -> y at the first of them
             sigmas = (ve_sigmas(levels) if ve else levels).to(state_dtype)
-            x = noise if latents is None else latents.clone()  # a sampler may write on it
-            x = x.to(device, state_dtype)
+            x = (noise if latents is None else latents.clone()).to(device, state_dtype)  # a sampler may write on it
             y = x * (sigmas[0] / levels[0]).item() if ve else x
 
             def after_step(i, y, sigma, began, denoised) -> torch.Tensor:
@@ -256,9 +255,8 @@ class FluxComfyPipeline(FluxPipeline):
                 levels = sampling.get_sigmas_vp(n)
             return levels / (1 + levels)
         if isinstance(schedule, str):  # between t = 1 and the lowest of 10,000 levels, shifted
-            shift = config.get("flow_shift", config.get("shift", 1.0))
-            if hasattr(type(self.scheduler), "shift"):  # its `set_shift` leaves the config alone
-                shift = self.scheduler.shift
+            own = hasattr(type(self.scheduler), "shift")  # its `set_shift` leaves the config alone
+            shift = self.scheduler.shift if own else config.get("flow_shift", config.get("shift", 1.0))
             if config.get("use_dynamic_shifting"):
                 shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
             return named_sigmas(schedule, n, shift / (shift + 9999), 1.0)
@@ -508,7 +506,7 @@ def call_sampler(
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
     own, named, positive = is_k_diffusions(sampler), arguments_of(sampler), sigmas[sigmas > 0]
-    noisy = generator is not False and (not own or any(named.get(name) for name in ("s_churn", "eta")))
+    noisy = generator is not False and (not own or named.get("s_churn") or named.get("eta"))
     given = named.get("noise_sampler") is not None
 
     def draw(like: torch.Tensor) -> torch.Tensor:

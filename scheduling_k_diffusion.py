@@ -167,9 +167,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             with torch.device("cpu"), SamplerMode():
                 sigmas = sampling.get_sigmas_vp(n)
             return sigmas / (1 + sigmas)
-        shift = config.get("flow_shift", config.get("shift", 1.0))
-        if hasattr(type(self.base), "shift"):  # its `set_shift` leaves the config alone
-            shift = self.base.shift
+        own = hasattr(type(self.base), "shift")  # its `set_shift` leaves the config alone
+        shift = self.base.shift if own else config.get("flow_shift", config.get("shift", 1.0))
         if mu is not None and config.get("use_dynamic_shifting"):
             shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         return named_sigmas(schedule, n, shift / (shift + 9999), 1.0)
@@ -348,7 +347,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
         rest = rest if own else rest.to(x.dtype)
         generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
-        if generator is None and (not own or named.get("s_churn") or named.get("eta")):
+        if generator is None and (not own or named.get("s_churn") or named.get("eta")):  # as in `call_sampler`
             numbers = (image.detach().cpu().double().numpy().tobytes() for image in x)
             digests = [hashlib.blake2b(image, digest_size=8).digest() for image in numbers]
             generator = [torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1) for digest in digests]
@@ -592,7 +591,7 @@ def call_sampler(
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
     own, named, positive = is_k_diffusions(sampler), arguments_of(sampler), sigmas[sigmas > 0]
-    noisy = generator is not False and (not own or any(named.get(name) for name in ("s_churn", "eta")))
+    noisy = generator is not False and (not own or named.get("s_churn") or named.get("eta"))
     given = named.get("noise_sampler") is not None
 
     def draw(like: torch.Tensor) -> torch.Tensor:

@@ -111,8 +111,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         tensor of one element tells where steps begin. Where it can't (`dpm_adaptive`, some callables) latents and
         `sigma` are those with which the sampler calls back, and to change the latents is an error.
 
-        Raises ValueError or TypeError for arguments that do not fit, before any network runs, and later for a callable
-        that does not return latents.
+        Raises ValueError or TypeError for arguments that do not fit, before any network runs; later for a callable that
+        does not return latents, or whose evaluations depend on the prediction, so that a callback can't follow them.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -178,10 +178,10 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 if guided:
                     x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
                 text, pooled, ids = conditioning.values()
-                given = {"encoder_hidden_states": text, "timestep_cond": timestep_cond, "return_dict": False}
-                given["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids, **image_embeds}
-                given["cross_attention_kwargs"] = self.cross_attention_kwargs
-                prediction = self.unet(x.to(dtype), timestep, **given)[0].to(state_dtype)
+                named = {"encoder_hidden_states": text, "timestep_cond": timestep_cond, "return_dict": False}
+                named["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids, **image_embeds}
+                named["cross_attention_kwargs"] = self.cross_attention_kwargs
+                prediction = self.unet(x.to(dtype), timestep, **named)[0].to(state_dtype)
                 if not guided:
                     return prediction
                 unconditional, conditional = prediction.chunk(2)
@@ -522,7 +522,7 @@ def call_sampler(
     if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
         sampler = sampling.sample_euler
     own, named, positive = is_k_diffusions(sampler), arguments_of(sampler), sigmas[sigmas > 0]
-    noisy = generator is not False and (not own or any(named.get(name) for name in ("s_churn", "eta")))
+    noisy = generator is not False and (not own or named.get("s_churn") or named.get("eta"))
     given = named.get("noise_sampler") is not None
 
     def draw(like: torch.Tensor) -> torch.Tensor:
