@@ -9,15 +9,20 @@ This file works alone: it needs torch, diffusers, transformers and k-diffusion, 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
+import dataclasses
 import difflib
 import functools
 import importlib.util
 import inspect
+import itertools
 import math
+import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +32,6 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from torch.overrides import TorchFunctionMode
 
 
 class FluxComfyPipeline(FluxPipeline):
@@ -87,12 +91,12 @@ class FluxComfyPipeline(FluxPipeline):
 
         Args:
             sampler: one of k-diffusion's by name (`sampler_names()`), with or without `sample_`, or a callable with the
-                same signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`. Its noise is
-                the generator's if it has an argument `noise_sampler(sigma, sigma_next)` or uses `torch.randn_like`.
+                same signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`. The noise
+                that it draws, by a `noise_sampler(sigma, sigma_next)` or by itself, follows the generator.
                 `model(x, sigma, with_uncond=True)` stacks x0 with guidance and x0 for the negative prompt.
             sampler_kwargs: its options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
-            schedule: noise levels by name, k-diffusion's "karras", "exponential", "polyexponential" and "vp", or the
-                levels themselves, falling, in t. None: the scheduler's own.
+            schedule: noise levels by name, k-diffusion's "karras", "exponential" and "polyexponential", or the levels
+                themselves, falling, in t. None: the scheduler's own.
             parameterization: what the sampler sees as sigma. "flow": t. "ve": t / (1 - t). "auto": "ve" for samplers
                 that have a `noise_sampler` or `s_churn` above 0 or place their own levels, "flow" for the others, also
                 for callables that use `torch.randn_like`.
@@ -101,14 +105,13 @@ class FluxComfyPipeline(FluxPipeline):
         packed, x = (1 - t) x0 + t noise at the first t. Without them x is noise, whatever that t. The state is float32
         or more whatever the network's dtype.
 
-        `callback_on_step_end` gets, once a step, the latents that the step ended with and the timestep, 1000 t, that it
-        began at; by name also `sigma`, that t, and `denoised`, the x0 predicted there. The next step starts from the
-        latents that it returns. With `s_churn` they include the noise that the next step adds first. A trial on a
-        tensor of one element tells where steps begin. Where it can't (`dpm_adaptive`, some callables) latents and
-        `sigma` are those with which the sampler calls back, and to change the latents is an error.
+        `callback_on_step_end` gets, once per step, the latents that the step ended with and the timestep, 1000 t, that
+        it began at; by name also `sigma`, that t, and `denoised`, the x0 predicted there. The next step starts from the
+        latents that it returns. With `s_churn` they include the noise that the next step adds first. A user-supplied
+        sampler that does not loop over this module's `sampling.trange` shows its latest evaluation where it calls back;
+        to change the latents is an error then.
 
-        Raises ValueError or TypeError for arguments that do not fit, before any network runs; later for a callable that
-        does not return latents, or whose evaluations depend on the prediction, so that a callback can't follow them.
+        Raises ValueError or TypeError for arguments that do not fit, before any network runs.
         """
         # FLUX.1's is 1024, which is the parent's default; the tiny autoencoders do not say
         size = getattr(getattr(self.vae, "config", None), "sample_size", 1024)
@@ -117,12 +120,14 @@ class FluxComfyPipeline(FluxPipeline):
         embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         rest = (negative_prompt, negative_prompt_2, *embeds, callback_on_step_end_tensor_inputs, max_sequence_length)
         self.check_inputs(prompt, prompt_2, height, width, *rest)
-        if true_cfg_scale > 1 and prompt_embeds is not None and negative_prompt_embeds is not None:
+        guided = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
+        if guided and prompt_embeds is not None and negative_prompt_embeds is not None:
             if (wanted := prompt_embeds.shape) != (shape := negative_prompt_embeds.shape):
-                raise ValueError(f"`negative_prompt_embeds`: the shape of `prompt_embeds` is {wanted}, its own {shape}")
-        sampler = find_sampler(sampler, sampler_kwargs)
+                both = "`prompt_embeds` and `negative_prompt_embeds` must have the same shape when passed directly"
+                raise ValueError(f"{both}, but theirs are {list(wanted)} and {list(shape)}")
+        chosen = find_sampler(sampler, sampler_kwargs)
         levels = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)
-        ve = uses_ve(parameterization, sampler, levels)
+        ve = uses_ve(parameterization, chosen, levels)
         given: Any = prompt_embeds if prompt is None else prompt
         batch_size = (1 if isinstance(given, str) else len(given)) * (num_images_per_prompt or 1)
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -130,7 +135,7 @@ class FluxComfyPipeline(FluxPipeline):
 
         self._guidance_scale = guidance_scale
         self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
-        self._current_timestep = None
+        self._current_timestep: Any = None
         self._interrupt = False
         self._num_timesteps = len(levels) - 1
         device, dtype = self._execution_device, self.transformer.dtype  # the text encoders' dtype may be another
@@ -138,86 +143,47 @@ class FluxComfyPipeline(FluxPipeline):
 
         try:
             # prompt -> conditioning
-            def encode(prompt, prompt_2, embeds, pooled) -> tuple[torch.dtype, dict[str, Any]]:
-                """The text encoders' dtype, and the transformer's arguments for one side of true CFG."""
-                texts = (prompt, prompt_2, device, num_images_per_prompt, embeds, pooled, max_sequence_length)
-                embeds, pooled, ids = self.encode_prompt(*texts, lora_scale=self._joint_attention_kwargs.get("scale"))
-                # encode_prompt repeats neither given embeddings for several images nor one text for several prompts
-                if len(embeds) < batch_size:  # a copy otherwise
-                    embeds, pooled = (e.repeat_interleave(batch_size // len(e), 0) for e in (embeds, pooled))
-                named = {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": ids}
-                return embeds.dtype, {name: value.to(device, dtype) for name, value in named.items()}
-
-            noise_dtype, conditional = encode(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
-            unconditional = None
-            if true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None):
-                negative = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
-                unconditional = encode(*negative)[1]
+            sides = {"cond": (prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)}
+            if guided:
+                embeds = (negative_prompt_embeds, negative_pooled_prompt_embeds)
+                sides["uncond"] = (negative_prompt, negative_prompt_2, *embeds)
+            repeats = (num_images_per_prompt, max_sequence_length, batch_size)
+            conditioning = {side: self._encode(*text, *repeats) for side, text in sides.items()}
+            noise_dtype = conditioning["cond"]["encoder_hidden_states"].dtype
+            for text in conditioning.values():
+                text.update({name: value.to(device, dtype) for name, value in text.items()})
             images = {"cond": (ip_adapter_image, ip_adapter_image_embeds)}
             images["uncond"] = (negative_ip_adapter_image, negative_ip_adapter_image_embeds)
-            image_embeds = {}
-            if any(image is not None for pair in images.values() for image in pair):  # black where one is missing
-                black = [np.zeros((width, height, 3), np.uint8)] * self.transformer.encoder_hid_proj.num_ip_adapters
-                for side, (picture, embeds) in images.items():
-                    picture = black if picture is None and embeds is None else picture
-                    embeds = self.prepare_ip_adapter_image_embeds(picture, embeds, device, batch_size)
-                    image_embeds[side] = {"ip_adapter_image_embeds": embeds}
+            adapters = self._encode_images(images, height, width, batch_size)
 
             # generator -> noise, the stock pipeline's own
             shape = (batch_size, self.transformer.config.in_channels // 4, height, width)
             noise, image_ids = self.prepare_latents(*shape, noise_dtype, device, generator, latents)
-
-            # conditioning -> denoiser, the only place that knows the network
-            guidance = None
-            if self.transformer.config.guidance_embeds:
-                guidance = torch.full([batch_size], guidance_scale, device=device, dtype=torch.float32)
-
-            def velocity(x: torch.Tensor, t: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
-                """v = noise - x0, predicted at the packed flow latents x and t of shape (b,), with true CFG."""
-                if with_uncond and unconditional is None:
-                    raise ValueError("`sampler` needs both sides of true CFG: pass `negative_prompt`, `true_cfg_scale`")
-                self._current_timestep = t[0] * 1000
-                shared = {"hidden_states": x.to(dtype), "timestep": t, "guidance": guidance, "img_ids": image_ids}
-
-                def predict(side: str, text: dict[str, torch.Tensor]) -> torch.Tensor:
-                    attention = {**self.joint_attention_kwargs, **image_embeds.get(side, {})}
-                    with self.transformer.cache_context(side):
-                        v = self.transformer(**shared, **text, joint_attention_kwargs=attention, return_dict=False)[0]
-                    return v.to(state_dtype)
-
-                v = predict("cond", conditional)
-                if unconditional is None:
-                    return v
-                negative = predict("uncond", unconditional)
-                guided = negative + true_cfg_scale * (v - negative)
-                return torch.stack([guided, negative]) if with_uncond else guided
-
-            def denoiser(y: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-                sigma = sigma.view(-1, 1, 1)
-                x, t = (y / (1 + sigma), sigma / (1 + sigma)) if ve else (y, sigma)
-                return x - t * velocity(x, t.flatten(), **kwargs)
-
             # t -> sigmas, and the noise -> y at the first of them
             sigmas = (ve_sigmas(levels) if ve else levels).to(state_dtype)
             x = (noise if latents is None else latents.clone()).to(device, state_dtype)  # a sampler may write on it
             y = x * (sigmas[0] / levels[0]).item() if ve else x
 
+            # noise, sigmas -> latents
+            denoiser = self._denoiser(conditioning, adapters, image_ids, true_cfg_scale, ve)
+
             def after_step(i, y, sigma, began, denoised) -> torch.Tensor:
+                bar.update()
+                if callback_on_step_end is None:
+                    return y
                 scale, t = (1 + sigma, began / (1 + began)) if ve else (1, began)
-                tensors = {"latents": y / scale, "sigma": t, "denoised": denoised}
-                tensors["prompt_embeds"] = conditional["encoder_hidden_states"]
-                chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, i, t * 1000, chosen) or {}  # type: ignore
+                tensors = {"latents": y / scale, "sigma": t.clone(), "denoised": denoised.clone()}
+                tensors["prompt_embeds"] = conditioning["cond"]["encoder_hidden_states"]
+                shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                returned = callback_on_step_end(self, i, t * 1000, shown) or {}  # type: ignore
                 embeds = returned.get("prompt_embeds", tensors["prompt_embeds"])
-                conditional["encoder_hidden_states"] = embeds.to(device, dtype)
+                conditioning["cond"]["encoder_hidden_states"] = embeds.to(device, dtype)
                 changed = returned.get("latents", tensors["latents"])
                 return y + (changed - y / scale) * scale if ve else changed  # y itself if unchanged
 
-            # noise, sigmas -> latents
-            after = None if callback_on_step_end is None else after_step
-            with self.progress_bar(total=math.inf if "sigma_min" in arguments_of(sampler) else len(sigmas) - 1) as bar:
-                hooks = (after, bar.update, lambda: self.interrupt)
-                y, sigma = run_sampler(sampler, denoiser, y, sigmas, generator, *hooks)
+            total = math.inf if "sigma_min" in chosen.arguments else len(sigmas) - 1
+            with self.progress_bar(total=total) as bar:
+                y, sigma = run_sampler(chosen, denoiser, y, sigmas, generator, after_step, lambda: self.interrupt)
             latents = y / (1 + sigma) if ve else y
 
             # latents -> images
@@ -226,6 +192,55 @@ class FluxComfyPipeline(FluxPipeline):
             self._current_timestep = None
             self.maybe_free_model_hooks()
         return FluxPipelineOutput(images=image) if return_dict else (image,)
+
+    def _encode(self, prompt, prompt_2, embeds, pooled, num_images, max_length, batch_size) -> dict[str, Any]:
+        """The transformer's text arguments for one side of true CFG."""
+        texts = (prompt, prompt_2, self._execution_device, num_images, embeds, pooled, max_length)
+        embeds, pooled, ids = self.encode_prompt(*texts, lora_scale=self._joint_attention_kwargs.get("scale"))
+        # encode_prompt repeats neither given embeddings for several images nor one text for several prompts
+        if len(embeds) < batch_size:
+            embeds, pooled = (e.repeat_interleave(batch_size // len(e), 0) for e in (embeds, pooled))
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": ids}
+
+    def _encode_images(self, images: dict[str, Any], height: int, width: int, batch_size: int) -> dict[str, Any]:
+        """The transformer's IP-adapter arguments, none or for both sides of true CFG, black where one has no image."""
+        if all(image is None for pair in images.values() for image in pair):
+            return {}
+        black = [np.zeros((width, height, 3), np.uint8)] * self.transformer.encoder_hid_proj.num_ip_adapters
+        pairs = {side: (black, None) if pair == (None, None) else pair for side, pair in images.items()}
+        encode = self.prepare_ip_adapter_image_embeds
+        embeds = {side: encode(*pair, self._execution_device, batch_size) for side, pair in pairs.items()}
+        return {side: {"ip_adapter_image_embeds": one} for side, one in embeds.items()}
+
+    def _denoiser(self, conditioning, adapters, image_ids, true_cfg_scale: float, ve: bool) -> Callable:
+        """x0 of the sampler's state and sigma, of shape (b,), with true CFG: the only place that knows the network."""
+        dtype: torch.dtype = self.transformer.dtype
+        shared: dict[str, Any] = {"guidance": None, "img_ids": image_ids, "return_dict": False}
+        if self.transformer.config.guidance_embeds:
+            text = conditioning["cond"]["encoder_hidden_states"]
+            shared["guidance"] = torch.full([len(text)], self._guidance_scale, device=text.device, dtype=torch.float32)
+
+        def velocity(x: torch.Tensor, t: torch.Tensor, side: str) -> torch.Tensor:
+            """v = noise - x0, predicted at the packed flow latents x and t of shape (b,)."""
+            named = {"hidden_states": x.to(dtype), "timestep": t, **shared, **conditioning[side]}
+            named["joint_attention_kwargs"] = {**self.joint_attention_kwargs, **adapters.get(side, {})}
+            with self.transformer.cache_context(side):
+                v = self.transformer(**named)[0]
+            return v.to(torch.promote_types(dtype, torch.float32))
+
+        def denoiser(y: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
+            if with_uncond and "uncond" not in conditioning:
+                raise ValueError("`sampler` needs both sides of true CFG: pass `negative_prompt`, `true_cfg_scale`")
+            sigma = sigma.view(-1, 1, 1)
+            x, t = (y / (1 + sigma), sigma / (1 + sigma)) if ve else (y, sigma)
+            self._current_timestep = t.flatten()[0] * 1000
+            v = velocity(x, t.flatten(), "cond")
+            if "uncond" in conditioning:
+                negative = velocity(x, t.flatten(), "uncond")
+                v = negative + true_cfg_scale * (v - negative)
+            return x - t * (torch.stack([v, negative]) if with_uncond else v)
+
+        return denoiser
 
     def noise_levels(
         self,
@@ -250,10 +265,6 @@ class FluxComfyPipeline(FluxPipeline):
         config = self.scheduler.config
         keys = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         mu = calculate_shift(tokens, *(config.get(key, default) for key, default in keys.items()))
-        if schedule == "vp":
-            with torch.device("cpu"), SamplerMode():
-                levels = sampling.get_sigmas_vp(n)
-            return levels / (1 + levels)
         if isinstance(schedule, str):  # between t = 1 and the lowest of 10,000 levels, shifted
             own = hasattr(type(self.scheduler), "shift")  # its `set_shift` leaves the config alone
             shift = self.scheduler.shift if own else config.get("flow_shift", config.get("shift", 1.0))
@@ -281,14 +292,256 @@ class FluxComfyPipeline(FluxPipeline):
         return self.image_processor.postprocess(self.vae.decode(latents, return_dict=False)[0], output_type=output_type)
 
 
-def uses_ve(parameterization: str, sampler: Callable, ts: torch.Tensor) -> bool:
-    """Whether the sampler sees "ve", not "flow". See `FluxComfyPipeline`."""
+# --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
+
+
+def _k_diffusion(name: str) -> Any:
+    """k-diffusion's submodule, in a package of another name: the `__init__` of its own imports the training code."""
+    if (spec := importlib.util.find_spec("k_diffusion")) is None:
+        raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
+    package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
+    package.__path__ = spec.submodule_search_locations or []
+    return importlib.import_module(f"k_diffusion_alone.{name}")
+
+
+utils, sampling, external = _k_diffusion("utils"), _k_diffusion("sampling"), _k_diffusion("external")
+CODE = sampling.__spec__.loader.get_code(sampling.__name__)
+SCHEDULES = ("karras", "exponential", "polyexponential")
+GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
+STEP_BEGINS = vars(sampling).setdefault("step_begins", contextvars.ContextVar("step_begins", default=lambda: None))
+
+
+def trange(n: int, disable: bool | None = None) -> Iterator[int]:
+    for i in sampling.tqdm(range(n), disable=disable):
+        STEP_BEGINS.get()()
+        yield i
+
+
+sampling.trange = trange  # user-supplied samplers that loop over it are followed as k-diffusion's
+
+
+def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
+    """k-diffusion's `sampling`, executed again as a module of its own, with these functions in place of torch's."""
+    # levels on the CPU are Python numbers to latents on any device, and do not depend on torch's defaults
+    functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
+    functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
+
+    def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
+        if not cache and t is not vars(solver).get("t_began"):  # dpm_adaptive repeats a step that it rejects
+            solver.t_began = t
+            STEP_BEGINS.get()()
+        return original(solver, cache, key, x, t)
+
+    module: Any = ModuleType(sampling.__name__)
+    module.__package__ = sampling.__package__
+    exec(CODE, vars(module))
+    module.torch, module.trange = SimpleNamespace(**{**vars(torch), **functions}), trange
+    module.utils = SimpleNamespace(append_dims=lambda x, n: utils.append_dims(x, n) if x.ndim else x)
+    original, module.DPMSolver.eps = module.DPMSolver.eps, eps
+    return module
+
+
+def sampler_names() -> list[str]:
+    """The samplers of the installed k-diffusion, without `sample_`, in the order of its source."""
+    return [name[7:] for name in vars(sampling) if name.startswith("sample_")]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+    """A function of k-diffusion, or a user-supplied callable with such a signature, and its options."""
+
+    function: Callable
+    name: str
+    options: dict[str, Any]
+    arguments: dict[str, Any]  # all that it takes, by name: the option, else the default, else None
+    takes_any: bool  # it has **kwargs
+    is_k_diffusions: bool
+
+
+def find_sampler(sampler: Any, sampler_kwargs: dict[str, Any] | None = None) -> Sampler:
+    """A sampler by name, or a callable, with its options. ValueError, TypeError: there is none, or not these."""
+    signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
+    function: Any = sampler
+    options, names = dict(sampler_kwargs or {}), sampler_names()
+    if isinstance(sampler, str):
+        if (name := sampler.removeprefix("sample_")) not in names:  # as "Euler a", "DPM++ 2M"; "lcm" is not near "lms"
+            plain = re.sub(r"[ _]a\b", "_ancestral", sampler.lower().removeprefix("k_").replace("++", "pp"))
+            near = difflib.get_close_matches(plain.replace(" ", "_"), names, n=1, cutoff=0.7)
+            others = f"there are {', '.join(names)}; comfy_ksampler.py has ComfyUI's; or pass {signature}"
+            raise ValueError(f"`sampler`: there is no {sampler!r}; {f'did you mean {near[0]}?' if near else others}")
+        function = getattr(sampling, f"sample_{name}")
+    while isinstance(function, functools.partial) and not function.args:
+        function, options = function.func, {**function.keywords, **options}
+    try:
+        parameters = [*inspect.signature(function).parameters.values()]
+        inspect.signature(function).bind_partial("model", "x", "sigmas")
+    except (TypeError, ValueError):
+        raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
+    name, takes_any = getattr(function, "__name__", repr(function)), any(p.kind is p.VAR_KEYWORD for p in parameters)
+    empty: Any = inspect.Parameter.empty
+    defaults = {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = [p.name for p in parameters[3:] if p.name in defaults.keys() - GIVEN]
+    wrong = [f"needs {name}" for name in named if defaults[name] is empty and name not in options]
+    wrong += [f"takes no {name}" for name in sampler_kwargs or {} if name not in named and not takes_any]
+    if wrong:
+        raise ValueError(f"`sampler_kwargs`: {name} {', '.join(wrong)}; it takes {', '.join(named) or 'none'}")
+    extra = {key: value for key, value in options.items() if key not in GIVEN}
+    arguments: dict[str, Any] = {k: None if v is empty else v for k, v in defaults.items()} | extra
+    own = any(function is one for one in vars(sampling).values())
+    if own and "rtol" in arguments and not arguments["rtol"] + arguments["atol"] > 0:
+        raise ValueError("`sampler_kwargs`: rtol or atol has to be above 0, or the steps never end")
+    return Sampler(function, name, options, arguments, takes_any, own)
+
+
+def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.Tensor:
+    """`sigmas` (any scale), copied in float64 to the CPU. ValueError unless finite, falling and not below zero."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten().clone()
+    single = levels.float()  # in which a sampler may get them
+    falling = single.isfinite().all() and (single.diff() < 0).all() and (single[:1] > 0).all() and (levels >= 0).all()
+    if len(levels) < at_least or not falling:
+        raise ValueError(
+            f"`{name}` have to be {at_least} or more, finite and falling (as float32) from above 0: {sigmas}"
+        )
+    return levels
+
+
+def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
+    """k-diffusion's noise levels of this name, n from sigma_max down to sigma_min, then zero; float64, on the CPU."""
+    if schedule in SCHEDULES:
+        return getattr(fresh_sampling(torch.float64), f"get_sigmas_{schedule}")(n, sigma_min, sigma_max)
+    others = "comfy_ksampler.levels makes ComfyUI's, sampling.get_sigmas_vp(n) \"vp\" (a flow model's t: s / (1 + s))"
+    raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}; {others}")
+
+
+def white_noise(x: torch.Tensor, generator: Any) -> torch.Tensor:
+    """Standard normals of x's shape, dtype and device, drawn where the caller's generator or generators are."""
+    first = generator[0] if isinstance(generator, list) else generator
+    return _sent(randn_tensor(x.shape, generator, first.device if first else x.device, x.dtype), x.device)
+
+
+def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Noise on the latents' device. From pinned memory, so that the CPU does not wait for a GPU to take it."""
+    pinned = noise.device.type == "cpu" and device.type == "cuda"
+    return noise.pin_memory().to(device, non_blocking=True) if pinned else noise.to(device)
+
+
+def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device | str) -> Callable:
+    """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
+
+    In law k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone. Levy's construction: W(2^-64) = 0,
+    normal 0 gives W(2^64), normal 1 W at the middle in log sigma, 2 n and 2 n + 1 in the halves of n's interval.
+    """
+    generator = torch.Generator(device)
+
+    @functools.lru_cache(22)  # for speed: a level has 22, and the next one draws about 13 of them anew
+    def normal(node: int) -> torch.Tensor:
+        noise = torch.empty(x.shape, dtype=x.dtype, device=device)
+        for image, seed in zip(noise, seeds, strict=True):
+            # the CPU's generator uses the low 32 bits of a seed; the odd factor keeps a path's nodes apart there
+            image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
+        return noise
+
+    @functools.lru_cache(2)  # for speed: a step begins where another ended
+    def w(sigma: float) -> torch.Tensor:
+        low, high, node = 2.0**-64, 2.0**64, 1
+        total = normal(0) * ((sigma - low) / math.sqrt(high - low))
+        for _ in range(20):
+            middle = math.sqrt(low * high)
+            weight = math.sqrt((middle - low) * (high - middle) / (high - low))
+            weight *= (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
+            total.add_(normal(node), alpha=weight)
+            low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
+        return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
+
+    def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+        start, end = (w(max(float(s), 2.0**-64)) for s in (sigma, sigma_next))  # `end` last: the next step begins there
+        return _sent((end - start) / math.sqrt(abs(float(sigma_next) - float(sigma))), x.device)
+
+    return noise_sampler
+
+
+def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
+    """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
+    if sampler.is_k_diffusions and not sampler.arguments["eta"]:  # k-diffusion multiplies the noise by zero
+        return lambda sigma, sigma_next: x.new_zeros(())
+    if not ("dpmpp" in sampler.name and "_sde" in sampler.name):
+        return lambda sigma, sigma_next: white_noise(x, generator)
+    generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
+    seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
+    return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
+
+
+@contextlib.contextmanager
+def exchanged(states: dict[torch.device, torch.Tensor]) -> Iterator[None]:
+    """torch's global generators, of these devices, change places with these states, and back. Decorates functions."""
+
+    def exchange() -> None:
+        for device, state in states.items():
+            where = () if device.type in ("cpu", "mps") else (device,)
+            module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+            states[device], _ = module.get_rng_state(*where), module.set_rng_state(state, *where)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
+def call_sampler(
+    sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any, begin: Callable, **given
+) -> torch.Tensor:
+    """`sampler(model, x, sigmas)`, with the `callback` or `noise_sampler` in `given`. `begin()`: a step begins.
+
+    A function of k-diffusion runs unchanged in a module of its own, whose `torch.randn_like` draws from the generator.
+    For user-supplied code the generator seeds torch's global ones, but not for the network and callbacks. All of
+    k-diffusion's take one step to zero as Euler's method does. It also takes the last step, to zero, of dpm_fast's n.
+    """
+    own, positive, evaluate = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
+    sampler = find_sampler("euler") if own and len(sigmas) == 2 and sigmas[1] == 0 else sampler
+    function, named = sampler.function, sampler.arguments
+    if own:  # it calls randn_like even where s_churn is 0
+        draw = (lambda x: white_noise(x, generator)) if named.get("s_churn") else (lambda x: x.new_zeros(()))
+        function = getattr(fresh_sampling(x.dtype, randn_like=draw), function.__name__)
+    if generator is not None and (not own or named.get("noise_sampler")):
+        first = generator[0] if isinstance(generator, list) else generator  # its clone: perhaps nothing will be drawn
+        seed = int(torch.randint(2**63 - 1, (), generator=first.clone_state(), device=first.device))
+        states = {d: torch.Generator(d).manual_seed(seed).get_state() for d in {torch.device("cpu"), x.device}}
+        function, evaluate = exchanged(states)(function), exchanged(states)(model)
+        given = {name: exchanged(states)(outside) for name, outside in given.items()}
+    options = {"extra_args": {}, **sampler.options, "disable": True, **given}
+    if "noise_sampler" in named and options.get("noise_sampler") is None:
+        options["noise_sampler"] = step_noise(sampler, x, generator)
+    if "sigma_min" in named:
+        ends = {"sigma_min": positive[-1], "sigma_max": positive[0], "n": len(positive) - 1, "return_info": False}
+        # their noise is a difference that float32 loses, with NaN for its root
+        options |= ends | {"eta": eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0}
+    options = {name: value for name, value in options.items() if sampler.takes_any or name in named}
+    context = contextvars.copy_context()
+    context.run(STEP_BEGINS.set, begin)
+    if "sigma_min" not in named:
+        return context.run(function, evaluate, x, sigmas if own else sigmas.to(x.device), **options)
+    end = context.run(function, evaluate, x, **options) if len(positive) > 1 else x
+    begin()
+    return end if sigmas[-1] > 0 else model(end, positive[-1] * x.new_ones([x.shape[0]]))
+
+
+# --- the block's part for flow models ---
+
+
+def uses_ve(parameterization: str, sampler: Sampler, ts: torch.Tensor) -> bool:
+    """Whether the sampler sees "ve", sigma = t / (1 - t), or "flow", sigma = t.
+
+    "auto": "ve" for one that may add noise or places its own levels. One step to zero is x0 either way.
+    """
     if parameterization not in ("auto", "flow", "ve"):
         raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
-    named = arguments_of(sampler)
-    one = len(ts) == 2 and ts[1] == 0 and is_k_diffusions(sampler)  # x0 either way, and "flow" begins at t = 1
-    auto = named.get("s_churn") or named.keys() & {"noise_sampler", "sigma_min"} and not one
-    return parameterization == "ve" or parameterization == "auto" and bool(auto)
+    if parameterization != "auto":
+        return parameterization == "ve"
+    if sampler.arguments.get("s_churn"):
+        return True
+    single = len(ts) == 2 and ts[1] == 0 and sampler.is_k_diffusions
+    return not single and ("noise_sampler" in sampler.arguments or "sigma_min" in sampler.arguments)
 
 
 def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
@@ -303,329 +556,61 @@ def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
     return sigmas
 
 
-# --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
-
-
-def _k_diffusion(name: str) -> ModuleType:
-    """k-diffusion's submodule, in a package of another name: the `__init__` of its own imports the training code."""
-    if (spec := importlib.util.find_spec("k_diffusion")) is None:
-        raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
-    package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
-    package.__path__ = spec.submodule_search_locations or []
-    return importlib.import_module(f"k_diffusion_alone.{name}")
-
-
-sampling, external = _k_diffusion("sampling"), _k_diffusion("external")
-SCHEDULES = ("karras", "exponential", "polyexponential", "vp")
-GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
-
-
-def sampler_names() -> list[str]:
-    """The samplers of the installed k-diffusion, without `sample_`, in the order of its source."""
-    return [name[7:] for name in vars(sampling) if name.startswith("sample_")]
-
-
-def arguments_of(sampler: Callable) -> dict[str, Any]:
-    """What a sampler takes, with the values that are bound (`functools.partial`) or the defaults, else None."""
-    parameters = inspect.signature(sampler).parameters.values()
-    taken = {p.name: None if p.default is p.empty else p.default for p in parameters}
-    bound = sampler.keywords if isinstance(sampler, functools.partial) else {}
-    return taken | {name: value for name, value in bound.items() if name not in GIVEN}
-
-
-def unbound(sampler: Any) -> Callable:
-    """The function under any `functools.partial`."""
-    return unbound(sampler.func) if isinstance(sampler, functools.partial) else sampler
-
-
-def is_k_diffusions(sampler: Callable) -> bool:
-    """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
-    return unbound(sampler) in vars(sampling).values()
-
-
-def find_sampler(sampler: str | Callable, sampler_kwargs: dict[str, Any] | None = None) -> Callable:
-    """The sampler of this name, with or without `sample_`, or the callable itself, with its options bound.
-
-    ValueError, TypeError: there is none; it does not take an option, or lacks one.
-    """
-    signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
-    if isinstance(sampler, str):
-        name, names = sampler.removeprefix("sample_"), sampler_names()
-        if name not in names:
-            near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.7)  # "lcm" is not near "lms"
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}, or pass {signature}"
-            raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
-        sampler = getattr(sampling, f"sample_{name}")
-    try:
-        inspect.signature(sampler).bind_partial("model", "x", "sigmas")
-    except (TypeError, ValueError):
-        raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
-    options, rest = dict(sampler_kwargs or {}), list(inspect.signature(sampler).parameters.values())[3:]
-    named = {p.name: p for p in rest if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    wrong = [f"needs {name}" for name, p in named.items() if p.default is p.empty and name not in options]
-    if all(p.kind is not p.VAR_KEYWORD for p in rest):
-        wrong += [f"takes no {name}" for name in options if name not in named]
-    if wrong:
-        name = getattr(sampler, "__name__", repr(sampler))
-        raise ValueError(f"`sampler_kwargs`: {name} {', '.join(wrong)}; it takes {', '.join(named) or 'none'}")
-    sampler = functools.partial(sampler, **options) if options else sampler
-    tolerances = [value for name, value in arguments_of(sampler).items() if name in ("rtol", "atol")]
-    if is_k_diffusions(sampler) and tolerances and not sum(tolerances) > 0:
-        raise ValueError("`sampler_kwargs`: rtol or atol has to be above 0, or the steps never end")
-    return sampler
-
-
-def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.Tensor:
-    """`sigmas` (any scale), copied in float64 to the CPU. ValueError unless finite, falling and not below zero."""
-    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten().clone()
-    single = levels.float()  # in which a sampler may get them
-    falling = single.isfinite().all() and (single.diff() < 0).all() and (single[:1] > 0).all() and (levels >= 0).all()
-    if len(levels) < at_least or not falling:
-        rule = f"finite and fall from a positive number to zero or above (as float32), {at_least} of them at least"
-        raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
-    return levels
-
-
-def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
-    """k-diffusion's noise levels of this name, n from sigma_max down to sigma_min, then zero; float64, on the CPU.
-
-    "vp" gets the betas that make it begin and end there. "polyexponential" is "exponential", its default rho being 1.
-    """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}, or pass the levels")
-    arguments = {"sigma_min": sigma_min, "sigma_max": sigma_max}
-    if schedule == "vp":
-        eps, low, high = 1e-3, math.log1p(sigma_min**2), math.log1p(sigma_max**2)
-        beta_min = (low - high * eps**2) / (eps - eps**2)
-        arguments = {"beta_d": 2 * (high - beta_min), "beta_min": beta_min, "eps_s": eps}
-    with torch.device("cpu"), SamplerMode():
-        return getattr(sampling, f"get_sigmas_{schedule}")(n, **arguments)
-
-
-def white_noise(x: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
-    """Standard normals of x's shape, dtype and device, drawn where the caller's generators are."""
-    first = generator[0] if isinstance(generator, list) else generator
-    return _sent(randn_tensor(x.shape, generator, first.device if first else x.device, x.dtype), x.device)
-
-
-def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Noise on the latents' device. From pinned memory, so that the CPU does not wait for a GPU to take it."""
-    pinned = noise.device.type == "cpu" and device.type == "cuda"
-    return noise.pin_memory().to(device, non_blocking=True) if pinned else noise.to(device)
-
-
-def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device | str) -> Callable:
-    """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
-
-    In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels. Levy's
-    construction, from W(2^-64) = 0: normal 0 gives W(2^64). Normal 1 gives W at the middle in log sigma, as the
-    distance from the line between the ends. Normals 2 n and 2 n + 1 do so in the halves of n's interval. After 20
-    halvings an interval is 0.01 % of sigma wide. One more normal gives W(sigma) in it (arXiv:2405.06464).
-    """
-    generator = torch.Generator(device)
-
-    @functools.lru_cache(22)  # those of one level: a next one draws about 13
-    def normal(node: int) -> torch.Tensor:
-        noise = torch.empty(x.shape, dtype=x.dtype, device=device)
-        for image, seed in zip(noise, seeds, strict=True):
-            # the CPU's generator uses the low 32 bits of a seed; the odd factor keeps a path's nodes apart there
-            image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
-        return noise
-
-    @functools.lru_cache(2)  # a step begins where another ended
-    def w(sigma: float) -> torch.Tensor:
-        low, high, node = 2.0**-64, 2.0**64, 1
-        total = normal(0) * ((sigma - low) / math.sqrt(high - low))
-        for _ in range(20):
-            middle = math.sqrt(low * high)
-            weight = math.sqrt((middle - low) * (high - middle) / (high - low))
-            weight *= (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
-            total.add_(normal(node), alpha=weight)
-            low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
-        return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
-
-    def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        start, end = (w(max(float(s), 2.0**-64)) for s in (sigma, sigma_next))  # in this order, for the cache of two
-        return _sent((end - start) / math.sqrt(abs(float(sigma_next) - float(sigma))), x.device)
-
-    return noise_sampler
-
-
-def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
-    """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
-    name = getattr(unbound(sampler), "__name__", "")
-    if not ("dpmpp" in name and "_sde" in name):
-        return lambda sigma, sigma_next: white_noise(x, generator)
-    generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
-    seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
-    return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
-
-
-class SamplerMode(TorchFunctionMode):
-    """While a sampler runs, `torch.randn_like` (the noise of `s_churn` and of callables) is `draw(like)`.
-
-    `linspace` and float `tensor`s get `dtype`, not torch's default. `sigma[..., None]` of a number on the CPU is the
-    number itself, so that it goes with latents on any device.
-    """
-
-    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like, dtype=torch.float64):
-        self.draw, self.dtype = draw, dtype
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.randn_like:
-            return self.draw(torch.empty_like(*args, **kwargs))
-        if func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
-            if isinstance(args[1], tuple) and args[1][:1] == (...,) and not any(args[1][1:]):  # (..., None, None)
-                return args[0]
-        if func is torch.linspace or func is torch.tensor and isinstance(args[0], float):
-            kwargs = {"dtype": self.dtype, **kwargs}
-        return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def outside(depth: int) -> Iterator[None]:
-    """Takes off the modes above this depth of torch's stack: with them torch.compile would compile a network again."""
-    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - depth)]
-    try:
-        yield
-    finally:
-        for mode in reversed(modes):
-            torch._C._push_on_torch_function_stack(mode)
-
-
-def call_sampler(
-    sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any = None, **ours: Any
-) -> torch.Tensor:
-    """Calls a sampler of either signature. Its noise is the generator's (False: zeros, a trial), `ours` a `callback`.
-
-    One step to zero is `denoised` with every sampler of k-diffusion, but some fail there: Euler's method takes it. A
-    sampler that takes `sigma_min` stops at the lowest positive level: Euler's step to zero is taken here, and is one of
-    dpm_fast's n. k-diffusion draws noise even where `s_churn` and `eta` are 0: it gets zeros, and nothing is drawn.
-    """
-    if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
-        sampler = sampling.sample_euler
-    own, named, positive = is_k_diffusions(sampler), arguments_of(sampler), sigmas[sigmas > 0]
-    noisy = generator is not False and (not own or named.get("s_churn") or named.get("eta"))
-    given = named.get("noise_sampler") is not None
-
-    def draw(like: torch.Tensor) -> torch.Tensor:
-        if noisy:
-            return white_noise(like, generator)
-        return like.new_zeros(()) if own and not given else torch.zeros_like(like)  # others may write on it
-
-    # most of k-diffusion's make none of the mode's calls where x and sigmas are of one kind
-    calls = given or {"s_churn", "sigma_min"} & {*named}
-    plain = own and not calls and (x.device, x.dtype) == (sigmas.device, sigmas.dtype)
-    ours = {"disable": True, **ours}
-    if "noise_sampler" in named and (not given or generator is False):
-        ours["noise_sampler"] = step_noise(sampler, x, generator) if noisy else lambda *_: draw(x)
-    if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(sampler).parameters.values()):
-        ours = {name: value for name, value in ours.items() if name in named}
-    with contextlib.nullcontext() if plain else SamplerMode(draw, x.dtype):
-        if "sigma_min" not in named:
-            return sampler(model, x, sigmas, **ours)
-        if "n" in named:
-            ours["n"] = len(positive) - 1
-        if 0 < (named.get("eta") or 0) < 1e-3:
-            ours["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
-        if len(positive) > 1:
-            x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **ours)
-            x = x[0] if isinstance(x, tuple) else x  # return_info=True
-        return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
-
-
-def step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor) -> tuple[list[float], dict[int, int]]:
-    """The level of each evaluation, and {evaluation: step} for those that begin a step.
-
-    Found by a trial on a tensor of one element. Both are empty for dpm_adaptive and where the trial fails. The second
-    also is where the sampler's callback gets another x than the model got.
-    """
-    inputs, levels, starts = [], list[float](), dict[int, int]()
-
-    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
-        inputs.append(x)
-        levels.append(float(sigma))
-        return x.new_zeros([2, *x.shape] if with_uncond else x.shape)
-
-    def callback(info: dict[str, Any]) -> None:
-        starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
-
-    try:
-        if "rtol" not in arguments_of(sampler):
-            call_sampler(sampler, model, sigmas.new_ones([1] * ndim), sigmas, False, callback=callback)
-    except Exception:
-        return [], {}
-    return levels, {} if -1 in starts else starts
-
-
 # --- the block's last part, for the pipelines alone ---
 
 
 def run_sampler(
-    sampler: Callable,
+    sampler: Sampler,
     denoiser: Callable[..., torch.Tensor],
     x: torch.Tensor,
     sigmas: torch.Tensor,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    after_step: Callable[..., torch.Tensor] | None = None,
-    on_step: Callable[[], Any] = lambda: None,
+    after_step: Callable[..., torch.Tensor] = lambda i, x, *rest: x,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`sampler(denoiser, x, sigmas)` with the caller's randomness and callbacks: the last state, and its sigma.
 
-    `denoiser(x, sigma)` has x of shape (b, ...) and sigma of shape (b,). `sigmas` are on the CPU: to compare them on a
-    GPU the sampler would wait for it. `after_step(i, x, sigma, began, denoised)` gets the state that step i ended with,
-    its sigma, the sigma that the step began at and what was predicted there. The sampler goes on from what it returns.
-    Where `step_starts` is empty, both sigmas are that of x, and another x is a ValueError. Where it is not, another
-    number of evaluations than in the trial is one. In every step `on_step()` is called. Where `interrupted()`, the run
-    ends before its next evaluation. TypeError: the sampler returns no tensor of x's shape.
+    `denoiser(x, sigma)` gets x of shape (b, ...) and sigma of (b,). `sigmas` on a GPU would make the sampler wait.
+    `after_step(i, x, sigma, began, denoised)` gets the sampler's own tensors: the state that step i ended with, its
+    sigma, the step's first sigma and the prediction there. It returns the state to go on from. Where callbacks alone
+    show a user-supplied sampler's steps, it gets the latest evaluation, and another state is a ValueError.
     """
 
-    class Interrupted(Exception): ...  # carries the state and its sigma out of the sampler
+    class Interrupted(Exception): ...  # with the state and its sigma
 
-    levels, starts = step_starts(sampler, x.ndim, sigmas) if after_step else ([], {})
-    evaluations, step, last = 0, None, (x, sigmas[0], x)  # the step under way; what was last evaluated
-    own, depth = is_k_diffusions(sampler), torch._C._len_torch_function_stack()
-    name = getattr(unbound(sampler), "__name__", sampler)
+    steps, begin, follows = itertools.count(), threading.Event(), True
+    latest, began = (x, sigmas[0], x), ()  # the latest evaluation; sigma and denoised of the step's first one
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        nonlocal evaluations, step, last
-        with outside(depth):
-            if step and evaluations in starts:
-                # the tensors are the sampler's own; the caller gets others, to keep or to write on
-                x.copy_(after_step(step[0], x.clone(), sigma[0], *step[1:]))
-            if interrupted():
-                raise Interrupted(x, sigma[0].cpu())
-            predicted = denoiser(x, sigma, **kwargs)
-            denoised = predicted[0] if kwargs.get("with_uncond") else predicted
-            if evaluations in starts:
-                step = starts[evaluations], sigmas.new_tensor(levels[evaluations]), denoised.clone()
-            elif not (own or starts):
-                last = x, sigma[0], denoised
-            evaluations += 1
-            return predicted
+        nonlocal latest, began
+        first = begin.is_set() and follows
+        begin.clear()
+        if first and began:
+            x.copy_(after_step(next(steps), x, sigma[0], *began))
+        if interrupted():
+            raise Interrupted(x, sigma[0].cpu())
+        predicted = denoiser(x, sigma, **kwargs)
+        latest = x, sigma[0], predicted if predicted.ndim == x.ndim else predicted[0]  # or both sides of guidance
+        began = latest[1:] if first else began
+        return predicted
 
-    def callback(info: dict[str, Any]) -> None:
-        on_step()
-        if after_step and not starts:
-            # others' may call back with a state that is not the step's
-            x, sigma, denoised = (info["x"], info["sigma_hat"], info["denoised"]) if own else last
-            with outside(depth):
-                changed = after_step(info["i"], x.clone(), sigma, sigma.clone(), denoised.clone())
-            if not torch.allclose(changed.to(x), x, rtol=0, atol=0, equal_nan=True):
-                raise ValueError(f"a callback can't change the latents: {name} does not say where its steps begin")
+    def callback(info: dict[str, Any]) -> None:  # of a user-supplied sampler
+        nonlocal follows
+        x, sigma, denoised = latest
+        follows = follows and bool(began) and info.get("x") is x  # on another tensor, a change would be lost
+        after = x if follows else after_step(next(steps), x, sigma, sigma, denoised)
+        if after is not x and not torch.allclose(after.to(x), x, rtol=0, atol=0, equal_nan=True):
+            raise ValueError(f"a callback can't change the latents: {sampler.name} does not say where its steps begin")
 
     try:
-        end = call_sampler(sampler, model, x, sigmas, generator, callback=callback)
+        given = {} if sampler.is_k_diffusions else {"callback": callback}
+        end = call_sampler(sampler, model, x, sigmas, generator, begin.set, **given)
     except Interrupted as stopped:
         return stopped.args
     if not isinstance(end, torch.Tensor) or end.shape != x.shape:
         what = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
         raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {what}")
-    if starts and evaluations != len(levels):
-        raise ValueError(f"a callback can't follow {name}: its evaluations depend on what the network predicts")
-    return after_step(step[0], end, sigmas[-1], *step[1:]) if step else end, sigmas[-1]
+    return after_step(next(steps), end, sigmas[-1], *began) if follows and began else end, sigmas[-1]
 
 
 # --- end of the shared block ---

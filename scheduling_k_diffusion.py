@@ -8,14 +8,18 @@ This file works alone: it needs torch, diffusers, k-diffusion and greenlet, and 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
+import dataclasses
 import difflib
 import functools
 import hashlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,7 +29,7 @@ import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from greenlet import getcurrent, greenlet
-from torch.overrides import TorchFunctionMode
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 
 class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
@@ -48,7 +52,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             several evaluations a step that never calls back does not tell where its steps begin: a run that starts
             part-way (`strength` below 1) uses Euler's method in its place.
         sampler_kwargs: options for it: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, ...
-        schedule: k-diffusion's "karras", "exponential", "polyexponential" or "vp", or the levels themselves, falling
+        schedule: k-diffusion's "karras", "exponential" or "polyexponential", or the levels themselves, falling
             (sigma; for flow models t). None: the base's, also for the `sigmas` or `timesteps` that a pipeline passes.
         parameterization: of flow models: "flow", "ve", or "auto", "ve" for those that add noise or place levels.
         quantize_timesteps: round to the trained timesteps.
@@ -111,7 +115,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As any scheduler's, with the options of the class beside those of the base."""
-        options = {name: kwargs.pop(name) for name in list(kwargs) if name in arguments_of(cls.__init__)}
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in inspect.signature(cls).parameters}
         # one of a scheduler made in code names no class: what is in it tells flow from betas
         kinds = {"use_flow_sigmas": "DPMSolverMultistep", "beta_start": "EulerDiscrete", "sigma_data": "EDMEuler"}
         kind = next((kind for key, kind in kinds.items() if config.get(key)), "FlowMatchEulerDiscrete")
@@ -158,15 +162,11 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             self.order = 1  # pipelines that pass levels, as FLUX's, count `timesteps` by one then
 
     def _named_levels(self, schedule: str, n: int, mu: float | None) -> torch.Tensor:
-        """Between the ends that the network was trained with; "vp" of a flow model between k-diffusion's own."""
+        """Between the ends that the network was trained with."""
         config = self.base.config
         if self._scale != "flow":
             ends = self._table.sigmas[[0, -1]].tolist() if self._table else (config.sigma_min, config.sigma_max)
             return named_sigmas(schedule, n, *ends)
-        if schedule == "vp":
-            with torch.device("cpu"), SamplerMode():
-                sigmas = sampling.get_sigmas_vp(n)
-            return sigmas / (1 + sigmas)
         own = hasattr(type(self.base), "shift")  # its `set_shift` leaves the config alone
         shift = self.base.shift if own else config.get("flow_shift", config.get("shift", 1.0))
         if mu is not None and config.get("use_dynamic_shifting"):
@@ -176,19 +176,13 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     def _plan(self, levels: torch.Tensor, known: dict[float, float]) -> None:
         """The evaluations that the sampler will make, through these levels. `known`: their timesteps, if the base's."""
         n = self.num_inference_steps = len(levels) - 1
-        kind, named = self.parameterization, arguments_of(self.sampler)
-        own = is_k_diffusions(self.sampler)
-        one = n == 1 and levels[1] == 0 and own  # x0 either way, and "flow" begins at t = 1
-        auto = named.get("s_churn") or named.keys() & {"noise_sampler", "sigma_min"} and not one
-        ve = self._scale == "flow" and levels[0] <= 1 and (kind == "ve" or kind == "auto" and auto)
+        ve = self._scale == "flow" and levels[0] <= 1 and uses_ve(self.parameterization, self.sampler, levels)
         pure = ve and levels[0] > 0.9999
-        self._levels = levels / (1 - levels) if ve else levels
-        if pure:  # not infinity: the ratio of the next two goes on, to SDXL's highest sigma, 15, at least
-            second, third = [*self._levels[1:].tolist(), 0.0][:2]
-            self._levels[0] = max(second * (second / third if third > 0 else 4.0), 15.0)
+        self._levels = ve_sigmas(levels) if ve else levels
         # for others anew: they may have changed in between
-        if not (own and self.sampler is self._tried[0] and self._levels.equal(self._tried[1])):
-            self._tried = self.sampler, self._levels, *step_starts(self.sampler, 4, self._levels)
+        known_trial = self.sampler.is_k_diffusions and self.sampler is self._tried[0]
+        if not (known_trial and self._levels.equal(self._tried[1])):
+            self._tried = self.sampler, self._levels, *step_starts(self.sampler, self._levels)
         asked, starts = self._tried[2:]
         if not asked:
             others = "StableDiffusionXLComfyPipeline and FluxComfyPipeline"
@@ -335,7 +329,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     def _begin(self, i: int, x: torch.Tensor, generator: Any) -> greenlet:
         """The sampler, left where it asks for evaluation i."""
-        sampler, own, named = self.sampler, is_k_diffusions(self.sampler), arguments_of(self.sampler)
+        sampler, own, named = self.sampler, self.sampler.is_k_diffusions, self.sampler.arguments
         # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
         first = min((one for one in self._starts if one >= i), default=len(self._times))
         ahead = [one.sigma for one in self._evaluations[i : first + 1]]
@@ -343,15 +337,20 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if "sigma_min" in named and len(rest):  # it has a level for each evaluation
             rest = torch.cat([rest.new_tensor(ahead[-1:]), self._levels[first + 1 :]])
         if own and (churn := named.get("s_churn")):  # it is spread over the steps
-            sampler = functools.partial(sampler, s_churn=churn * (len(rest) - 1) / (len(self._levels) - 1))
+            churn *= (len(rest) - 1) / (len(self._levels) - 1)
+            sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
         # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
         rest = rest if own else rest.to(x.dtype)
         generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
-        if generator is None and (not own or named.get("s_churn") or named.get("eta")):  # as in `call_sampler`
+        if generator is None and (not own or named.get("s_churn") or named.get("eta")):
             numbers = (image.detach().cpu().double().numpy().tobytes() for image in x)
             digests = [hashlib.blake2b(image, digest_size=8).digest() for image in numbers]
             generator = [torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1) for digest in digests]
-        call = functools.partial(call_sampler, sampler, sigmas=rest, generator=generator) if len(rest) else None
+        call = (
+            functools.partial(call_sampler, sampler, sigmas=rest, generator=generator, begin=lambda: None)
+            if len(rest)
+            else None
+        )
         run = greenlet(_sample)
         run.residual = 0.0
         run.switch(x, ahead, call)
@@ -362,8 +361,14 @@ def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> torch
     """A run, in its greenlet: Euler's steps through the levels `ahead`, then `call(model, x)`."""
     # nothing here refers to the scheduler: a run that is left half way ends with it
 
-    def torch_state() -> tuple[int, bool, bool]:
-        return torch._C._len_torch_function_stack(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    def torch_state() -> tuple[list, bool, bool]:
+        return _get_current_function_mode_stack(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def set_modes(modes: list) -> None:
+        for _ in _get_current_function_mode_stack():
+            _pop_mode()
+        for mode in modes:
+            _push_mode(mode)
 
     here = torch_state()
 
@@ -371,12 +376,15 @@ def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> torch
         nonlocal here
         if with_uncond:
             raise ValueError("`sampler`: a scheduler can't see the prediction without guidance, as our pipelines can")
-        depth, grad, inference = here
-        with outside(depth), torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        modes, grad, inference = here
+        own = _get_current_function_mode_stack()
+        set_modes(modes)
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             try:
                 denoised, state = getcurrent().parent.switch(x)
             finally:  # also where a run that was left half way ends
                 here = torch_state()
+                set_modes(own)
         x.copy_(state)
         return denoised
 
@@ -388,10 +396,41 @@ def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> torch
         torch.set_grad_enabled(here[1])  # the sampler's own no_grad puts back what was when it began
 
 
+def step_starts(sampler: Sampler, sigmas: torch.Tensor) -> tuple[list[float], dict[int, int]]:
+    """The level of each evaluation, and {evaluation: step} for those that begin a step, of a trial on a single number.
+
+    Both are empty for dpm_adaptive and where the trial fails. The second also is where the sampler's callback gets
+    another x than the model got.
+    """
+    inputs, levels, starts, begin = list[torch.Tensor](), list[float](), dict[int, int](), threading.Event()
+
+    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
+        if begin.is_set():
+            starts[len(inputs)] = len(starts)
+            begin.clear()
+        inputs.append(x)
+        levels.append(float(sigma))
+        return x.new_zeros([2, *x.shape] if with_uncond else x.shape)
+
+    def callback(info: dict[str, Any]) -> None:
+        starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
+
+    given: dict[str, Any] = {} if sampler.is_k_diffusions else {"callback": callback}
+    if "noise_sampler" in sampler.arguments:
+        given["noise_sampler"] = lambda sigma, sigma_next: torch.zeros([1] * 4)
+    try:
+        if "rtol" not in sampler.arguments:
+            generator = torch.Generator("cpu").manual_seed(0)
+            call_sampler(sampler, model, sigmas.new_ones([1] * 4), sigmas, generator, begin.set, **given)
+    except Exception:
+        return [], {}
+    return levels, {} if -1 in starts else starts
+
+
 # --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
 
 
-def _k_diffusion(name: str) -> ModuleType:
+def _k_diffusion(name: str) -> Any:
     """k-diffusion's submodule, in a package of another name: the `__init__` of its own imports the training code."""
     if (spec := importlib.util.find_spec("k_diffusion")) is None:
         raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
@@ -400,9 +439,41 @@ def _k_diffusion(name: str) -> ModuleType:
     return importlib.import_module(f"k_diffusion_alone.{name}")
 
 
-sampling, external = _k_diffusion("sampling"), _k_diffusion("external")
-SCHEDULES = ("karras", "exponential", "polyexponential", "vp")
+utils, sampling, external = _k_diffusion("utils"), _k_diffusion("sampling"), _k_diffusion("external")
+CODE = sampling.__spec__.loader.get_code(sampling.__name__)
+SCHEDULES = ("karras", "exponential", "polyexponential")
 GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
+STEP_BEGINS = vars(sampling).setdefault("step_begins", contextvars.ContextVar("step_begins", default=lambda: None))
+
+
+def trange(n: int, disable: bool | None = None) -> Iterator[int]:
+    for i in sampling.tqdm(range(n), disable=disable):
+        STEP_BEGINS.get()()
+        yield i
+
+
+sampling.trange = trange  # user-supplied samplers that loop over it are followed as k-diffusion's
+
+
+def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
+    """k-diffusion's `sampling`, executed again as a module of its own, with these functions in place of torch's."""
+    # levels on the CPU are Python numbers to latents on any device, and do not depend on torch's defaults
+    functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
+    functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
+
+    def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
+        if not cache and t is not vars(solver).get("t_began"):  # dpm_adaptive repeats a step that it rejects
+            solver.t_began = t
+            STEP_BEGINS.get()()
+        return original(solver, cache, key, x, t)
+
+    module: Any = ModuleType(sampling.__name__)
+    module.__package__ = sampling.__package__
+    exec(CODE, vars(module))
+    module.torch, module.trange = SimpleNamespace(**{**vars(torch), **functions}), trange
+    module.utils = SimpleNamespace(append_dims=lambda x, n: utils.append_dims(x, n) if x.ndim else x)
+    original, module.DPMSolver.eps = module.DPMSolver.eps, eps
+    return module
 
 
 def sampler_names() -> list[str]:
@@ -410,54 +481,51 @@ def sampler_names() -> list[str]:
     return [name[7:] for name in vars(sampling) if name.startswith("sample_")]
 
 
-def arguments_of(sampler: Callable) -> dict[str, Any]:
-    """What a sampler takes, with the values that are bound (`functools.partial`) or the defaults, else None."""
-    parameters = inspect.signature(sampler).parameters.values()
-    taken = {p.name: None if p.default is p.empty else p.default for p in parameters}
-    bound = sampler.keywords if isinstance(sampler, functools.partial) else {}
-    return taken | {name: value for name, value in bound.items() if name not in GIVEN}
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+    """A function of k-diffusion, or a user-supplied callable with such a signature, and its options."""
+
+    function: Callable
+    name: str
+    options: dict[str, Any]
+    arguments: dict[str, Any]  # all that it takes, by name: the option, else the default, else None
+    takes_any: bool  # it has **kwargs
+    is_k_diffusions: bool
 
 
-def unbound(sampler: Any) -> Callable:
-    """The function under any `functools.partial`."""
-    return unbound(sampler.func) if isinstance(sampler, functools.partial) else sampler
-
-
-def is_k_diffusions(sampler: Callable) -> bool:
-    """Whether it is a function of k-diffusion itself, or a `functools.partial` of one. A wrapper is not."""
-    return unbound(sampler) in vars(sampling).values()
-
-
-def find_sampler(sampler: str | Callable, sampler_kwargs: dict[str, Any] | None = None) -> Callable:
-    """The sampler of this name, with or without `sample_`, or the callable itself, with its options bound.
-
-    ValueError, TypeError: there is none; it does not take an option, or lacks one.
-    """
+def find_sampler(sampler: Any, sampler_kwargs: dict[str, Any] | None = None) -> Sampler:
+    """A sampler by name, or a callable, with its options. ValueError, TypeError: there is none, or not these."""
     signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
+    function: Any = sampler
+    options, names = dict(sampler_kwargs or {}), sampler_names()
     if isinstance(sampler, str):
-        name, names = sampler.removeprefix("sample_"), sampler_names()
-        if name not in names:
-            near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.7)  # "lcm" is not near "lms"
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}, or pass {signature}"
-            raise ValueError(f"`sampler`: k-diffusion has no {sampler!r}; {hint}")
-        sampler = getattr(sampling, f"sample_{name}")
+        if (name := sampler.removeprefix("sample_")) not in names:  # as "Euler a", "DPM++ 2M"; "lcm" is not near "lms"
+            plain = re.sub(r"[ _]a\b", "_ancestral", sampler.lower().removeprefix("k_").replace("++", "pp"))
+            near = difflib.get_close_matches(plain.replace(" ", "_"), names, n=1, cutoff=0.7)
+            others = f"there are {', '.join(names)}; comfy_ksampler.py has ComfyUI's; or pass {signature}"
+            raise ValueError(f"`sampler`: there is no {sampler!r}; {f'did you mean {near[0]}?' if near else others}")
+        function = getattr(sampling, f"sample_{name}")
+    while isinstance(function, functools.partial) and not function.args:
+        function, options = function.func, {**function.keywords, **options}
     try:
-        inspect.signature(sampler).bind_partial("model", "x", "sigmas")
+        parameters = [*inspect.signature(function).parameters.values()]
+        inspect.signature(function).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
-    options, rest = dict(sampler_kwargs or {}), list(inspect.signature(sampler).parameters.values())[3:]
-    named = {p.name: p for p in rest if p.name not in GIVEN and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    wrong = [f"needs {name}" for name, p in named.items() if p.default is p.empty and name not in options]
-    if all(p.kind is not p.VAR_KEYWORD for p in rest):
-        wrong += [f"takes no {name}" for name in options if name not in named]
+    name, takes_any = getattr(function, "__name__", repr(function)), any(p.kind is p.VAR_KEYWORD for p in parameters)
+    empty: Any = inspect.Parameter.empty
+    defaults = {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = [p.name for p in parameters[3:] if p.name in defaults.keys() - GIVEN]
+    wrong = [f"needs {name}" for name in named if defaults[name] is empty and name not in options]
+    wrong += [f"takes no {name}" for name in sampler_kwargs or {} if name not in named and not takes_any]
     if wrong:
-        name = getattr(sampler, "__name__", repr(sampler))
         raise ValueError(f"`sampler_kwargs`: {name} {', '.join(wrong)}; it takes {', '.join(named) or 'none'}")
-    sampler = functools.partial(sampler, **options) if options else sampler
-    tolerances = [value for name, value in arguments_of(sampler).items() if name in ("rtol", "atol")]
-    if is_k_diffusions(sampler) and tolerances and not sum(tolerances) > 0:
+    extra = {key: value for key, value in options.items() if key not in GIVEN}
+    arguments: dict[str, Any] = {k: None if v is empty else v for k, v in defaults.items()} | extra
+    own = any(function is one for one in vars(sampling).values())
+    if own and "rtol" in arguments and not arguments["rtol"] + arguments["atol"] > 0:
         raise ValueError("`sampler_kwargs`: rtol or atol has to be above 0, or the steps never end")
-    return sampler
+    return Sampler(function, name, options, arguments, takes_any, own)
 
 
 def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.Tensor:
@@ -466,29 +534,22 @@ def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.
     single = levels.float()  # in which a sampler may get them
     falling = single.isfinite().all() and (single.diff() < 0).all() and (single[:1] > 0).all() and (levels >= 0).all()
     if len(levels) < at_least or not falling:
-        rule = f"finite and fall from a positive number to zero or above (as float32), {at_least} of them at least"
-        raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
+        raise ValueError(
+            f"`{name}` have to be {at_least} or more, finite and falling (as float32) from above 0: {sigmas}"
+        )
     return levels
 
 
 def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
-    """k-diffusion's noise levels of this name, n from sigma_max down to sigma_min, then zero; float64, on the CPU.
-
-    "vp" gets the betas that make it begin and end there. "polyexponential" is "exponential", its default rho being 1.
-    """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}, or pass the levels")
-    arguments = {"sigma_min": sigma_min, "sigma_max": sigma_max}
-    if schedule == "vp":
-        eps, low, high = 1e-3, math.log1p(sigma_min**2), math.log1p(sigma_max**2)
-        beta_min = (low - high * eps**2) / (eps - eps**2)
-        arguments = {"beta_d": 2 * (high - beta_min), "beta_min": beta_min, "eps_s": eps}
-    with torch.device("cpu"), SamplerMode():
-        return getattr(sampling, f"get_sigmas_{schedule}")(n, **arguments)
+    """k-diffusion's noise levels of this name, n from sigma_max down to sigma_min, then zero; float64, on the CPU."""
+    if schedule in SCHEDULES:
+        return getattr(fresh_sampling(torch.float64), f"get_sigmas_{schedule}")(n, sigma_min, sigma_max)
+    others = "comfy_ksampler.levels makes ComfyUI's, sampling.get_sigmas_vp(n) \"vp\" (a flow model's t: s / (1 + s))"
+    raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}; {others}")
 
 
-def white_noise(x: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
-    """Standard normals of x's shape, dtype and device, drawn where the caller's generators are."""
+def white_noise(x: torch.Tensor, generator: Any) -> torch.Tensor:
+    """Standard normals of x's shape, dtype and device, drawn where the caller's generator or generators are."""
     first = generator[0] if isinstance(generator, list) else generator
     return _sent(randn_tensor(x.shape, generator, first.device if first else x.device, x.dtype), x.device)
 
@@ -502,14 +563,12 @@ def _sent(noise: torch.Tensor, device: torch.device) -> torch.Tensor:
 def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device | str) -> Callable:
     """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
 
-    In law it is k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone and not on the levels. Levy's
-    construction, from W(2^-64) = 0: normal 0 gives W(2^64). Normal 1 gives W at the middle in log sigma, as the
-    distance from the line between the ends. Normals 2 n and 2 n + 1 do so in the halves of n's interval. After 20
-    halvings an interval is 0.01 % of sigma wide. One more normal gives W(sigma) in it (arXiv:2405.06464).
+    In law k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone. Levy's construction: W(2^-64) = 0,
+    normal 0 gives W(2^64), normal 1 W at the middle in log sigma, 2 n and 2 n + 1 in the halves of n's interval.
     """
     generator = torch.Generator(device)
 
-    @functools.lru_cache(22)  # those of one level: a next one draws about 13
+    @functools.lru_cache(22)  # for speed: a level has 22, and the next one draws about 13 of them anew
     def normal(node: int) -> torch.Tensor:
         noise = torch.empty(x.shape, dtype=x.dtype, device=device)
         for image, seed in zip(noise, seeds, strict=True):
@@ -517,7 +576,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
             image.normal_(generator=generator.manual_seed((seed + node * 0x9E3779B97F4A7C15) % 2**63))
         return noise
 
-    @functools.lru_cache(2)  # a step begins where another ended
+    @functools.lru_cache(2)  # for speed: a step begins where another ended
     def w(sigma: float) -> torch.Tensor:
         low, high, node = 2.0**-64, 2.0**64, 1
         total = normal(0) * ((sigma - low) / math.sqrt(high - low))
@@ -530,118 +589,106 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
         return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
     def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        start, end = (w(max(float(s), 2.0**-64)) for s in (sigma, sigma_next))  # in this order, for the cache of two
+        start, end = (w(max(float(s), 2.0**-64)) for s in (sigma, sigma_next))  # `end` last: the next step begins there
         return _sent((end - start) / math.sqrt(abs(float(sigma_next) - float(sigma))), x.device)
 
     return noise_sampler
 
 
-def step_noise(sampler: Callable, x: torch.Tensor, generator: Any) -> Callable:
+def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
     """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
-    name = getattr(unbound(sampler), "__name__", "")
-    if not ("dpmpp" in name and "_sde" in name):
+    if sampler.is_k_diffusions and not sampler.arguments["eta"]:  # k-diffusion multiplies the noise by zero
+        return lambda sigma, sigma_next: x.new_zeros(())
+    if not ("dpmpp" in sampler.name and "_sde" in sampler.name):
         return lambda sigma, sigma_next: white_noise(x, generator)
     generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
     seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
     return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
 
 
-class SamplerMode(TorchFunctionMode):
-    """While a sampler runs, `torch.randn_like` (the noise of `s_churn` and of callables) is `draw(like)`.
-
-    `linspace` and float `tensor`s get `dtype`, not torch's default. `sigma[..., None]` of a number on the CPU is the
-    number itself, so that it goes with latents on any device.
-    """
-
-    def __init__(self, draw: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like, dtype=torch.float64):
-        self.draw, self.dtype = draw, dtype
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.randn_like:
-            return self.draw(torch.empty_like(*args, **kwargs))
-        if func is torch.Tensor.__getitem__ and args[0].ndim == 0 and args[0].device.type == "cpu":
-            if isinstance(args[1], tuple) and args[1][:1] == (...,) and not any(args[1][1:]):  # (..., None, None)
-                return args[0]
-        if func is torch.linspace or func is torch.tensor and isinstance(args[0], float):
-            kwargs = {"dtype": self.dtype, **kwargs}
-        return func(*args, **kwargs)
-
-
 @contextlib.contextmanager
-def outside(depth: int) -> Iterator[None]:
-    """Takes off the modes above this depth of torch's stack: with them torch.compile would compile a network again."""
-    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - depth)]
+def exchanged(states: dict[torch.device, torch.Tensor]) -> Iterator[None]:
+    """torch's global generators, of these devices, change places with these states, and back. Decorates functions."""
+
+    def exchange() -> None:
+        for device, state in states.items():
+            where = () if device.type in ("cpu", "mps") else (device,)
+            module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+            states[device], _ = module.get_rng_state(*where), module.set_rng_state(state, *where)
+
+    exchange()
     try:
         yield
     finally:
-        for mode in reversed(modes):
-            torch._C._push_on_torch_function_stack(mode)
+        exchange()
 
 
 def call_sampler(
-    sampler: Callable, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any = None, **ours: Any
+    sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any, begin: Callable, **given
 ) -> torch.Tensor:
-    """Calls a sampler of either signature. Its noise is the generator's (False: zeros, a trial), `ours` a `callback`.
+    """`sampler(model, x, sigmas)`, with the `callback` or `noise_sampler` in `given`. `begin()`: a step begins.
 
-    One step to zero is `denoised` with every sampler of k-diffusion, but some fail there: Euler's method takes it. A
-    sampler that takes `sigma_min` stops at the lowest positive level: Euler's step to zero is taken here, and is one of
-    dpm_fast's n. k-diffusion draws noise even where `s_churn` and `eta` are 0: it gets zeros, and nothing is drawn.
+    A function of k-diffusion runs unchanged in a module of its own, whose `torch.randn_like` draws from the generator.
+    For user-supplied code the generator seeds torch's global ones, but not for the network and callbacks. All of
+    k-diffusion's take one step to zero as Euler's method does. It also takes the last step, to zero, of dpm_fast's n.
     """
-    if len(sigmas) == 2 and sigmas[1] == 0 and is_k_diffusions(sampler):
-        sampler = sampling.sample_euler
-    own, named, positive = is_k_diffusions(sampler), arguments_of(sampler), sigmas[sigmas > 0]
-    noisy = generator is not False and (not own or named.get("s_churn") or named.get("eta"))
-    given = named.get("noise_sampler") is not None
-
-    def draw(like: torch.Tensor) -> torch.Tensor:
-        if noisy:
-            return white_noise(like, generator)
-        return like.new_zeros(()) if own and not given else torch.zeros_like(like)  # others may write on it
-
-    # most of k-diffusion's make none of the mode's calls where x and sigmas are of one kind
-    calls = given or {"s_churn", "sigma_min"} & {*named}
-    plain = own and not calls and (x.device, x.dtype) == (sigmas.device, sigmas.dtype)
-    ours = {"disable": True, **ours}
-    if "noise_sampler" in named and (not given or generator is False):
-        ours["noise_sampler"] = step_noise(sampler, x, generator) if noisy else lambda *_: draw(x)
-    if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(sampler).parameters.values()):
-        ours = {name: value for name, value in ours.items() if name in named}
-    with contextlib.nullcontext() if plain else SamplerMode(draw, x.dtype):
-        if "sigma_min" not in named:
-            return sampler(model, x, sigmas, **ours)
-        if "n" in named:
-            ours["n"] = len(positive) - 1
-        if 0 < (named.get("eta") or 0) < 1e-3:
-            ours["eta"] = 0.0  # these two find their noise by a difference that float32 loses, with NaN for its root
-        if len(positive) > 1:
-            x = sampler(model, x, sigma_min=positive[-1].item(), sigma_max=positive[0].item(), **ours)
-            x = x[0] if isinstance(x, tuple) else x  # return_info=True
-        return x if sigmas[-1] > 0 else model(x, positive[-1] * x.new_ones([x.shape[0]]))
+    own, positive, evaluate = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
+    sampler = find_sampler("euler") if own and len(sigmas) == 2 and sigmas[1] == 0 else sampler
+    function, named = sampler.function, sampler.arguments
+    if own:  # it calls randn_like even where s_churn is 0
+        draw = (lambda x: white_noise(x, generator)) if named.get("s_churn") else (lambda x: x.new_zeros(()))
+        function = getattr(fresh_sampling(x.dtype, randn_like=draw), function.__name__)
+    if generator is not None and (not own or named.get("noise_sampler")):
+        first = generator[0] if isinstance(generator, list) else generator  # its clone: perhaps nothing will be drawn
+        seed = int(torch.randint(2**63 - 1, (), generator=first.clone_state(), device=first.device))
+        states = {d: torch.Generator(d).manual_seed(seed).get_state() for d in {torch.device("cpu"), x.device}}
+        function, evaluate = exchanged(states)(function), exchanged(states)(model)
+        given = {name: exchanged(states)(outside) for name, outside in given.items()}
+    options = {"extra_args": {}, **sampler.options, "disable": True, **given}
+    if "noise_sampler" in named and options.get("noise_sampler") is None:
+        options["noise_sampler"] = step_noise(sampler, x, generator)
+    if "sigma_min" in named:
+        ends = {"sigma_min": positive[-1], "sigma_max": positive[0], "n": len(positive) - 1, "return_info": False}
+        # their noise is a difference that float32 loses, with NaN for its root
+        options |= ends | {"eta": eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0}
+    options = {name: value for name, value in options.items() if sampler.takes_any or name in named}
+    context = contextvars.copy_context()
+    context.run(STEP_BEGINS.set, begin)
+    if "sigma_min" not in named:
+        return context.run(function, evaluate, x, sigmas if own else sigmas.to(x.device), **options)
+    end = context.run(function, evaluate, x, **options) if len(positive) > 1 else x
+    begin()
+    return end if sigmas[-1] > 0 else model(end, positive[-1] * x.new_ones([x.shape[0]]))
 
 
-def step_starts(sampler: Callable, ndim: int, sigmas: torch.Tensor) -> tuple[list[float], dict[int, int]]:
-    """The level of each evaluation, and {evaluation: step} for those that begin a step.
+# --- the block's part for flow models ---
 
-    Found by a trial on a tensor of one element. Both are empty for dpm_adaptive and where the trial fails. The second
-    also is where the sampler's callback gets another x than the model got.
+
+def uses_ve(parameterization: str, sampler: Sampler, ts: torch.Tensor) -> bool:
+    """Whether the sampler sees "ve", sigma = t / (1 - t), or "flow", sigma = t.
+
+    "auto": "ve" for one that may add noise or places its own levels. One step to zero is x0 either way.
     """
-    inputs, levels, starts = [], list[float](), dict[int, int]()
+    if parameterization not in ("auto", "flow", "ve"):
+        raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
+    if parameterization != "auto":
+        return parameterization == "ve"
+    if sampler.arguments.get("s_churn"):
+        return True
+    single = len(ts) == 2 and ts[1] == 0 and sampler.is_k_diffusions
+    return not single and ("noise_sampler" in sampler.arguments or "sigma_min" in sampler.arguments)
 
-    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
-        inputs.append(x)
-        levels.append(float(sigma))
-        return x.new_zeros([2, *x.shape] if with_uncond else x.shape)
 
-    def callback(info: dict[str, Any]) -> None:
-        starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
+def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
+    """sigma = t / (1 - t). At t = 1, where it is infinite, the first one continues the ratio of the next two.
 
-    try:
-        if "rtol" not in arguments_of(sampler):
-            call_sampler(sampler, model, sigmas.new_ones([1] * ndim), sigmas, False, callback=callback)
-    except Exception:
-        return [], {}
-    return levels, {} if -1 in starts else starts
+    It is at least 15, SDXL's highest: noise of a lower sigma would hide less of the picture than pure noise does.
+    """
+    sigmas = ts / (1 - ts)
+    if ts[0] > 0.9999:
+        second, third = sigmas[1].item(), sigmas[2].item() if len(sigmas) > 2 else 0.0
+        sigmas[0] = max(second * (second / third if third > 0 else 4.0), 15.0)
+    return sigmas
 
 
 # --- end of the shared block ---

@@ -120,7 +120,7 @@ def alone(bench: Bench) -> Callable[[int, str], torch.Tensor]:
         else:
             model, start, noise = flow, 1.0, kwargs["hidden_states"].float()
             sigmas = bench.ours.noise_levels(noise.shape[1], steps)
-        function = find_sampler(sampler)
+        function = find_sampler(sampler).function
         if "sigmas" in inspect.signature(function).parameters:
             return function(model, noise * start, sigmas.to(noise), disable=True)
         ends = {"sigma_min": sigmas[-2].item(), "sigma_max": sigmas[0].item()}

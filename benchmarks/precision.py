@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -64,7 +63,7 @@ def stock_noise(bench: Bench, scheduler: Any, seed: int) -> Iterator[None]:
 
 def our_noise(bench: Bench, sampler: str, seed: int, shape: torch.Size) -> dict[str, Any]:
     """`sampler_kwargs` with the step noise that the sampler would get, with the same numbers for every dtype."""
-    if "noise_sampler" not in inspect.signature(find_sampler(sampler)).parameters:
+    if "noise_sampler" not in find_sampler(sampler).arguments:
         return {}
     state = torch.promote_types(bench.network.dtype, torch.float32)
     if sampler.endswith("_sde"):

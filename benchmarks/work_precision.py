@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -54,7 +53,7 @@ PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
 
 
 def takes(sampler: str, option: str) -> bool:
-    return option in inspect.signature(find_sampler(sampler)).parameters
+    return option in find_sampler(sampler).arguments
 
 
 def has_noise(sampler: str) -> bool:

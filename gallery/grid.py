@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import inspect
 import json
 import sys
 import time
@@ -124,7 +123,7 @@ def units_of(
                 Picture(place, prompt, seed, sampler, options.output / f"{place}-sample_{sampler}.png")
                 for place, prompt, seed in places[first : first + options.batch]
             ]
-            alone = options.comfy or "rtol" in inspect.signature(module.find_sampler(sampler)).parameters
+            alone = options.comfy or "rtol" in module.find_sampler(sampler).arguments
             for unit in [[one] for one in pictures] if alone else [pictures]:
                 yield number + block, unit  # plus block: a slow sampler is not always the same process's
 
@@ -214,8 +213,8 @@ def _sampler_options(module: Any, sampler: str) -> str:
     """The options that the sampler runs with, its defaults, as JSON."""
     if sampler not in module.sampler_names():  # ComfyUI's own
         return "{}"
-    parameters = inspect.signature(module.find_sampler(sampler)).parameters.values()
-    return json.dumps({p.name: p.default for p in parameters if p.name not in module.GIVEN | {"noise_sampler"}})
+    arguments = module.find_sampler(sampler).arguments
+    return json.dumps({name: arguments[name] for name in arguments if name not in module.GIVEN | {"noise_sampler"}})
 
 
 def _k_diffusion_version() -> dict[str, str]:

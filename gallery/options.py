@@ -60,7 +60,7 @@ SDXL = Family(
     steps=25,
     guidance=5.0,
     schedule="karras",  # dpmpp_3m_sde needs small last steps, which the scheduler's own levels lack
-    schedule_help=f"karras (default), exponential, polyexponential, vp, {COMFY_SCHEDULES}, 'scheduler' for its own",
+    schedule_help=f"karras (default), exponential, polyexponential, {COMFY_SCHEDULES}, 'scheduler' for its own",
     comfy_schedule="normal",
 )
 FLUX = Family(
@@ -76,7 +76,7 @@ FLUX = Family(
     steps=28,
     guidance=3.5,
     schedule=None,
-    schedule_help=f"'scheduler' for its own (default), karras, exponential, polyexponential, vp, {COMFY_SCHEDULES}",
+    schedule_help=f"'scheduler' for its own (default), karras, exponential, polyexponential, {COMFY_SCHEDULES}",
     comfy_schedule="simple",
 )
 

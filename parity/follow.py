@@ -272,7 +272,7 @@ class Session:
         choice = self.options.parameterization
         if choice == "auto" and side.comfy:
             choice = "flow"  # ComfyUI's samplers know flows themselves
-        return self.module.uses_ve(choice, functools.partial(side.target, **side.options), ours.levels)
+        return self.module.uses_ve(choice, self.module.find_sampler(side.target, side.options), ours.levels)
 
     def sampler_sigmas(self, levels: torch.Tensor, ve: bool) -> torch.Tensor:
         """What the sampler sees for these levels. Only t = 1 itself has no finite sigma, and gets the pipeline's."""
@@ -313,7 +313,7 @@ class Session:
             return self._sample(side, ours, model, ve, record, callback, None)
 
         sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype)
-        self.module.run_sampler(run, model, ours.start, sigmas)
+        self.module.run_sampler(self.module.find_sampler(run), model, ours.start, sigmas)
         return record.trajectory(ours.levels, [math.nan] * len(record.calls), ve)
 
     def _sample(
@@ -362,8 +362,9 @@ class Session:
             sampler = comfy_sampler(sampler, self.pipe, self.width, self.height)
         drawing = "noise_sampler" in inspect.signature(sampler).parameters
         given = {**side.options, **({"noise_sampler": noise_sampler} if drawing else {})}
-        sampler = functools.partial(sampler, **given)
-        final = self.module.call_sampler(sampler, recorded, x, sigmas, generator, callback=called_back)
+        sampler = self.module.find_sampler(functools.partial(sampler, **given))
+        given = {"callback": called_back}
+        final = self.module.call_sampler(sampler, recorded, x, sigmas, generator, lambda: None, **given)
         if not isinstance(final, torch.Tensor) or final.shape != x.shape:
             returned = (
                 f"one of shape {tuple(final.shape)}" if isinstance(final, torch.Tensor) else f"{type(final).__name__}"

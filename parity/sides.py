@@ -79,7 +79,7 @@ def find_side(text: str, module: ModuleType, flag: str) -> Side:
     if ":" in name:
         target, file = _load(name, module, flag)
     elif name.removeprefix("sample_") in module.sampler_names():
-        target = module.find_sampler(name)
+        target = module.find_sampler(name).function
     else:
         import diffusers
 

@@ -43,7 +43,7 @@ def solve(
     if a.noise or b.noise:
         return _sde(session, sides[0], setup, a, b)
     order = 2 if session.flux else 3  # what is nearest for its evaluations: docs/parity.md
-    multistep = Side("lms", session.module.find_sampler("lms"), {"order": order})
+    multistep = Side("lms", session.module.find_sampler("lms").function, {"order": order})
     first, last = setup.levels[0].item(), setup.levels[-1].item()
     key = (session.family.name, first, last, setup.start.flatten()[0].item())
 
@@ -195,7 +195,9 @@ def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory
         return Truth(f"not defined, {name} adds no step noise and theirs does")
     # of ancestral steps, sigma_up ~ eta
     eta = side.eta if name in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde") else side.eta**2
-    fine = Side("dpmpp_2m_sde", session.module.find_sampler("dpmpp_2m_sde"), {"eta": eta, "solver_type": "heun"})
+    fine = Side(
+        "dpmpp_2m_sde", session.module.find_sampler("dpmpp_2m_sde").function, {"eta": eta, "solver_type": "heun"}
+    )
     positive = setup.levels[setup.levels > 0]
     path = None
     if setup.noise_sampler is None:

@@ -1,12 +1,17 @@
-"""The block that the files which users copy share: `python tests/blocks.py` copies SDXL's to the others."""
+"""The block that the files which users copy share: `python tests/blocks.py` copies FLUX's to the others."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST, OTHERS = "sdxl_comfy_pipeline.py", ("flux_comfy_pipeline.py", "scheduling_k_diffusion.py")
-BEGIN, LAST, END = "# --- shared block", "# --- the block's last part", "# --- end of the shared block"
+FIRST, OTHERS = "flux_comfy_pipeline.py", ("sdxl_comfy_pipeline.py", "scheduling_k_diffusion.py")
+BEGIN, FLOW, LAST, END = (
+    "# --- shared block",
+    "# --- the block's part for flow",
+    "# --- the block's last part",
+    "# --- end of the",
+)
 
 
 def parts(name: str) -> tuple[str, str, str]:
@@ -17,9 +22,12 @@ def parts(name: str) -> tuple[str, str, str]:
 
 
 def expected(name: str) -> str:
-    """The block that a file should have: the last part, which runs a sampler, is the pipelines' alone."""
+    """The block that a file should have: SDXL needs no flow, and the scheduler does not run a sampler by itself."""
     block = parts(FIRST)[1]
-    return block if "pipeline" in name else block[: block.index(LAST)]
+    flow, last = block.index(FLOW), block.index(LAST)
+    if name.startswith("sdxl"):
+        return block[:flow] + block[last:]
+    return block if name.startswith("flux") else block[:last]
 
 
 if __name__ == "__main__":

@@ -154,13 +154,29 @@ def test_changed_latents_are_where_the_next_step_starts(family, sampler):
     assert relative(changed, expected) < 10 * CLOSE  # "ve" rounds t once more
 
 
-def test_changed_latents_are_an_error_where_the_next_step_is_not_known(family):
+def test_dpm_adaptive_is_followed(family):
+    """The callback sees every accepted step and no rejected one; the next step begins with what it returns."""
     name, pipe = family
-    plain = draw(pipe, name)
-    for callback in (scaled, scaled_in_place, scaled_in_place_and_not_returned):
-        with pytest.raises(ValueError, match="can't change the latents: sample_dpm_adaptive"):
-            draw(pipe, name, callback, sampler="dpm_adaptive")
-    assert draw(pipe, name).equal(plain)
+    seen, evaluations = [], []
+
+    def look(one, i, timestep, tensors):
+        seen.append((float(tensors["sigma"]), tensors["latents"]))
+        return {}
+
+    hook = network(pipe).register_forward_hook(lambda *_: evaluations.append(1))
+    try:
+        options = {
+            "sampler": "dpm_adaptive",
+            "sampler_kwargs": {"h_init": 4.0},
+        }  # too long a first step: it is rejected
+        plain = draw(pipe, name, look, ("latents", "sigma"), **options)
+    finally:
+        hook.remove()
+    levels = [sigma for sigma, _ in seen]
+    assert levels == sorted(set(levels), reverse=True)
+    assert len(evaluations) > 3 * (len(seen) - 1) + 1  # three evaluations for each step, accepted or not; then to zero
+    assert relative(draw(pipe, name, scaled, **options), plain) > 100 * CLOSE
+    assert relative(seen[-1][1], plain) < CLOSE
 
 
 @pytest.mark.parametrize("sampler", sampler_names())

@@ -10,10 +10,10 @@ from conftest import ROOT
 
 COPIED = ["sdxl_comfy_pipeline", "flux_comfy_pipeline", "scheduling_k_diffusion", "comfy_ksampler"]
 LINES = {
-    "sdxl_comfy_pipeline.py": 570,
-    "flux_comfy_pipeline.py": 520,
-    "scheduling_k_diffusion.py": 560,
-    "comfy_ksampler.py": 400,
+    "sdxl_comfy_pipeline.py": 600,
+    "flux_comfy_pipeline.py": 565,
+    "scheduling_k_diffusion.py": 605,
+    "comfy_ksampler.py": 450,
     "README.md": 220,
     "CONTRIBUTING.md": 50,
 }

@@ -192,7 +192,7 @@ text = st.text(st.characters(exclude_categories=("Cs",)))
     negative=text,
     model=text.map(str.strip).filter(bool),
     sampler=st.sampled_from([*sampler_names(), "ddim", "dpmpp_2m_sde_gpu", "dpmpp_sde_gpu"]),
-    schedule=st.sampled_from(["scheduler", "vp", "polyexponential", *SCHEDULERS]),
+    schedule=st.sampled_from(["scheduler", "polyexponential", *SCHEDULERS]),
     true_cfg=st.none() | st.floats(1, 20).map(str),
 )
 def test_any_settings_come_back(prompt, negative, model, sampler, schedule, true_cfg):
