@@ -85,7 +85,7 @@ def load(family: Family, module: Any, model: str, device: str, options: argparse
 
 
 def _from_pretrained(pipeline: Any, source: str, dtype: Any) -> Any:
-    """A folder's or the hub's model. float16 is read from files of float16 if the hub has some: half as much to fetch."""
+    """A model of a folder or the hub; for float16 the hub's files of float16, if any: half as much to fetch."""
     import torch
 
     if dtype == torch.float16 and not Path(source).is_dir():
