@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 missed=0
-for script in overhead startup scale; do
+for script in overhead scripts scale; do
     printf '\n## %s.py\n\n' "$script"
     python "benchmarks/$script.py" || missed=1
 done

@@ -15,11 +15,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import random
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch: idle threads sleep, since stages run side by side
 
 import numpy as np
 import torch

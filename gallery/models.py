@@ -63,7 +63,7 @@ def load(family: Family, module: Any, model: str, device: str, options: argparse
         if single:
             pipe = pipeline.from_single_file(source, torch_dtype=dtype)
         else:
-            pipe = pipeline.from_pretrained(source, dtype=dtype)
+            pipe = _from_pretrained(pipeline, source, dtype)
         offload = offload_of(family, pipe, device, options)
         if offload == "model":
             pipe.enable_model_cpu_offload(device=device)
@@ -82,6 +82,19 @@ def load(family: Family, module: Any, model: str, device: str, options: argparse
         raise Refused(why if source in why or "memory" in why else f"--model: {source}: {why}") from error
     pipe.set_progress_bar_config(position=1, leave=False, disable=not sys.stderr.isatty())
     return pipe
+
+
+def _from_pretrained(pipeline: Any, source: str, dtype: Any) -> Any:
+    """A model of a folder or the hub; for float16 the hub's files of float16, if any: half as much to fetch."""
+    import torch
+
+    if dtype == torch.float16 and not Path(source).is_dir():
+        try:
+            return pipeline.from_pretrained(source, dtype=dtype, variant="fp16")
+        except ValueError as error:
+            if "variant=fp16" not in str(error):
+                raise
+    return pipeline.from_pretrained(source, dtype=dtype)
 
 
 # --- what a model is, before it is loaded -----------------------------------------------------------------------------

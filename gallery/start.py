@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -46,3 +50,32 @@ def working() -> None:
 
 def _leave(*_: Any) -> None:
     os._exit(130)
+
+
+def set_wait_policy(options: argparse.Namespace) -> None:
+    """Before torch is imported: beside a busy process, torch's OpenMP threads sleep while they wait for each other.
+
+    By default they spin. That is the fastest between the short operations of a demo model while the cores are free, and
+    several times the slowest where another process wants the same cores (benchmarks/scripts.py). What the user has
+    set stays, and so does all for a real model where there is a GPU. Other systems than Linux are left as they are.
+    """
+    gpu = any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg"))  # NVIDIA's, AMD's, in WSL
+    if (options.model == "demo" or options.device == "cpu" or not gpu) and not os.environ.keys() & WAITING:
+        if _running_processes() > 1:
+            os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+
+
+def _running_processes() -> int:
+    """How many threads of this machine's processes run or are ready to, this one included: the median of five moments.
+
+    Not the load average, which takes a minute to follow. 0 where the system does not say.
+    """
+    found = [0] * 5
+    with contextlib.suppress(OSError):
+        for i in range(5):
+            found[i] = int(Path("/proc/loadavg").read_text().split()[3].split("/")[0])
+            time.sleep(0.004)
+    return sorted(found)[2]

@@ -178,9 +178,9 @@ class Causes:
         draws = [draw for j in evaluations for draw in a.noise.get(j, [])]
         if not a.noise and i in {self._step_of(b, j) for j in b.noise}:
             return "theirs adds step noise, ours none"
-        rest = (target - mine).double().flatten()
+        rest = (target - mine).cpu().double().flatten()
         for draw in draws:
-            draw = draw.double().flatten()
+            draw = draw.cpu().double().flatten()
             factor = (rest @ draw) / (draw @ draw)
             if (rest - factor * draw).norm() < 1e-3 * rest.norm():
                 silent = {j: [torch.zeros_like(d) for d in many] for j, many in a.noise.items() if j >= a.starts[i]}
@@ -188,7 +188,7 @@ class Causes:
                 quiet = self.session.replay(
                     self.ours, replace(setup, noise=noise, noise_sampler=None), [e.denoised for e in b.evaluations]
                 ).state(i + 1)
-                amount = (mine - quiet).double().flatten() @ draw / (draw @ draw)
+                amount = (mine - quiet).cpu().double().flatten() @ draw / (draw @ draw)
                 if amount == 0:
                     return None
                 return f"theirs adds the step noise {((amount + factor) / amount).item():.6g} times"
@@ -198,7 +198,7 @@ class Causes:
             return "theirs draws no step noise from the generator"
         if draws and setup.noise_sampler is None:
             # noise that is not ours: as strong, and not along it
-            draw = draws[-1].double().flatten()
+            draw = draws[-1].cpu().double().flatten()
             theirs_missing = i not in {self._step_of(b, j) for j in b.noise}
             if theirs_missing:
                 return "theirs draws no step noise from the generator in this step"

@@ -87,7 +87,7 @@ class Session:
         if self.flux:
             return torch.arange(1, 1001, dtype=torch.float64) / 1000
         # zero terminal SNR has no finite last sigma: as in the pipeline and EulerDiscreteScheduler, 4096
-        alphas_cumprod = self.pipe.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
+        alphas_cumprod = self.pipe.scheduler.alphas_cumprod.cpu().double().clamp(min=2**-24)
         return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
     def level_of(self, timestep: float) -> float:
@@ -133,8 +133,8 @@ class Session:
             nonlocal count
             given = kwargs["timestep"] if "timestep" in kwargs else args[1]
             if timesteps is not None and count < len(timesteps) and timesteps[count] is not None:
-                value = torch.full_like(given, timesteps[count] / (1000 if self.flux else 1), dtype=torch.float64)
-                value = value.to(given.dtype if given.is_floating_point() else torch.float64)
+                dtype = given.dtype if given.is_floating_point() else self.dtype
+                value = torch.full_like(given, timesteps[count] / (1000 if self.flux else 1), dtype=dtype)
                 if "timestep" in kwargs:
                     kwargs = {**kwargs, "timestep": value}
                 else:
@@ -146,7 +146,7 @@ class Session:
             self._evaluations += 1
             x = kwargs["hidden_states"] if self.flux else args[0]
             t = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            timestep = t.flatten()[0].double().item() * (1000 if self.flux else 1)
+            timestep = float(t.flatten()[0]) * (1000 if self.flux else 1)
             x, prediction = x.to(self.dtype), output[0].to(self.dtype)
             if self.guided:
                 x = x.chunk(2)[1]

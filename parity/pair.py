@@ -202,7 +202,7 @@ def _their_tree(theirs: Trajectory) -> Any:
     asked = torch.cat([t, t[:-1] + (t[1:] - t[:-1]) * 0.5]).neg().exp()
 
     def nearest(sigma: torch.Tensor) -> torch.Tensor:
-        found = asked[(asked.double() - float(sigma)).abs().argmin()]
+        found = asked[(asked.cpu().double() - float(sigma)).abs().argmin()]
         return found if abs(found.item() / float(sigma) - 1) < 1e-5 else torch.as_tensor(float(sigma))
 
     return lambda sigma, sigma_next: tree(nearest(sigma), nearest(sigma_next))

@@ -14,8 +14,8 @@ import torch
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """||ours - theirs|| / ||theirs||. NaN where one of them is not finite."""
-    difference = (ours.double() - theirs.double()).norm()
-    return (difference / theirs.double().norm().clamp(min=1e-30)).item()
+    ours, theirs = ours.cpu().double(), theirs.cpu().double()  # in this order: Apple's GPU has no float64
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)).item()
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------

@@ -46,9 +46,9 @@ def levels_of(scheduler: Any, level_of: Callable[[float], float]) -> tuple[list[
     if getattr(scheduler, "sigmas", None) is None:
         listed = [level_of(t) for t in timesteps]
         alpha = getattr(scheduler, "final_alpha_cumprod", None)
-        listed.append(0.0 if alpha is None else ((1 - alpha.double()) / alpha.double()).sqrt().item())
+        listed.append(0.0 if alpha is None else math.sqrt((1 - float(alpha)) / float(alpha)))
     else:
-        listed = scheduler.sigmas.double().tolist()
+        listed = scheduler.sigmas.tolist()
     levels = listed[:count]
     orders = getattr(scheduler, "order_list", None)
     if orders:
@@ -56,7 +56,7 @@ def levels_of(scheduler: Any, level_of: Callable[[float], float]) -> tuple[list[
     elif getattr(scheduler, "order", 1) == 2:
         starts = list(range(0, count, 2))
         if getattr(scheduler, "sigmas_interpol", None) is not None:
-            middle = scheduler.sigmas_interpol.double().tolist()
+            middle = scheduler.sigmas_interpol.tolist()
             back = 1 if "sigmas_down" in vars(scheduler) else 0
             levels = [middle[i - back] if i % 2 else level for i, level in enumerate(levels)]
         elif hasattr(scheduler, "mid_point_sigma"):

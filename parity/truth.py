@@ -172,7 +172,7 @@ class Path:
             high, low = self.levels[i].item(), self.levels[i + 1].item()
             middle = math.sqrt(high * low)
             share = (high - middle) / (high - low)
-            draw = torch.randn(w[0].shape, generator=self.generator, dtype=torch.float64).to(w[0])
+            draw = torch.randn(w[0].shape, generator=self.generator, dtype=torch.float64).to(w[0].dtype).to(w[0])
             spread = math.sqrt((high - middle) * (middle - low) / (high - low))
             w += [self.w[i] + share * (self.w[i + 1] - self.w[i]) + spread * draw, self.w[i + 1]]
             levels += [self.levels.new_tensor(middle), self.levels[i + 1]]

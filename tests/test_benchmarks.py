@@ -18,7 +18,6 @@ import gpu  # noqa: E402
 import models  # noqa: E402
 import overhead  # noqa: E402
 import precision  # noqa: E402
-import startup  # noqa: E402
 
 TINY = {
     "sdxl": {
@@ -221,11 +220,6 @@ def test_step_noise_has_the_same_numbers_in_every_dtype():
     draw = precision.float32_noise(3), precision.float32_noise(3)
     single, half = draw[0]((4, 4), dtype=torch.float64), draw[1]((4, 4), dtype=torch.float16)
     torch.testing.assert_close(half.double(), single, rtol=2**-10, atol=1e-4)
-
-
-def test_the_scripts_options_do_without_torch():
-    names = "import sys\nfrom gallery.options import SDXL, parse\nparse(SDXL, [])\nprint('torch' in sys.modules)"
-    assert startup.script("-c", names)[1].strip() == "False"
 
 
 def test_precision_compares_image_by_image():

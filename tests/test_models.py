@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CHILDREN, ROOT, load
 from safetensors.torch import save_file
 from scripts import run_here
 
+import sdxl_comfy_pipeline
 from gallery import models
 from gallery.models import needed_memory, reason
 from gallery.options import FLUX, SDXL, parse
@@ -43,6 +44,43 @@ def test_a_model_of_another_kind_is_refused_by_the_hubs_index(tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert run_here(SDXL, "--model", "somebody/something", "--output", tmp_path / "output") == 2
     assert "somebody/something is a model of FLUX: test_flux.py draws it" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def both_variants(tmp_path_factory):
+    """A hub's cache with a model in float32 and in float16, of other weights, and one in float32 alone."""
+    cache = tmp_path_factory.mktemp("hub")
+    for name in ("both", "single"):
+        revision, snapshot = (cache / f"models--somebody--{name}" / part for part in ("refs/main", "snapshots/abc"))
+        revision.parent.mkdir(parents=True)
+        revision.write_text("abc")
+        pipe = load(CHILDREN["sdxl"], "sdxl")
+        pipe.save_pretrained(snapshot)
+        if name == "both":
+            pipe.unet.conv_out.bias.data.fill_(0.5)
+            pipe.to(torch.float16).save_pretrained(snapshot, variant="fp16")
+    return cache
+
+
+@pytest.mark.parametrize(
+    "name, dtype, half",
+    [
+        ("both", "float16", True),
+        ("both", "float32", False),
+        ("both", "bfloat16", False),
+        ("single", "float16", False),
+        ("folder", "float16", False),  # which is not fetched
+    ],
+)
+def test_float16_takes_the_hubs_float16_files(both_variants, monkeypatch, caplog, name, dtype, half):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(both_variants))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = both_variants / "models--somebody--both" / "snapshots" / "abc"
+    model = str(folder) if name == "folder" else f"somebody/{name}"
+    pipe = models.load(SDXL, sdxl_comfy_pipeline, model, "cpu", parse(SDXL, ["--dtype", dtype]))
+    assert pipe.unet.dtype == pipe.vae.dtype == getattr(torch, dtype)
+    assert bool((pipe.unet.conv_out.bias == 0.5).all()) == half
+    assert "variant" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from PIL import Image
 from scripts import ENVIRONMENT, run, run_here
 
 from gallery import grid as gallery_grid
+from gallery import start
 from gallery.options import FLUX, SDXL, parse
 from gallery.pictures import read_settings, write_png
 from parity.options import parse_compare
@@ -232,6 +233,52 @@ def test_a_script_that_is_refused_prints_one_line():
     assert result.returncode == 2 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("test_flux.py: can't write to /proc/nothing")
+
+
+@pytest.mark.parametrize(
+    "settings, policy", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "9"}, None)]
+)
+@pytest.mark.parametrize("script", ["test.py", "test_flux.py", "compare.py"])
+def test_idle_threads_sleep_beside_a_busy_process(script, settings, policy):
+    """Which is chosen before torch is imported, and never against what the user has set."""
+    code = (
+        "import os, runpy, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'torch':\n"
+        "            os.write(1, str(os.environ.get('OMP_WAIT_POLICY')).encode())\n"
+        "            os._exit(0)\n"
+        f"sys.meta_path.insert(0, Finder)\nsys.argv = ['{script}', '--model', 'demo']\n"
+        f"runpy.run_path('{script}', run_name='__main__')"
+    )
+    environment = {name: value for name, value in os.environ.items() if "OMP_" not in name} | settings
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            printed = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
+            )
+        finally:
+            busy.kill()
+    assert printed.stdout == str(policy), printed.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, running, policy",
+    [
+        ([], 3, None),  # the real model, on the GPU
+        (["--model", "some/model", "--device", "cuda"], 3, None),
+        (["--model", "demo"], 3, "passive"),
+        (["--device", "cpu"], 3, "passive"),
+        (["--model", "demo"], 1, None),  # alone on the machine, spinning is faster
+        (["--model", "demo"], 0, None),  # where the system does not say
+    ],
+)
+def test_a_gpus_model_and_a_quiet_machine_are_left_alone(monkeypatch, arguments, running, policy):
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(start.Path, "exists", lambda path: path.parent.name == "dev")  # a machine with a GPU
+    monkeypatch.setattr(start, "_running_processes", lambda: running)
+    start.set_wait_policy(parse(SDXL, arguments))
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 def test_help_needs_no_torch():
