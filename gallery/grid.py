@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from comfy_ksampler import SAMPLERS, SCHEDULERS, ksampler, levels
-from gallery.models import Refused, check_output, device_of, encode, load, reason, short_name, size_of
+from gallery.models import check_output, device_of, encode, load, reason, short_name, size_of
 from gallery.options import Family, unknown
 from gallery.parameters import write_parameters
 from gallery.pictures import read_settings, write_png
+from gallery.refused import Refused
 from gallery.sheet import Drawn, Picture, finish, said
-from gallery.start import working
+from gallery.start import raise_on_ctrl_c
 
 PLAIN = ("karras", "exponential")  # names of k-diffusion's, too: without --comfy they mean its levels
 COMFY = "since 0.7"  # the versions whose noise --comfy draws
@@ -65,7 +66,7 @@ def _run(family: Family, options: argparse.Namespace) -> int:
         print(f"No CUDA device here: drawing with the small demo model, demo/{family.name}.")
 
     pipe = load(family, module, model, device, options)
-    working()
+    raise_on_ctrl_c()
     name = short_name(family, model)
     settings = _settings(family, pipe, model, options)
     if options.comfy and not options.samplers:

@@ -34,7 +34,6 @@ class Family:
     stock: str
     hub_model: str
     dtype: str
-    size: int
     multiple: int
     steps: int
     guidance: float
@@ -55,7 +54,6 @@ SDXL = Family(
     stock="StableDiffusionXLPipeline",
     hub_model="stabilityai/stable-diffusion-xl-base-1.0",
     dtype="float16",
-    size=1024,
     multiple=8,
     steps=25,
     guidance=5.0,
@@ -71,7 +69,6 @@ FLUX = Family(
     stock="FluxPipeline",
     hub_model="black-forest-labs/FLUX.1-dev",
     dtype="bfloat16",
-    size=1024,
     multiple=16,  # two by two latents are one token
     steps=28,
     guidance=3.5,
@@ -170,10 +167,10 @@ def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool])
 
 def _of_picture(parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace) -> dict[str, Any]:
     """The settings of `--from` as defaults of the options. One line tells what is not used of them."""
-    from gallery.workflow import read_settings
+    from gallery.workflow import import_settings
 
     try:
-        read = read_settings(options.picture, family.name)
+        read = import_settings(options.picture, family.name)
     except (ValueError, OSError) as error:
         parser.error(f"argument --from: {error}")
     values, unused = dict(read.values), list(read.unused)
@@ -232,7 +229,6 @@ def _up_to(most: int, why: str) -> Callable[[str], Any]:
     return number(int, f"a whole number from 1 to {most} ({why})", range(1, most + 1).__contains__)
 
 
-positive = number(int, "a whole number, at least 1", lambda value: value >= 1)
 steps = _up_to(STEPS, "the models were trained with as many timesteps")
 side = _up_to(SIDE, "16 times the pixels that the models were trained with")
 _batch = _up_to(BATCH, "all of them are in memory at once")

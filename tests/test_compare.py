@@ -23,7 +23,7 @@ from scripts import ENVIRONMENT, command_here
 
 import flux_comfy_pipeline
 import sdxl_comfy_pipeline
-from gallery.models import Refused
+from gallery.refused import Refused
 from parity import truth
 from parity.command import run
 from parity.diagnose import compare_sides
