@@ -80,43 +80,38 @@ def contact_sheet(
     top: Sequence[str] = (),
     left: Sequence[str] = (),
 ) -> Image.Image:
-    """A labelled grid, or with `top` and `left` a table, which is at most 1,600 pixels wide up to 18 columns.
+    """A labelled grid, or with `top` and `left` a table, at most 1,600 pixels wide up to 17 columns.
 
     Args:
         title: texts above the grid, the first of them larger. A long one ends in an ellipsis.
-        entries: label, note, and the picture's file, or None for one that failed (the note says why); row by row.
-            The note has one line, above its picture. In a table it may have several, and is below.
-        cell: pixels of a picture's longer side, at most.
-        top, left: what is written above each column and before each row of a table.
+        entries: row by row: label, note, and the picture's file, or None for one that failed (the note says why). The
+            note is a line above its picture, in a table one or more below.
+        cell: pixels of a picture's longer side; in a table at most, and at most twice the picture's own.
+        top, left: labels of a table's columns and rows.
     """
     font, large = ImageFont.load_default(size=15), ImageFont.load_default(size=19)
     margin, line_height = 14, 19
     columns = len(top) or min(columns, len(entries)) or 1
     side = max((math.ceil(large.getlength(label)) + margin for label in left), default=0)
+    size = next((Image.open(path).size for *_, path in entries if path), (1, 1))
     if top:
-        cell = max(min(cell, (SHEET_WIDTH - 2 * margin - side) // columns - margin), 64)
-    pictures = [Image.open(path).convert("RGB") if path else None for _, _, path in entries]
-    size = next((picture.size for picture in pictures if picture), (1, 1))
-    scale = cell / max(size)
-    width, height = max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
-    # what is written above a picture fits into its column, a line of what failed into its row
-    labels = [large.getlength(label) for label in [*top, *(label for label, _, _ in entries)]]
-    texts = [font.getlength(line) for _, note, path in entries if path for line in note.split("\n")]
-    column = max(width, min(math.ceil(max(labels + texts)), cell if top else 10_000))
-    notes = [[part for line in note.split("\n") for part in wrapped(line, font, column, 3)] for _, note, _ in entries]
+        cell = max(min(cell, 2 * max(size), (SHEET_WIDTH - margin - side) // columns - margin), 64)
+    width, height = (max(round(pixels * cell / max(size)), 1) for pixels in size)
+    # what is written above or below a picture fits into its column, a line of what failed into its row
+    texts = [large.getlength(label) for label in [*top, *(label for label, *_ in entries)]]
+    texts += [font.getlength(line) for _, note, path in entries if path for line in note.split("\n")]
+    column = max(width, min(math.ceil(max(texts)), cell if top else SHEET_WIDTH))
+    row = height if all(path for *_, path in entries) else max(height, line_height + 16)
     heads = [wrapped(label, large, column, 3) for label in top]
-    row = height if all(pictures) else max(height, line_height + 16)
+    notes = [[part for line in note.split("\n") for part in wrapped(line, font, column, 3)] for _, note, _ in entries]
+    below = max([6 + line_height * len(note) for note, (*_, path) in zip(notes, entries) if path and top], default=0)
     above = 0 if top else 48
-    below = (
-        6 + line_height * max([len(lines) for lines, (_, _, path) in zip(notes, entries) if path] or [0]) if top else 0
-    )
     page_width = max(margin + side + columns * (column + margin), 640)
     lines = []
     for i, text in enumerate(title):
         text, its_font = readable(text, 15 if i else 19)
         lines += [(line, its_font) for line in wrapped(text, its_font, page_width - 2 * margin, TITLE_LINES)]
-    start = margin + 26 * len(lines) + 10 + 25 * max(map(len, heads), default=0)
-    pitch = above + row + below + margin
+    start, pitch = margin + 26 * len(lines) + 10 + 25 * max(map(len, heads), default=0), above + row + below + margin
     page = Image.new("RGB", (page_width, start + -(-len(entries) // columns) * pitch), "white")
     draw = ImageDraw.Draw(page)
     for i, (line, its_font) in enumerate(lines):
@@ -126,20 +121,20 @@ def contact_sheet(
             draw.text((margin + side + i * (column + margin), start - 25 * j), line, fill="black", font=large)
     for i, label in enumerate(left):
         draw.text((margin, start + i * pitch), label, fill="black", font=large)
-    for i, ((label, note, _), its_lines, picture) in enumerate(zip(entries, notes, pictures)):
+    for i, ((label, note, path), lines_of_note) in enumerate(zip(entries, notes)):
         x, y = margin + side + i % columns * (column + margin), start + i // columns * pitch
         draw.text((x, y), label, fill="black", font=large)
-        if picture is not None:
-            for j, line in enumerate(its_lines):
-                at = y + height + 4 + line_height * j if top else y + 25
+        if path:
+            for j, line in enumerate(lines_of_note):
+                at = y + (height + 4 if top else 25) + line_height * j
                 draw.text((x, at), line, fill=(90, 90, 90), font=font)
-            page.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (x, y + above))
+            picture = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
         else:
-            box = Image.new("RGB", (column, row), (245, 236, 236))
+            picture = Image.new("RGB", (column, row), (245, 236, 236))
             text, its_font = readable(note, 15)
             why = wrapped(text, its_font, column - 16, (row - 16) // line_height)
-            ImageDraw.Draw(box).multiline_text((8, 8), "\n".join(why), fill=(160, 0, 0), font=its_font)
-            page.paste(box, (x, y + above))
+            ImageDraw.Draw(picture).multiline_text((8, 8), "\n".join(why), fill=(160, 0, 0), font=its_font)
+        page.paste(picture, (x, y + above))
     return page
 
 

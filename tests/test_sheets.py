@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -9,9 +10,10 @@ from conftest import ROOT
 from PIL import Image, ImageChops, ImageStat
 from PIL.PngImagePlugin import PngInfo
 
-from gallery import pictures
+from gallery import pictures, sheet
+from gallery.grid import title_of
 from gallery.pictures import contact_sheet, read_settings, write_png
-from gallery.sheet import Drawn, Picture, title_of, write_sheet
+from gallery.sheet import Drawn, Picture, write_sheet
 from sdxl_comfy_pipeline import sampler_names
 
 
@@ -40,6 +42,7 @@ def test_contact_sheet_shows_failures_too(tmp_path):
     assert (255, 0, 0) in colours and (245, 236, 236) in colours
 
 
+PIXEL = Image.new("RGB", (1, 1))
 LONG = "a word of several that tell what failed " * 40
 
 
@@ -94,9 +97,9 @@ def test_title_names_what_the_pictures_have_in_common():
     settings = {"steps": "4", "schedule": "beta", "guidance": "3.5", "seed": "7", "prompt": "a cat", "comfy": "False"}
     settings |= {"negative_prompt": "", "true_cfg": "1.0"}
     plain = "flux-demo: 2 samplers of k-diffusion, 4 steps, beta noise levels, guidance 3.5, seed 7"
-    assert title_of("flux-demo", 2, settings) == [plain, "a cat"]
+    assert title_of(2, None, "flux-demo", settings) == [plain, "a cat"]
     settings |= {"negative_prompt": "snow", "true_cfg": "2.0", "comfy": "True"}
-    assert title_of("flux-demo", 2, settings) == [
+    assert title_of(2, None, "flux-demo", settings) == [
         plain.replace("k-diffusion", "k-diffusion as in ComfyUI").replace("3.5", "3.5, true CFG 2.0"),
         "a cat   (not: snow)",
     ]
@@ -109,14 +112,77 @@ def test_the_committed_sheets_are_laid_out_as_they_were(tmp_path, family):
     drawn = []
     for sampler in sampler_names():
         path = ROOT / "output" / f"{family}-demo-sample_{sampler}.png"
-        said = read_settings(path)
-        picture = Picture(f"{family}-demo", said["prompt"], int(said["seed"]), sampler, path)
-        drawn.append(Drawn(picture, path, float(said["seconds"]), int(said["evaluations"])))
+        found = read_settings(path)
+        picture = Picture(f"{family}-demo", found["prompt"], int(found["seed"]), sampler, "", path)
+        drawn.append(Drawn(picture, path, float(found["seconds"]), int(found["evaluations"])))
     settings = {"comfy": "False", **read_settings(sheet)}
-    write_sheet(tmp_path / "sheet.png", f"{family}-demo", settings, drawn)
+    title = title_of(len(drawn), None, f"{family}-demo", settings)
+    write_sheet(tmp_path / "sheet.png", title, settings, drawn, distances=False, html=False)
     again, there = Image.open(tmp_path / "sheet.png"), Image.open(sheet)
     assert again.size == there.size
     assert max(ImageStat.Stat(ImageChops.difference(again, there)).mean) < 0.5
+
+
+# --- tables ---
+
+
+def table(folder, rows, columns, failed=(), **options):
+    """A sheet of plain pictures, all of the same size, each of another colour; the names of its rows and columns."""
+    drawn = []
+    for i, (row, column) in enumerate(itertools.product(rows, columns)):
+        path = None if (row, column) in failed else folder / f"{row}-{column}.png"
+        if path:
+            write_png(Image.new("RGB", (64, 48), (20 * i, 0, 0)), path, {"sampler": row, "prompt": "<b>$cat"})
+        picture = Picture("place", "a cat", 2, row, column, path)
+        drawn.append(Drawn(picture, path, 1.0, 4, error="" if path else "out of memory <b>"))
+    settings = {"schedule": "karras", "prompt": "a cat", "seed": "2"}
+    write_sheet(
+        folder / "sheet.png", ["title", "a cat"], settings, drawn, **{"distances": True, "html": True, **options}
+    )
+    return Image.open(folder / "sheet.png")
+
+
+@pytest.mark.parametrize("rows, columns, down", [(2, 2, "rows"), (3, 2, "rows"), (2, 3, "columns"), (1, 4, "columns")])
+def test_the_longer_side_of_a_table_goes_down(tmp_path, monkeypatch, rows, columns, down):
+    """And the last picture of a sampler's row is the one that its distances are from, whichever way the table lies."""
+    seen = {}
+    monkeypatch.setattr(
+        sheet, "contact_sheet", lambda title, cells, **labels: seen.update(cells=cells, **labels) or PIXEL
+    )
+    names = {"rows": ["euler", "heun", "lms"][:rows], "columns": [f"steps {i}" for i in range(columns)]}
+    table(tmp_path, **names)
+    across = "rows" if down == "columns" else "columns"
+    assert (seen["left"], seen["top"]) == (names[down], names[across])
+    for (label, note, path), (left, top) in zip(
+        seen["cells"], itertools.product(seen["left"], seen["top"]), strict=True
+    ):
+        row, column = (top, left) if down == "columns" else (left, top)
+        assert label == "" and path.name == f"{row}-{column}.png"
+        apart = 20 * (columns - 1 - names["columns"].index(column)) / 3**0.5  # one of three channels differs
+        assert note == f"4 evaluations, 1.0 s\n{apart:.1f} levels from the last"
+
+
+@pytest.mark.parametrize("columns", [2, 5, 18])
+def test_a_table_is_at_most_1600_pixels_wide(tmp_path, columns):
+    """The type has 15 pixels whatever the number of columns, and no text reaches into the next column."""
+    path = tmp_path / "a.png"
+    write_png(Image.new("RGB", (64, 64), "red"), path)
+    cells, left = (
+        [("", "17 evaluations, 1234.5 s\n12.3 levels from the last", path)] * 3 * columns,
+        ["linear_quadratic"] * 3,
+    )
+    top = ["dpmpp_2s_ancestral"] * columns
+    drawn = contact_sheet(["title"], cells, top=top, left=left)
+    assert drawn.width <= 1600
+
+    def box(i=None, j=None):
+        changed = [("", "", path) if k == i else one for k, one in enumerate(cells)]
+        heads = ["" if k == j else one for k, one in enumerate(top)]
+        return ImageChops.difference(drawn, contact_sheet(["title"], changed, top=heads, left=left)).getbbox()
+
+    for boxes in ([box(i=0), box(i=1)], [box(j=0), box(j=1)]):
+        assert 0 < boxes[0][0] and boxes[0][2] < boxes[1][0]
+    assert box(j=0)[3] <= 14 + 26 + 10 + 25 * 5 and box(i=columns)[1] > box(i=0)[3] + 20
 
 
 # --- what other tools find in a picture ---
