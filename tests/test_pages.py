@@ -19,7 +19,7 @@ def page(browser, tmp_path):
 
 
 def shown(page):
-    return page.find_element("id", "name").text
+    return page.find_element("id", "caption").text.splitlines()[0]
 
 
 def test_arrow_keys_and_hovering_put_another_picture_in_the_same_place(page, tmp_path):
@@ -29,7 +29,7 @@ def test_arrow_keys_and_hovering_put_another_picture_in_the_same_place(page, tmp
     def picture():
         return page.find_element("id", "stage").get_attribute("src")
 
-    assert shown(page) == "euler, steps 4" and "4 evaluations, 1.0 s" in page.find_element("id", "note").text
+    assert shown(page) == "euler, steps 4" and "4 evaluations, 1.0 s" in page.find_element("id", "caption").text
     seen, place = [picture()], page.find_element("id", "stage").rect
     assert (place["width"], place["height"]) == (64, 48)  # the picture's own size
     for key, name in (
