@@ -65,7 +65,6 @@ def test_a_click_opens_the_settings_to_copy(page):
         page.find_element("id", "copy").click()
         assert page.find_element("id", "copy").text == "Copied"
         ActionChains(page).send_keys(Keys.ESCAPE).perform()
-        assert not settings.is_displayed()
     ActionChains(page).send_keys(Keys.ARROW_UP, Keys.ENTER).perform()  # by keys alone
     assert settings.get_attribute("value").startswith("sampler: heun")
 

@@ -33,34 +33,36 @@ def test_png_is_written_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_contact_sheet_shows_failures_too(tmp_path):
-    write_png(Image.new("RGB", (64, 32), "red"), tmp_path / "a.png")
-    sheet = contact_sheet(
-        ["title"], [("a", "4 evaluations", tmp_path / "a.png"), ("b", "out of memory", None)], cell=200
-    )
-    colours = {colour for _, colour in sheet.getcolors(100_000)}
-    assert (255, 0, 0) in colours and (245, 236, 236) in colours
-
-
 PIXEL = Image.new("RGB", (1, 1))
 LONG = "a word of several that tell what failed " * 40
 
 
-def ink(entries, changed):
+def ink(entries, changed, labels=None, changed_labels=None):
     """The box around what is drawn for one text: where the sheet differs with `changed` in place of `entries`."""
-    return ImageChops.difference(contact_sheet(["title"], entries), contact_sheet(["title"], changed)).getbbox()
+    labels = labels or {}
+    one = contact_sheet(["title"], entries, **labels)
+    return ImageChops.difference(one, contact_sheet(["title"], changed, **changed_labels or labels)).getbbox()
 
 
+@pytest.mark.parametrize("columns", [0, 2, 17])  # of a table; none: a grid
 @pytest.mark.parametrize("label", ["lms", "dpmpp_2s_ancestral"])
 @pytest.mark.parametrize("size", [(16, 64), (64, 64), (64, 6)])
-def test_labels_of_a_sheet_do_not_overlap(tmp_path, size, label):
+def test_labels_of_a_sheet_do_not_overlap(tmp_path, size, label, columns):
     """Names and notes side by side, however narrow the pictures, each within its own column."""
-    write_png(Image.new("RGB", size, "red"), tmp_path / "a.png")
-    entries = [(label, "17 evaluations, 1234.5 s", tmp_path / "a.png")] * 4
-    boxes = []
-    for i in range(3):  # the fourth keeps the columns as they are
-        boxes.append(ink(entries, [*entries[:i], ("", "", entries[i][2]), *entries[i + 1 :]]))
-    assert all(a[2] < b[0] for a, b in zip(boxes, boxes[1:]))
+    path = tmp_path / "a.png"
+    write_png(Image.new("RGB", size, "red"), path)
+    if columns:
+        entries = [("", "17 evaluations, 1234.5 s\n12.3 levels from the last", path)] * 2 * columns
+        labels = {"top": [label] * columns, "left": ["linear_quadratic"] * 2}
+        others = [{**labels, "top": [*labels["top"][:i], "", *labels["top"][i + 1 :]]} for i in range(columns)]
+        heads = [ink(entries, entries, labels, other) for other in others]
+        assert contact_sheet(["title"], entries, **labels).width <= 1600
+    else:
+        entries, labels, heads = [(label, "17 evaluations, 1234.5 s", path)] * 4, {}, []
+    # in a grid the fourth keeps the columns as they are
+    notes = [ink(entries, [*entries[:i], ("", "", path), *entries[i + 1 :]], labels) for i in range(columns or 3)]
+    assert all(a[2] < b[0] for boxes in (heads, notes) for a, b in zip(boxes, boxes[1:]))
+    assert all(head[3] <= note[1] for head, note in zip(heads, notes))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 6), (320, 10)])
@@ -160,29 +162,6 @@ def test_the_longer_side_of_a_table_goes_down(tmp_path, monkeypatch, rows, colum
         assert label == "" and path.name == f"{row}-{column}.png"
         apart = 20 * (columns - 1 - names["columns"].index(column)) / 3**0.5  # one of three channels differs
         assert note == f"4 evaluations, 1.0 s\n{apart:.1f} levels from the last"
-
-
-@pytest.mark.parametrize("columns", [2, 5, 18])
-def test_a_table_is_at_most_1600_pixels_wide(tmp_path, columns):
-    """The type has 15 pixels whatever the number of columns, and no text reaches into the next column."""
-    path = tmp_path / "a.png"
-    write_png(Image.new("RGB", (64, 64), "red"), path)
-    cells, left = (
-        [("", "17 evaluations, 1234.5 s\n12.3 levels from the last", path)] * 3 * columns,
-        ["linear_quadratic"] * 3,
-    )
-    top = ["dpmpp_2s_ancestral"] * columns
-    drawn = contact_sheet(["title"], cells, top=top, left=left)
-    assert drawn.width <= 1600
-
-    def box(i=None, j=None):
-        changed = [("", "", path) if k == i else one for k, one in enumerate(cells)]
-        heads = ["" if k == j else one for k, one in enumerate(top)]
-        return ImageChops.difference(drawn, contact_sheet(["title"], changed, top=heads, left=left)).getbbox()
-
-    for boxes in ([box(i=0), box(i=1)], [box(j=0), box(j=1)]):
-        assert 0 < boxes[0][0] and boxes[0][2] < boxes[1][0]
-    assert box(j=0)[3] <= 14 + 26 + 10 + 25 * 5 and box(i=columns)[1] > box(i=0)[3] + 20
 
 
 # --- what other tools find in a picture ---
