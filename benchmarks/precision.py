@@ -23,8 +23,9 @@ from unittest.mock import patch
 import torch
 from models import Bench, demo, find_sampler, sampler_names, where
 
-from gallery.options import positive
+from gallery.options import number
 
+positive = number(int, "a whole number, at least 1", lambda value: value >= 1)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

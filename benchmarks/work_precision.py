@@ -34,10 +34,10 @@ from closed_form import (  # noqa: E402
     sliced_wasserstein,
     solve_ode,
 )
+from precision import positive  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 from flux_comfy_pipeline import FluxComfyPipeline, find_sampler, sampler_names  # noqa: E402
-from gallery.options import positive  # noqa: E402
 from gallery.pictures import write_whole  # noqa: E402
 from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline  # noqa: E402
 

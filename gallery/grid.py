@@ -1,26 +1,30 @@
-"""The grid: one model, one prompt, one noise, every sampler."""
+"""The grid: one model, one prompt, the same noise, every sampler, with one or more values of an option."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
+import gc
 import importlib
+import inspect
+import itertools
 import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from datetime import timedelta
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from comfy_ksampler import SAMPLERS, SCHEDULERS, ksampler, levels
-from gallery.models import Refused, check_output, device_of, encode, load, reason, short_name, size_of
+from gallery.models import check_output, device_of, encode, load, reason, short_name, size_of
 from gallery.options import Family, unknown
 from gallery.parameters import write_parameters
 from gallery.pictures import read_settings, write_png
-from gallery.sheet import Drawn, Picture, finish, said
-from gallery.start import working
+from gallery.refused import Refused
+from gallery.sheet import Drawn, Picture, finish, outcome
+from gallery.start import raise_on_ctrl_c
 
 PLAIN = ("karras", "exponential")  # names of k-diffusion's, too: without --comfy they mean its levels
 COMFY = "since 0.7"  # the versions whose noise --comfy draws
@@ -45,7 +49,8 @@ def _run(family: Family, options: argparse.Namespace) -> int:
         module = importlib.import_module(family.module)
     except ImportError as error:
         raise Refused(str(error)) from error
-    samplers = _check_names(module, options)
+    columns = [argparse.Namespace(**{**vars(options), **values}) for values in options.columns]
+    samplers = _check_names(module, options, columns)
 
     import torch
     from accelerate import PartialState
@@ -63,48 +68,66 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     if options.model is None and model == "demo" and state.is_main_process:
         print(f"No CUDA device here: drawing with the small demo model, demo/{family.name}.")
 
-    pipe = load(family, module, model, device, options)
-    working()
+    pipe, dtype = load(family, module, model, device, columns[0]), columns[0].dtype
+    raise_on_ctrl_c()
     name = short_name(family, model)
-    settings = _settings(family, pipe, model, options)
-    if options.comfy and not options.samplers:
-        samplers = _that_run(pipe, samplers, settings)
-    units = list(units_of(name, module, samplers, options))
-    mine = [unit for turn, unit in units if turn % state.num_processes == state.process_index]
+    try:
+        settings = [
+            {one: _settings(family, pipe, module, model, column, one) for one in samplers} for column in columns
+        ]
+        if options.comfy and not options.samplers:
+            samplers = _runnable(pipe, samplers, settings)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    units = units_of(name, module, samplers, options)
+    own = [(column, unit) for share, column, unit in units if share % state.num_processes == state.process_index]
 
     drawn: list[Any] = []
     encoded: dict[Any, dict[str, Any]] = {}
+    why = ""  # the network is not there in the dtype of this column
     interactive = sys.stderr.isatty()
     silent = not (interactive and state.is_main_process)
-    with tqdm(total=sum(map(len, mine)), desc=f"{name} grid", position=0, disable=silent) as bar:
-        for unit in mine:
-            sampler = unit[0].sampler
-            bar.set_postfix_str(sampler)
-            shared = {**settings, "sampler": sampler, "sampler_options": _sampler_options(module, sampler)}
-            if options.comfy:
-                shared["sigmas"] = _levels_of(pipe, settings, sampler)
-            wanted = [{**shared, "prompt": one.prompt, "seed": str(one.seed)} for one in unit]
-            kept = [_kept(one, settings) if options.resume else None for one, settings in zip(unit, wanted)]
+    with tqdm(total=sum(len(unit) for _, unit in own), desc=f"{name} grid", position=0, disable=silent) as bar:
+        for number, unit in own:
+            column = columns[number]
+            bar.set_postfix_str(unit[0].name)
+            wanted = [{**settings[number][one.row], "prompt": one.prompt, "seed": str(one.seed)} for one in unit]
+            kept = [_kept(*one) if options.resume else None for one in zip(unit, wanted)]
             drawn += filter(None, kept)
-            if not all(kept):
-                prompts = _encode_all(family, pipe, unit, encoded, options)
-                drawn += _draw(family, pipe, unit, kept, prompts, wanted, device, options)
+            if column.dtype != dtype and not all(kept):
+                dtype, pipe, why = column.dtype, None, ""
+                gc.collect()  # so that the weights of one dtype alone are in memory
+                torch.cuda.empty_cache()
+                try:
+                    pipe = load(family, module, model, device, column)
+                except Refused as refused:
+                    why = str(refused)
+            if why:
+                drawn += [Drawn(one, None, error=why) for one, there in zip(unit, kept) if there is None]
+            elif not all(kept):
+                prompts = _encode_all(family, pipe, unit, encoded, column)
+                drawn += _draw(pipe, unit, kept, wanted, prompts)
             bar.update(len(unit))
             for one in () if interactive else drawn[-len(unit) :]:
-                print(f"{one.picture.path.name}: {said(one)}", file=sys.stderr, flush=True)
+                print(f"{one.picture.path.name}: {outcome(one)}", file=sys.stderr, flush=True)
 
-    order = {one: i for i, one in enumerate(one for _, unit in units for one in unit)}
+    order = {one: i for i, one in enumerate(one for _, _, unit in units for one in unit)}
     drawn = sorted(gather_object(drawn), key=lambda one: order[one.picture])
     if state.is_main_process:
         by = f" by {state.num_processes} processes" if state.num_processes > 1 else ""
-        return finish(name, model + by, settings, drawn, options)
+        every = [column[sampler] for column in settings for sampler in samplers]
+        common = {key: value for key, value in every[0].items() if all(one[key] == value for one in every)}
+        if options.axis:
+            common[options.axis] = ", ".join(dict.fromkeys(one[options.axis] for one in every))
+        title = functools.partial(title_of, len(samplers), options.axis)
+        return finish(drawn, model + by, common, title, options, distances=options.axis == "steps")
     return int(any(one.error for one in drawn))
 
 
 def units_of(
     name: str, module: Any, samplers: list[str], options: argparse.Namespace
-) -> Iterator[tuple[int, list[Picture]]]:
-    """What is drawn in one batch, in the order of drawing, and whose turn it is.
+) -> list[tuple[int, int, list[Picture]]]:
+    """In the order of drawing: the share, modulo their number that of a process; the column; what is one batch.
 
     Always the same batches, whatever is there already and however many processes share them: a picture depends on its
     batch by the rounding. A sampler that chooses its steps by their error would choose them for all of a batch;
@@ -117,70 +140,95 @@ def units_of(
         for seed in seeds:
             tags = [f"{number:03}"] * (options.prompts is not None) + [f"seed{seed}"] * (len(seeds) > 1)
             places.append(("-".join([name, *tags]), prompt, seed))
-    for block, first in enumerate(range(0, len(places), options.batch)):
-        for number, sampler in enumerate(samplers):
-            pictures = [
-                Picture(place, prompt, seed, sampler, options.output / f"{place}-sample_{sampler}.png")
-                for place, prompt, seed in places[first : first + options.batch]
-            ]
-            alone = options.comfy or "rtol" in module.find_sampler(sampler).arguments
-            for unit in [[one] for one in pictures] if alone else [pictures]:
-                yield number + block, unit  # plus block: a slow sampler is not always the same process's
+    units = []
+    blocks = [places[first : first + options.batch] for first in range(0, len(places), options.batch)]
+    labels = [f"{options.axis} {_shown(one[options.axis])}" if one else "" for one in options.columns]
+    for (block, its_places), (column, label), (number, sampler) in itertools.product(
+        enumerate(blocks), enumerate(labels), enumerate(samplers)
+    ):
+        file = f"sample_{sampler}{'-' * bool(label)}{label.replace(' ', '')}.png"
+        pictures = [
+            Picture(place, prompt, seed, sampler, label, options.output / f"{place}-{file}")
+            for place, prompt, seed in its_places
+        ]
+        alone = options.comfy or "rtol" in module.find_sampler(sampler).arguments
+        share = number + block + column  # a slow sampler is not always the same process's
+        units += [(share, column, unit) for unit in ([[one] for one in pictures] if alone else [pictures])]
+    # each dtype's network is loaded once
+    return sorted(units, key=lambda unit: unit[1]) if options.axis == "dtype" else units
+
+
+def _shown(value: Any) -> str:
+    """A value of an option as it is written on the command line."""
+    return "scheduler" if value is None else str(value).removesuffix(".0")
+
+
+def title_of(count: int, axis: str | None, place: str, settings: dict[str, str]) -> list[str]:
+    """What all pictures of a sheet, of `count` samplers, have in common."""
+    negative, comfy = settings["negative_prompt"], settings["comfy"] != "False"
+    parts = {"steps": f"{settings['steps']} steps", "schedule": f"{settings['schedule']} noise levels"}
+    parts |= {"guidance": f"guidance {settings['guidance']}"}
+    true_cfg = [f"true CFG {settings['true_cfg']}"] if negative and "true_cfg" in settings else []
+    shared = [text for name, text in parts.items() if name != axis] + true_cfg + [f"seed {settings['seed']}"]
+    return [
+        f"{place}: {count} samplers of k-diffusion{' as in ComfyUI' * comfy}, {', '.join(shared)}",
+        settings["prompt"] + (f"   (not: {negative})" if negative else ""),
+    ] + ["levels of 255: root mean square over pixels, from the last picture of the same sampler"] * (axis == "steps")
 
 
 # --- before anything runs --------------------------------------------------------------------------------------------
 
 
-def _check_names(module: Any, options: argparse.Namespace) -> list[str]:
+def _check_names(module: Any, options: argparse.Namespace, columns: list[argparse.Namespace]) -> list[str]:
     """The samplers to draw, without `sample_`, each once; with --comfy all of ComfyUI's by default."""
     schedules = [*SCHEDULERS] if options.comfy else [*module.SCHEDULES, *SCHEDULERS, "scheduler"]
     known = list(SAMPLERS) if options.comfy else module.sampler_names()
     samplers = [name.removeprefix("sample_") for name in options.samplers or known]
-    for flag, names, of in (("samplers", samplers, known), ("schedule", [options.schedule or "scheduler"], schedules)):
+    wanted = [column.schedule or "scheduler" for column in columns]
+    for flag, names, of in (("samplers", samplers, known), ("schedule", wanted, schedules)):
         for name in names:
             if name not in of:
                 raise Refused(f"--{flag}: {unknown(name, dict.fromkeys(of))}")
     return list(dict.fromkeys(samplers))
 
 
-def _that_run(pipe: Any, samplers: list[str], settings: dict[str, str]) -> list[str]:
-    """Those of ComfyUI's samplers that this machine has and that these settings allow. One line tells of the others."""
-    guided = float(settings.get("true_cfg", settings["guidance"])) > 1
+def _runnable(pipe: Any, samplers: list[str], settings: list[dict[str, dict[str, str]]]) -> list[str]:
+    """The ones of ComfyUI's samplers that run here with the settings of each column. Prints which were left out."""
     runs, why = [], set[str]()
     for name in samplers:
         try:
-            if not guided and "_cfg_pp" in name:
-                raise ImportError("those with cfg_pp need guidance above 1")
-            _of_comfy(pipe, {**settings, "sampler": name})
+            for column in settings:
+                if float(column[name].get("true_cfg", column[name]["guidance"])) <= 1 and "_cfg_pp" in name:
+                    raise ImportError("those with cfg_pp need guidance above 1")
+                _comfy_arguments(pipe, column[name])
             runs.append(name)
         except ImportError as error:
             why.add(str(error).split(", and ", 1)[-1])
-        except ValueError as error:
-            raise Refused(str(error)) from None
     if why:
         print(f"{len(samplers) - len(runs)} of ComfyUI's samplers are left out: {'; '.join(sorted(why))}.")
     return runs
 
 
-def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace) -> dict[str, str]:
-    """What a picture depends on beside its sampler, as text for the PNG. `sigmas` are t on FLUX."""
-    import diffusers
-    import torch
-
+def _settings(
+    family: Family, pipe: Any, module: Any, model: str, options: argparse.Namespace, sampler: str
+) -> dict[str, str]:
+    """What a picture depends on, as text for the PNG. `sigmas` are t on FLUX. Raises ValueError for what can't be."""
     flux = family.name == "flux"
     distilled = flux and not pipe.transformer.config.guidance_embeds
     steps = options.steps or (4 if distilled else family.steps)
     width, height = size_of(family, pipe, options)
-    try:
-        if options.schedule in SCHEDULERS and (options.comfy or options.schedule not in PLAIN):
-            sigmas = levels(pipe, options.schedule, steps, width=width, height=height)
-        elif flux:
-            tokens = (height // (2 * pipe.vae_scale_factor)) * (width // (2 * pipe.vae_scale_factor))
-            sigmas = pipe.noise_levels(tokens, steps, schedule=options.schedule)
-        else:
-            sigmas = pipe.noise_levels(steps, schedule=options.schedule)
-    except ValueError as error:
-        raise Refused(str(error)) from None
+    if options.schedule in SCHEDULERS and (options.comfy or options.schedule not in PLAIN):
+        name = sampler if options.comfy else ""  # some of ComfyUI's take another number of levels
+        sigmas = levels(pipe, options.schedule, steps, width=width, height=height, sampler_name=name)
+    elif flux:
+        tokens = (height // (2 * pipe.vae_scale_factor)) * (width // (2 * pipe.vae_scale_factor))
+        sigmas = pipe.noise_levels(tokens, steps, schedule=options.schedule)
+    else:
+        sigmas = pipe.noise_levels(steps, schedule=options.schedule)
+    sampler_options = {}
+    if sampler in module.sampler_names():  # not ComfyUI's own
+        parameters = inspect.signature(module.find_sampler(sampler)).parameters.values()
+        sampler_options = {p.name: p.default for p in parameters if p.name not in module.GIVEN | {"noise_sampler"}}
     return {
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt or "",
@@ -193,74 +241,51 @@ def _settings(family: Family, pipe: Any, model: str, options: argparse.Namespace
         "seed": str(options.seed),
         "comfy": COMFY if options.comfy else "False",
         "size": f"{width}x{height}",
-        "dtype": str((pipe.transformer if flux else pipe.unet).dtype).removeprefix("torch."),
-        "versions": json.dumps(
-            {"diffusers": diffusers.__version__, "torch": torch.__version__, **_k_diffusion_version()}
-        ),
+        "dtype": options.dtype or str((pipe.transformer if flux else pipe.unet).dtype).removeprefix("torch."),
+        "versions": _versions(),
+        "sampler": sampler,
+        "sampler_options": json.dumps(sampler_options),  # its defaults
     }
 
 
-def _levels_of(pipe: Any, settings: dict[str, str], sampler: str) -> str:
-    """ComfyUI's levels for a sampler: some take another number of them."""
-    width, height = map(int, settings["size"].split("x"))
-    of_node = levels(
-        pipe, settings["schedule"], int(settings["steps"]), width=width, height=height, sampler_name=sampler
-    )
-    return json.dumps([round(sigma, 6) for sigma in of_node.tolist()])
+@functools.cache
+def _versions() -> str:
+    import diffusers
+    import torch
 
-
-def _sampler_options(module: Any, sampler: str) -> str:
-    """The options that the sampler runs with, its defaults, as JSON."""
-    if sampler not in module.sampler_names():  # ComfyUI's own
-        return "{}"
-    arguments = module.find_sampler(sampler).arguments
-    return json.dumps({name: arguments[name] for name in arguments if name not in module.GIVEN | {"noise_sampler"}})
-
-
-def _k_diffusion_version() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    with contextlib.suppress(PackageNotFoundError):
-        return {"k-diffusion": version("k-diffusion")}
-    return {}
+    found = {one.name: one.version for one in distributions(name="k-diffusion")}
+    return json.dumps({"diffusers": diffusers.__version__, "torch": torch.__version__, **found})
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
 def _encode_all(
-    family: Family, pipe: Any, unit: list[Picture], encoded: dict[str, dict[str, Any]], options: argparse.Namespace
+    family: Family, pipe: Any, unit: list[Picture], encoded: dict[Any, dict[str, Any]], options: argparse.Namespace
 ) -> dict[str, Any]:
     """The arguments that carry the unit's prompts. The last few stay in `encoded`, since all samplers draw them."""
     import torch
 
-    for prompt in dict.fromkeys(one.prompt for one in unit):
-        if prompt not in encoded:
+    keys = [(one.prompt, options.guidance, options.dtype) for one in unit]
+    for key in keys:
+        if key not in encoded:
             try:
-                encoded[prompt] = encode(family, pipe, prompt, options)
+                encoded[key] = encode(family, pipe, key[0], options)
             except Exception as error:
                 raise Refused(reason(error)) from error
-    each = [encoded[one.prompt] for one in unit]
-    for prompt in list(encoded)[: -options.batch]:
-        del encoded[prompt]
+    each = [encoded[key] for key in keys]
+    for key in list(encoded)[: -options.batch]:
+        del encoded[key]
     tensors = {name for name, value in each[0].items() if isinstance(value, torch.Tensor)}
     return {name: torch.cat([one[name] for one in each]) if name in tensors else each[0][name] for name in each[0]}
 
 
 def _draw(
-    family: Family,
-    pipe: Any,
-    unit: list[Picture],
-    kept: list[Drawn | None],
-    prompts: dict[str, Any],
-    settings: list[dict[str, str]],
-    device: str,
-    options: argparse.Namespace,
+    pipe: Any, unit: list[Picture], kept: list[Drawn | None], settings: list[dict[str, str]], prompts: dict[str, Any]
 ) -> list[Drawn]:
-    """Draws a unit in one batch and writes what is not kept. What fails is told, not raised: the others go on."""
+    """Draws a unit in one batch and writes what is not kept. A failure is noted, not raised: the others go on."""
     import torch
 
-    network = pipe.unet if family.name == "sdxl" else pipe.transformer
     drawn = [Drawn(one, None) for one in unit]
     calls = 0
 
@@ -268,17 +293,18 @@ def _draw(
         nonlocal calls
         calls += 1
 
-    hook = network.register_forward_pre_hook(count)
+    hook = (getattr(pipe, "unet", None) or pipe.transformer).register_forward_pre_hook(count)
     start = time.perf_counter()
     try:
-        arguments = (_of_comfy if options.comfy else _plain)(pipe, settings[0])
-        if not options.comfy:  # the same noise for every sampler
+        comfy = settings[0]["comfy"] != "False"
+        arguments = (_comfy_arguments if comfy else _plain_arguments)(pipe, settings[0])
+        if not comfy:  # the same noise for every sampler
             arguments["generator"] = [torch.Generator("cpu").manual_seed(one.seed) for one in unit]
-        images = pipe(**{"guidance_scale": options.guidance, **prompts, **arguments}, output_type="pt").images
+        images = pipe(
+            **{"guidance_scale": float(settings[0]["guidance"]), **prompts, **arguments}, output_type="pt"
+        ).images
         seconds = (time.perf_counter() - start) / len(unit)
-        evaluations = calls // (
-            2 if float(settings[0].get("true_cfg", 1)) > 1 else 1
-        )  # FLUX calls it once for each prompt
+        evaluations = calls // (1 + (float(settings[0].get("true_cfg", 1)) > 1))  # FLUX: a call for each prompt
         pictures = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(images.nan_to_num()))
         for one, image, values, wanted, there in zip(drawn, pictures, images, settings, kept):
             if not values.isfinite().all():
@@ -291,14 +317,13 @@ def _draw(
     except Exception as error:
         for one in drawn:
             one.error = one.error or ("" if one.path else reason(error))
-        if torch.device(device).type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     finally:
         hook.remove()
     return [one for one, there in zip(drawn, kept) if there is None]
 
 
-def _plain(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
+def _plain_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
     """The arguments of a call, but for the prompts and the generators."""
     width, height = map(int, settings["size"].split("x"))
     steps, schedule = int(settings["steps"]), settings["schedule"]
@@ -308,10 +333,10 @@ def _plain(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
     return arguments | {"schedule": None if schedule == "scheduler" else schedule}
 
 
-def _of_comfy(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
+def _comfy_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
     """The arguments of a call that draws what ComfyUI's KSampler draws, but for the prompts."""
     width, height = map(int, settings["size"].split("x"))
-    with warnings.catch_warnings(record=True) as told:  # of how far a stand-in is from ComfyUI's own
+    with warnings.catch_warnings(record=True) as caught:  # of how far a stand-in is from ComfyUI's own
         warnings.simplefilter("always")
         arguments = ksampler(
             pipe,
@@ -323,7 +348,7 @@ def _of_comfy(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
             width=width,
             height=height,
         )
-    for warning in told:
+    for warning in caught:
         print(warning.message, file=sys.stderr)
     return arguments
 

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gallery.options import FLUX, SDXL, Family
-
-
-class Refused(Exception):
-    """Something that the user can mend. Its message is the one line to show."""
+from gallery.refused import Refused
 
 
 def check_output(folder: Path) -> None:

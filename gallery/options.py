@@ -19,6 +19,7 @@ TRUE_CFG = 2.0
 OFFLOAD_HELP = "keep the model in main memory, for small GPUs; auto does where the free memory is too small"
 COMFY_SCHEDULES = "ComfyUI's simple, normal, sgm_uniform, ddim_uniform, beta, linear_quadratic and kl_optimal"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+AXES = ("steps", "schedule", "guidance", "dtype")  # one of them may have several values, the columns of a sheet
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator.manual_seed takes
 STEPS, SIDE, BATCH, PICTURES = 1000, 4096, 256, 100_000  # at most
 
@@ -34,7 +35,6 @@ class Family:
     stock: str
     hub_model: str
     dtype: str
-    size: int
     multiple: int
     steps: int
     guidance: float
@@ -55,7 +55,6 @@ SDXL = Family(
     stock="StableDiffusionXLPipeline",
     hub_model="stabilityai/stable-diffusion-xl-base-1.0",
     dtype="float16",
-    size=1024,
     multiple=8,
     steps=25,
     guidance=5.0,
@@ -71,7 +70,6 @@ FLUX = Family(
     stock="FluxPipeline",
     hub_model="black-forest-labs/FLUX.1-dev",
     dtype="bfloat16",
-    size=1024,
     multiple=16,  # two by two latents are one token
     steps=28,
     guidance=3.5,
@@ -85,19 +83,26 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     """The options of a grid. Raises SystemExit(2) with one line for values that can't be right."""
     parser = Parser(
         description=f"Draws every sampler of k-diffusion with {family.name.upper()}, from the same noise, into a grid.",
-        epilog="Without --model: the real model on a machine with CUDA, the demo model of this folder on any other.",
+        epilog="Without --model: the real model on a machine with CUDA, the demo model of this folder on any other."
+        " --steps, --schedule, --guidance or --dtype may have several values, which are the columns of a sheet.",
     )
     add = parser.add_argument
     model = f"hub id, folder, .safetensors file, or 'demo' (default: {family.hub_model}, or demo)"
     add("--model", type=text, help=model)
     add("--samplers", nargs="+", metavar="NAME", help="these only (default: all), with or without 'sample_'")
-    add("--steps", type=steps, help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})")
-    add("--schedule", type=text, help=f"noise levels: {family.schedule_help}")
+    add(
+        "--steps",
+        type=steps,
+        nargs="+",
+        metavar="N",
+        help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})",
+    )
+    add("--schedule", type=text, nargs="+", metavar="NAME", help=f"noise levels: {family.schedule_help}")
     add("--width", type=side, help="pixels (default: the model's)")
     add("--height", type=side, help="pixels (default: the model's)")
     add("--prompt", help=f"(default: {PROMPT})")
     add("--negative-prompt", help="what not to draw")
-    add("--guidance", type=finite, default=family.guidance, help="guidance scale (default: %(default)s)")
+    add("--guidance", type=finite, nargs="+", metavar="X", default=family.guidance, help="scale (default: %(default)s)")
     if family is FLUX:
         add("--true-cfg", type=finite, help=f"scale of the negative prompt (default: {TRUE_CFG})")
     add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead of --prompt")
@@ -107,10 +112,11 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--batch", type=_batch, default=1, metavar="N", help=batch)
     comfy = f"draw what ComfyUI's KSampler draws, with all of its samplers that run (levels: {family.comfy_schedule})"
     add("--comfy", action="store_true", help=comfy)
-    add("--dtype", choices=DTYPES, help=f"of the network (default: {family.dtype}, on a CPU float32)")
+    add("--dtype", choices=DTYPES, nargs="+", help=f"of the network (default: {family.dtype}, on a CPU float32)")
     add("--device", type=text, help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
     add("--offload", choices=OFFLOAD, default="auto", help=f"{OFFLOAD_HELP} (default: auto)")
     add("--output", type=Path, default=Path("output"), help="folder (default: %(default)s)")
+    add("--html", action="store_true", help="write each sheet as a page too, to compare its pictures in place")
     add("--resume", action="store_true", help="keep the pictures that are there already with the same settings")
     picture = "draw the settings in a PNG of ComfyUI's or the web UI's; options beside it go before them"
     add("--from", dest="picture", type=Path, metavar="PICTURE", help=picture)
@@ -130,8 +136,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
             parser.error("argument --true-cfg: needs --negative-prompt, whose scale it is")
         options.true_cfg = TRUE_CFG if options.true_cfg is None else options.true_cfg
     options.schedule = options.schedule or (family.comfy_schedule if options.comfy else family.schedule)
-    if options.schedule == "scheduler":
-        options.schedule = None
+    _split_columns(parser, options)
     if options.prompts is not None:
         try:
             lines = options.prompts.read_text(encoding="utf-8-sig").splitlines()
@@ -140,7 +145,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
         if not (found := [line.strip() for line in lines if line.strip()]):
             parser.error(f"argument --prompts: {options.prompts} has no line with a prompt")
         options.prompts = found
-    pictures = len(options.prompts or [options.prompt]) * options.seeds
+    pictures = len(options.prompts or [options.prompt]) * options.seeds * len(options.columns)
     if pictures > PICTURES:
         parser.error(f"argument --seeds: {pictures} pictures of each sampler; one folder takes at most {PICTURES}")
     last = options.seed + options.seeds - 1
@@ -154,6 +159,20 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
         if not options.samplers:
             parser.error("argument --samplers: names none; leave it out to draw all of them")
     return options
+
+
+def _split_columns(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Finds `axis`, the option with several values or None, and `columns`, what each column of the sheet sets."""
+    options.axis, options.columns = None, [{}]
+    for name in AXES:
+        given = getattr(options, name)
+        values = [None if value == "scheduler" else value for value in (given if isinstance(given, list) else [given])]
+        values = list(dict.fromkeys(values))
+        setattr(options, name, values[0])
+        if len(values) > 1 and options.axis:
+            parser.error(f"argument --{name}: has several values, and so has --{options.axis}; only one option may")
+        if len(values) > 1:
+            options.axis, options.columns = name, [{name: value} for value in values]
 
 
 def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -170,10 +189,10 @@ def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool])
 
 def _of_picture(parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace) -> dict[str, Any]:
     """The settings of `--from` as defaults of the options. One line tells what is not used of them."""
-    from gallery.workflow import read_settings
+    from gallery.workflow import import_settings
 
     try:
-        read = read_settings(options.picture, family.name)
+        read = import_settings(options.picture, family.name)
     except (ValueError, OSError) as error:
         parser.error(f"argument --from: {error}")
     values, unused = dict(read.values), list(read.unused)
@@ -232,7 +251,6 @@ def _up_to(most: int, why: str) -> Callable[[str], Any]:
     return number(int, f"a whole number from 1 to {most} ({why})", range(1, most + 1).__contains__)
 
 
-positive = number(int, "a whole number, at least 1", lambda value: value >= 1)
 steps = _up_to(STEPS, "the models were trained with as many timesteps")
 side = _up_to(SIDE, "16 times the pixels that the models were trained with")
 _batch = _up_to(BATCH, "all of them are in memory at once")

@@ -10,14 +10,15 @@ import os
 import re
 import secrets
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat, PngImagePlugin
 
 CHUNK = "k-diffusing"  # no other tool's: ComfyUI takes a chunk `prompt` for its JSON
 TITLE_LINES = 6  # of one text above a sheet
+SHEET_WIDTH = 1600  # pixels, where the type of a table can be read
 FONTS = ("PingFang.ttc", "AppleGothic.ttf", "msyh.ttc", "malgun.ttf", "NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
 Font = Any  # ImageFont.FreeTypeFont, or ImageFont.ImageFont where Pillow has no FreeType
 
@@ -65,50 +66,75 @@ def read_settings(path: Path) -> dict[str, str] | None:
         return chunks
 
 
+def difference(one: Path, other: Path) -> float:
+    """The root mean square over pixels and channels of the difference of two pictures, in levels of 255."""
+    gap = ImageChops.difference(Image.open(one).convert("RGB"), Image.open(other).convert("RGB"))
+    return math.sqrt(sum(band**2 for band in ImageStat.Stat(gap).rms) / 3)
+
+
 def contact_sheet(
-    title: list[str], entries: list[tuple[str, str, Path | None]], columns: int = 5, cell: int = 320
+    title: list[str],
+    entries: list[tuple[str, str, Path | None]],
+    columns: int = 5,
+    cell: int = 320,
+    top: Sequence[str] = (),
+    left: Sequence[str] = (),
 ) -> Image.Image:
-    """A labelled grid.
+    """A labelled grid, or with `top` and `left` a table, at most 1,600 pixels wide up to 17 columns.
 
     Args:
         title: texts above the grid, the first of them larger. A long one ends in an ellipsis.
-        entries: label, second line, and the picture's file, or None for one that failed (the second line says why).
-        cell: pixels of a picture's longer side.
+        entries: row by row: label, note, and the picture's file, or None for one that failed (the note says why). The
+            note is a line above its picture, in a table one or more below.
+        cell: pixels of a picture's longer side; in a table at most, and at most twice the picture's own.
+        top, left: labels of a table's columns and rows.
     """
     font, large = ImageFont.load_default(size=15), ImageFont.load_default(size=19)
-    margin, text_height, line_height = 14, 48, 19
-    columns = min(columns, len(entries)) or 1
-    pictures = [Image.open(path).convert("RGB") if path else None for _, _, path in entries]
-    size = next((picture.size for picture in pictures if picture), (1, 1))
-    scale = cell / max(size)
-    width, height = max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
-    # what is written above a picture fits into its column, a line of what failed into its row
-    labels = [large.getlength(label) for label, _, _ in entries]
-    notes = [font.getlength(note) for _, note, path in entries if path]
-    column = max([width, *map(math.ceil, labels + notes)])
-    row = height if all(pictures) else max(height, line_height + 16)
-    page_width = max(margin + columns * (column + margin), 640)
+    margin, line_height = 14, 19
+    columns = len(top) or min(columns, len(entries)) or 1
+    side = max((math.ceil(large.getlength(label)) + margin for label in left), default=0)
+    size = next((Image.open(path).size for *_, path in entries if path), (1, 1))
+    if top:
+        cell = max(min(cell, 2 * max(size), (SHEET_WIDTH - margin - side) // columns - margin), 64)
+    width, height = (max(round(pixels * cell / max(size)), 1) for pixels in size)
+    # what is written above or below a picture fits into its column, a line of what failed into its row
+    texts = [large.getlength(label) for label in [*top, *(label for label, *_ in entries)]]
+    texts += [font.getlength(line) for _, note, path in entries if path for line in note.split("\n")]
+    column = max(width, min(math.ceil(max(texts)), cell if top else SHEET_WIDTH))
+    row = height if all(path for *_, path in entries) else max(height, line_height + 16)
+    heads = [wrapped(label, large, column, 3) for label in top]
+    notes = [[part for line in note.split("\n") for part in wrapped(line, font, column, 3)] for _, note, _ in entries]
+    below = max([6 + line_height * len(note) for note, (*_, path) in zip(notes, entries) if path and top], default=0)
+    above = 0 if top else 48
+    page_width = max(margin + side + columns * (column + margin), 640)
     lines = []
     for i, text in enumerate(title):
         text, its_font = readable(text, 15 if i else 19)
         lines += [(line, its_font) for line in wrapped(text, its_font, page_width - 2 * margin, TITLE_LINES)]
-    top = margin + 26 * len(lines) + 10
-    page = Image.new("RGB", (page_width, top + -(-len(entries) // columns) * (row + text_height + margin)), "white")
+    start, pitch = margin + 26 * len(lines) + 10 + 25 * max(map(len, heads), default=0), above + row + below + margin
+    page = Image.new("RGB", (page_width, start + -(-len(entries) // columns) * pitch), "white")
     draw = ImageDraw.Draw(page)
     for i, (line, its_font) in enumerate(lines):
         draw.text((margin, margin + 26 * i), line, fill="black", font=its_font)
-    for i, ((label, note, _), picture) in enumerate(zip(entries, pictures)):
-        x, y = margin + i % columns * (column + margin), top + i // columns * (row + text_height + margin)
+    for i, head in enumerate(heads):
+        for j, line in enumerate(reversed(head), 1):
+            draw.text((margin + side + i * (column + margin), start - 25 * j), line, fill="black", font=large)
+    for i, label in enumerate(left):
+        draw.text((margin, start + i * pitch), label, fill="black", font=large)
+    for i, ((label, note, path), lines_of_note) in enumerate(zip(entries, notes)):
+        x, y = margin + side + i % columns * (column + margin), start + i // columns * pitch
         draw.text((x, y), label, fill="black", font=large)
-        if picture is not None:
-            draw.text((x, y + 25), note, fill=(90, 90, 90), font=font)
-            page.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (x, y + text_height))
+        if path:
+            for j, line in enumerate(lines_of_note):
+                at = y + (height + 4 if top else 25) + line_height * j
+                draw.text((x, at), line, fill=(90, 90, 90), font=font)
+            picture = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
         else:
-            box = Image.new("RGB", (column, row), (245, 236, 236))
+            picture = Image.new("RGB", (column, row), (245, 236, 236))
             text, its_font = readable(note, 15)
             why = wrapped(text, its_font, column - 16, (row - 16) // line_height)
-            ImageDraw.Draw(box).multiline_text((8, 8), "\n".join(why), fill=(160, 0, 0), font=its_font)
-            page.paste(box, (x, y + text_height))
+            ImageDraw.Draw(picture).multiline_text((8, 8), "\n".join(why), fill=(160, 0, 0), font=its_font)
+        page.paste(picture, (x, y + above))
     return page
 
 

@@ -1,25 +1,35 @@
-"""What became of a grid: the table, and a contact sheet for each prompt and seed."""
+"""What became of the pictures: a table of numbers, and for each prompt and seed a sheet, as a PNG and as a page."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gallery.models import reason
+from gallery.page import write_page
 from gallery.parameters import write_parameters
-from gallery.pictures import contact_sheet, write_png
+from gallery.pictures import contact_sheet, difference, write_png
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw. All those of one `place` show one prompt and begin with one noise."""
+    """One picture to draw. All pictures of a `place` show the same prompt and begin with the same noise.
+
+    They are one sheet, in whose `row` and `column` the picture is. A sheet of one column has no name for it.
+    """
 
     place: str
     prompt: str
     seed: int
-    sampler: str
+    row: str
+    column: str
     path: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}, {self.column}" if self.column else self.row
 
 
 @dataclass
@@ -34,38 +44,49 @@ class Drawn:
     error: str = ""
 
 
-def said(one: Drawn) -> str:
+def outcome(one: Drawn) -> str:
     """What became of a picture, in a few words."""
     return one.error and f"FAILED: {one.error}" or one.note or f"{one.evaluations} evaluations, {one.seconds:.1f} s"
 
 
-def finish(name: str, model: str, settings: dict[str, str], drawn: list[Drawn], options: argparse.Namespace) -> int:
+def finish(
+    drawn: list[Drawn],
+    model: str,
+    settings: dict[str, str],
+    title_of: Callable[[str, dict[str, str]], list[str]],
+    options: argparse.Namespace,
+    distances: bool,
+) -> int:
     """A contact sheet for each prompt and seed, and the table. The exit status: 1 if anything failed."""
     places: dict[str, list[Drawn]] = {}
     for one in drawn:
         places.setdefault(one.picture.place, []).append(one)
     sheets, lost = [], []
-    for place, those in places.items():
-        path = options.output / f"{place}-grid.png"
+    for place, its_pictures in places.items():
+        path = options.output / f"{place}-{options.axis + '-' if options.axis else ''}grid.png"
+        first = its_pictures[0].picture
+        its_settings = {**settings, "prompt": first.prompt, "seed": str(first.seed)}
+        title = title_of(place, its_settings)
         try:
-            write_sheet(path, place, settings, those)
+            write_sheet(path, title, its_settings, its_pictures, distances, options.html)
             sheets.append(path)
         except OSError as error:
             lost.append(f"FAILED: {path}: {reason(error)}")
     failed = sum(bool(one.error) for one in drawn)
     summary = f"{len(drawn) - failed} of {len(drawn)} drawn with {model}"
+    wide = max([20, *(len(one.picture.name) + 2 for one in drawn)])
     if len(places) == 1:
-        print(f"\n{'sampler':20}{'evaluations':>12}{'seconds':>10}  picture")
+        print(f"\n{'':{wide}}{'evaluations':>12}{'seconds':>10}  picture")
         for one in drawn:
             note, result = f" ({one.note})" if one.note else "", one.path or "FAILED: " + one.error
-            print(f"{one.picture.sampler:20}{one.evaluations:12}{one.seconds:10.1f}  {result}{note}")
+            print(f"{one.picture.name:{wide}}{one.evaluations:12}{one.seconds:10.1f}  {result}{note}")
         summary += "".join(f", side by side in {path}" for path in sheets)
     else:
-        print(f"\n{'sampler':20}{'pictures':>10}{'kept':>6}{'evaluations':>12}{'seconds':>10}")
-        for sampler in dict.fromkeys(one.picture.sampler for one in drawn):
-            those = [one for one in drawn if one.picture.sampler == sampler and one.path]
-            kept, evaluations = sum(bool(one.note) for one in those), sum(one.evaluations for one in those)
-            print(f"{sampler:20}{len(those):10}{kept:6}{evaluations:12}{sum(one.seconds for one in those):10.1f}")
+        print(f"\n{'':{wide}}{'pictures':>10}{'kept':>6}{'evaluations':>12}{'seconds':>10}")
+        for name in dict.fromkeys(one.picture.name for one in drawn):
+            there = [one for one in drawn if one.picture.name == name and one.path]
+            kept, evaluations = sum(bool(one.note) for one in there), sum(one.evaluations for one in there)
+            print(f"{name:{wide}}{len(there):10}{kept:6}{evaluations:12}{sum(one.seconds for one in there):10.1f}")
         for one in drawn:
             if one.error:
                 print(f"FAILED: {one.picture.path}: {one.error}")
@@ -74,24 +95,30 @@ def finish(name: str, model: str, settings: dict[str, str], drawn: list[Drawn], 
     return int(bool(failed or lost))
 
 
-def write_sheet(path: Path, place: str, settings: dict[str, str], drawn: list[Drawn]) -> None:
-    """All samplers of one prompt and seed side by side, in a file."""
-    first = drawn[0].picture
-    settings = {**settings, "prompt": first.prompt, "seed": str(first.seed)}
-    entries = [
-        (one.picture.sampler, one.error or f"{one.evaluations} evaluations, {one.seconds:.1f} s", one.path)
-        for one in drawn
-    ]
-    sheet = contact_sheet(title_of(place, len(drawn), settings), entries)
-    write_png(sheet, path, settings, write_parameters(settings))
+def write_sheet(
+    path: Path, title: list[str], settings: dict[str, str], drawn: list[Drawn], distances: bool, html: bool
+) -> None:
+    """The pictures of one prompt and seed side by side, and as a page. The longer side of a table goes down.
 
+    `distances`: under each picture of a table stands how far it is from the last one of its row.
+    """
+    at = {(one.picture.row, one.picture.column): one for one in drawn}
+    rows, columns = ([*dict.fromkeys(names)] for names in zip(*at))
 
-def title_of(place: str, count: int, settings: dict[str, str]) -> list[str]:
-    """What all pictures of a sheet have in common."""
-    negative, comfy = settings["negative_prompt"], settings["comfy"] != "False"
-    true_cfg = f", true CFG {settings['true_cfg']}" if negative and "true_cfg" in settings else ""
-    return [
-        f"{place}: {count} samplers of k-diffusion{' as in ComfyUI' * comfy}, {settings['steps']} steps,"
-        f" {settings['schedule']} noise levels, guidance {settings['guidance']}{true_cfg}, seed {settings['seed']}",
-        settings["prompt"] + (f"   (not: {negative})" if negative else ""),
-    ]
+    def cell(one: Drawn) -> tuple[str, str, Path | None]:
+        note = one.error or f"{one.evaluations} evaluations, {one.seconds:.1f} s"
+        last = at[one.picture.row, columns[-1]].path
+        if distances and one.path and last:
+            note += f"\n{difference(one.path, last):.1f} levels from the last"
+        return "" if one.picture.column else one.picture.row, note, one.path
+
+    turned = len(columns) > len(rows)
+    top, left = (rows, columns) if turned else (columns, rows)
+    cells = [cell(at[(across, down) if turned else (down, across)]) for down in left for across in top]
+    if len(columns) == 1:
+        top, left = [], []
+    write_png(
+        contact_sheet(title, cells, top=top, left=left), path, settings, "" if top else write_parameters(settings)
+    )
+    if html:
+        write_page(path.with_suffix(".html"), title, cells, top, left)

@@ -16,12 +16,12 @@ from typing import Any
 def command(run: Callable[[], int]) -> int:
     """Runs a script and returns its exit status: that of `run`, 2 if refused, 130 after Ctrl-C, 141 if nobody reads on.
 
-    `run` imports what it needs. Until it calls `working`, Ctrl-C ends the process at once: an interrupted import ends
-    in any kind of traceback, and there is nothing yet to put in order.
+    `run` imports what it needs. Until it calls `raise_on_ctrl_c`, Ctrl-C ends the process at once: an import that is
+    interrupted ends in any kind of traceback, and there is nothing yet to put in order.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the shell ignores the signal
         signal.signal(signal.SIGINT, _leave)
-    from gallery.models import Refused
+    from gallery.refused import Refused
 
     try:
         try:
@@ -42,7 +42,7 @@ def command(run: Callable[[], int]) -> int:
         return 141
 
 
-def working() -> None:
+def raise_on_ctrl_c() -> None:
     """From here on, Ctrl-C raises KeyboardInterrupt, so that no file is left half written."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gallery.parameters import NAMES, read_parameters
-from gallery.pictures import read_settings as read_texts
+from gallery.pictures import read_settings
 
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
 OUTPUTS = ("SaveImage", "PreviewImage", "SaveImageWebsocket")
@@ -59,14 +59,14 @@ class Settings:
     comfy: bool = False
 
 
-def read_settings(path: Path, family: str | None = None) -> Settings:
+def import_settings(path: Path, family: str | None = None) -> Settings:
     """The settings in a PNG of ComfyUI's or the web UI's.
 
     Raises:
         ValueError: in one line: no PNG, no settings in it, or a picture of another family than this one.
     """
     try:
-        texts = read_texts(Path(path))
+        texts = read_settings(Path(path))
     except ValueError as error:  # Pillow's, of more text than it reads
         raise ValueError(f"{path}: {error}") from error
     if texts is None:

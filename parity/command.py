@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from comfy_ksampler import SCHEDULERS
-from gallery.models import Refused
 from gallery.options import Family, unknown
-from gallery.start import working
+from gallery.refused import Refused
+from gallery.start import raise_on_ctrl_c
 from parity.diagnose import compare_sides
 from parity.follow import Session
 from parity.report import report
@@ -22,7 +22,7 @@ from parity.table import write_table, write_text
 
 def run(options: argparse.Namespace, family: Family) -> int:
     """Exit status: 0 within the tolerance, 1 past it. Raises Refused for what the user can mend."""
-    working()
+    raise_on_ctrl_c()
     return write_table(options) if options.all else _compare(options, family)
 
 

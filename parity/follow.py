@@ -21,8 +21,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from comfy_ksampler import comfy_sampler, levels
-from gallery.models import Refused, device_of, encode, load, reason, size_of
+from gallery.models import device_of, encode, load, reason, size_of
 from gallery.options import FLUX, Family
+from gallery.refused import Refused
 from parity.result import Evaluation, Ours, Record, Trajectory
 from parity.schedulers import levels_of, prepared
 from parity.sides import Side

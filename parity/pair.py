@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gallery.models import Refused
+from gallery.refused import Refused
 from parity.causes import Causes
 from parity.follow import Session
 from parity.result import Cause, Ours, Result, Row, Trajectory, relative

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-from gallery.models import Refused, reason
+from gallery.models import reason
+from gallery.refused import Refused
 
 
 def prepared(scheduler: Any, steps: int, tokens: int | None = None) -> Any:

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gallery.models import Refused, reason
+from gallery.models import reason
 from gallery.options import FLUX, SDXL, Family, unknown
+from gallery.refused import Refused
 
 
 @dataclass(frozen=True)

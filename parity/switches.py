@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gallery.models import Refused
+from gallery.refused import Refused
 from parity.pair import Pair
 from parity.result import Cause, Switch, Trajectory, relative
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from diffusers import FlowMatchHeunDiscreteScheduler
 
-from gallery.models import Refused, check_output
+from gallery.models import check_output
 from gallery.options import FLUX, SDXL, Family
+from gallery.refused import Refused
 from parity.diagnose import compare_sides
 from parity.follow import Session
 from parity.result import Result

@@ -24,13 +24,6 @@ def test_shared_block_is_the_same(name):
     assert blocks.parts(name)[1] == blocks.expected(name)
 
 
-def test_files_import_nothing_of_this_project():
-    modules = {path.stem for path in ROOT.glob("*.py")} | {"gallery", "demo"}
-    for name in FILES.values():
-        imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / name).read_text(), re.MULTILINE))
-        assert not imported & modules, name
-
-
 ALONE = f"""
 import sys
 import torch

@@ -93,16 +93,6 @@ def test_callback_inputs(family):
         draw(pipe, name, callback_on_step_end=record, callback_on_step_end_tensor_inputs=["noise_pred"])
 
 
-def test_callback_that_empties_the_latents(family):
-    name, pipe = family
-
-    def empty(one, i, timestep, tensors):
-        last = i == one.num_timesteps - 1
-        return {"latents": torch.zeros_like(tensors["latents"])} if last else tensors
-
-    assert draw(pipe, name, callback_on_step_end=empty).abs().sum() == 0
-
-
 # --- the components --------------------------------------------------------------------------------------------------
 
 

@@ -8,8 +8,8 @@ import re
 import pytest
 from conftest import ROOT
 
-from gallery.models import Refused
 from gallery.options import FLUX, SDXL
+from gallery.refused import Refused
 from parity import table
 from parity.options import parse_compare
 from parity.table import FLUX_PAIRS, Rows, overview, write_table

@@ -73,20 +73,6 @@ def test_resume_draws_only_what_is_missing(grid, tmp_path, capsys):
     assert capsys.readouterr().out.count("(kept)") == 0
 
 
-def test_several_processes_draw_the_same_files(grid, tmp_path):
-    """By accelerate's launcher of several processes, which needs no GPU; its --cpu would start one of them."""
-    folder, _ = grid
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
-    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
-    samplers = ("euler", "dpm_2", "dpmpp_2m")
-    result = run("--samplers", *samplers, "--steps", 4, "--output", tmp_path, launcher=launcher)
-    assert result.returncode == 0, result.stderr
-    assert "3 of 3 drawn with demo by 2 processes" in result.stdout
-    for sampler in samplers:
-        one, two = (Image.open(path / f"sdxl-demo-sample_{sampler}.png") for path in (folder, tmp_path))
-        assert one.tobytes() == two.tobytes()
-
-
 def test_a_sampler_that_fails_does_not_stop_the_others(tmp_path, capsys):
     """A file in the way of one picture."""
     (tmp_path / "sdxl-demo-sample_euler.png").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -9,9 +10,10 @@ from conftest import ROOT
 from PIL import Image, ImageChops, ImageStat
 from PIL.PngImagePlugin import PngInfo
 
-from gallery import pictures
+from gallery import pictures, sheet
+from gallery.grid import title_of
 from gallery.pictures import contact_sheet, read_settings, write_png
-from gallery.sheet import Drawn, Picture, title_of, write_sheet
+from gallery.sheet import Drawn, Picture, write_sheet
 from sdxl_comfy_pipeline import sampler_names
 
 
@@ -31,33 +33,36 @@ def test_png_is_written_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_contact_sheet_shows_failures_too(tmp_path):
-    write_png(Image.new("RGB", (64, 32), "red"), tmp_path / "a.png")
-    sheet = contact_sheet(
-        ["title"], [("a", "4 evaluations", tmp_path / "a.png"), ("b", "out of memory", None)], cell=200
-    )
-    colours = {colour for _, colour in sheet.getcolors(100_000)}
-    assert (255, 0, 0) in colours and (245, 236, 236) in colours
-
-
+PIXEL = Image.new("RGB", (1, 1))
 LONG = "a word of several that tell what failed " * 40
 
 
-def ink(entries, changed):
+def ink(entries, changed, labels=None, changed_labels=None):
     """The box around what is drawn for one text: where the sheet differs with `changed` in place of `entries`."""
-    return ImageChops.difference(contact_sheet(["title"], entries), contact_sheet(["title"], changed)).getbbox()
+    labels = labels or {}
+    one = contact_sheet(["title"], entries, **labels)
+    return ImageChops.difference(one, contact_sheet(["title"], changed, **changed_labels or labels)).getbbox()
 
 
+@pytest.mark.parametrize("columns", [0, 2, 17])  # of a table; none: a grid
 @pytest.mark.parametrize("label", ["lms", "dpmpp_2s_ancestral"])
 @pytest.mark.parametrize("size", [(16, 64), (64, 64), (64, 6)])
-def test_labels_of_a_sheet_do_not_overlap(tmp_path, size, label):
+def test_labels_of_a_sheet_do_not_overlap(tmp_path, size, label, columns):
     """Names and notes side by side, however narrow the pictures, each within its own column."""
-    write_png(Image.new("RGB", size, "red"), tmp_path / "a.png")
-    entries = [(label, "17 evaluations, 1234.5 s", tmp_path / "a.png")] * 4
-    boxes = []
-    for i in range(3):  # the fourth keeps the columns as they are
-        boxes.append(ink(entries, [*entries[:i], ("", "", entries[i][2]), *entries[i + 1 :]]))
-    assert all(a[2] < b[0] for a, b in zip(boxes, boxes[1:]))
+    path = tmp_path / "a.png"
+    write_png(Image.new("RGB", size, "red"), path)
+    if columns:
+        entries = [("", "17 evaluations, 1234.5 s\n12.3 levels from the last", path)] * 2 * columns
+        labels = {"top": [label] * columns, "left": ["linear_quadratic"] * 2}
+        others = [{**labels, "top": [*labels["top"][:i], "", *labels["top"][i + 1 :]]} for i in range(columns)]
+        heads = [ink(entries, entries, labels, other) for other in others]
+        assert contact_sheet(["title"], entries, **labels).width <= 1600
+    else:
+        entries, labels, heads = [(label, "17 evaluations, 1234.5 s", path)] * 4, {}, []
+    # in a grid the fourth keeps the columns as they are
+    notes = [ink(entries, [*entries[:i], ("", "", path), *entries[i + 1 :]], labels) for i in range(columns or 3)]
+    assert all(a[2] < b[0] for boxes in (heads, notes) for a, b in zip(boxes, boxes[1:]))
+    assert all(head[3] <= note[1] for head, note in zip(heads, notes))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 6), (320, 10)])
@@ -94,9 +99,9 @@ def test_title_names_what_the_pictures_have_in_common():
     settings = {"steps": "4", "schedule": "beta", "guidance": "3.5", "seed": "7", "prompt": "a cat", "comfy": "False"}
     settings |= {"negative_prompt": "", "true_cfg": "1.0"}
     plain = "flux-demo: 2 samplers of k-diffusion, 4 steps, beta noise levels, guidance 3.5, seed 7"
-    assert title_of("flux-demo", 2, settings) == [plain, "a cat"]
+    assert title_of(2, None, "flux-demo", settings) == [plain, "a cat"]
     settings |= {"negative_prompt": "snow", "true_cfg": "2.0", "comfy": "True"}
-    assert title_of("flux-demo", 2, settings) == [
+    assert title_of(2, None, "flux-demo", settings) == [
         plain.replace("k-diffusion", "k-diffusion as in ComfyUI").replace("3.5", "3.5, true CFG 2.0"),
         "a cat   (not: snow)",
     ]
@@ -109,14 +114,54 @@ def test_the_committed_sheets_are_laid_out_as_they_were(tmp_path, family):
     drawn = []
     for sampler in sampler_names():
         path = ROOT / "output" / f"{family}-demo-sample_{sampler}.png"
-        said = read_settings(path)
-        picture = Picture(f"{family}-demo", said["prompt"], int(said["seed"]), sampler, path)
-        drawn.append(Drawn(picture, path, float(said["seconds"]), int(said["evaluations"])))
+        found = read_settings(path)
+        picture = Picture(f"{family}-demo", found["prompt"], int(found["seed"]), sampler, "", path)
+        drawn.append(Drawn(picture, path, float(found["seconds"]), int(found["evaluations"])))
     settings = {"comfy": "False", **read_settings(sheet)}
-    write_sheet(tmp_path / "sheet.png", f"{family}-demo", settings, drawn)
+    title = title_of(len(drawn), None, f"{family}-demo", settings)
+    write_sheet(tmp_path / "sheet.png", title, settings, drawn, distances=False, html=False)
     again, there = Image.open(tmp_path / "sheet.png"), Image.open(sheet)
     assert again.size == there.size
     assert max(ImageStat.Stat(ImageChops.difference(again, there)).mean) < 0.5
+
+
+# --- tables ---
+
+
+def table(folder, rows, columns, failed=(), **options):
+    """A sheet of plain pictures, all of the same size, each of another colour; the names of its rows and columns."""
+    drawn = []
+    for i, (row, column) in enumerate(itertools.product(rows, columns)):
+        path = None if (row, column) in failed else folder / f"{row}-{column}.png"
+        if path:
+            write_png(Image.new("RGB", (64, 48), (20 * i, 0, 0)), path, {"sampler": row, "prompt": "<b>$cat"})
+        picture = Picture("place", "a cat", 2, row, column, path)
+        drawn.append(Drawn(picture, path, 1.0, 4, error="" if path else "out of memory <b>"))
+    settings = {"schedule": "karras", "prompt": "a cat", "seed": "2"}
+    write_sheet(
+        folder / "sheet.png", ["title", "a cat"], settings, drawn, **{"distances": True, "html": True, **options}
+    )
+    return Image.open(folder / "sheet.png")
+
+
+@pytest.mark.parametrize("rows, columns, down", [(2, 2, "rows"), (3, 2, "rows"), (2, 3, "columns"), (1, 4, "columns")])
+def test_the_longer_side_of_a_table_goes_down(tmp_path, monkeypatch, rows, columns, down):
+    """And the last picture of a sampler's row is the one that its distances are from, whichever way the table lies."""
+    seen = {}
+    monkeypatch.setattr(
+        sheet, "contact_sheet", lambda title, cells, **labels: seen.update(cells=cells, **labels) or PIXEL
+    )
+    names = {"rows": ["euler", "heun", "lms"][:rows], "columns": [f"steps {i}" for i in range(columns)]}
+    table(tmp_path, **names)
+    across = "rows" if down == "columns" else "columns"
+    assert (seen["left"], seen["top"]) == (names[down], names[across])
+    for (label, note, path), (left, top) in zip(
+        seen["cells"], itertools.product(seen["left"], seen["top"]), strict=True
+    ):
+        row, column = (top, left) if down == "columns" else (left, top)
+        assert label == "" and path.name == f"{row}-{column}.png"
+        apart = 20 * (columns - 1 - names["columns"].index(column)) / 3**0.5  # one of three channels differs
+        assert note == f"4 evaluations, 1.0 s\n{apart:.1f} levels from the last"
 
 
 # --- what other tools find in a picture ---

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gallery.parameters import write_parameters
-from gallery.workflow import Settings, read_settings
+from gallery.workflow import Settings, import_settings
 
 
 def node(kind: str, **inputs) -> dict:
@@ -28,7 +28,7 @@ def picture(path, **texts):
 @pytest.fixture
 def read(tmp_path):
     """The settings of a graph, in a picture."""
-    return lambda graph, family=None: read_settings(picture(tmp_path / "picture.png", prompt=graph), family)
+    return lambda graph, family=None: import_settings(picture(tmp_path / "picture.png", prompt=graph), family)
 
 
 def plain_graph(**sampler) -> dict:
@@ -244,7 +244,7 @@ def test_other_families_are_refused(read):
 )
 def test_pictures_without_settings(tmp_path, texts):
     with pytest.raises(ValueError, match="picture.png: has no settings") as told:
-        read_settings(picture(tmp_path / "picture.png", **texts))
+        import_settings(picture(tmp_path / "picture.png", **texts))
     assert "\n" not in str(told.value)
 
 
@@ -252,7 +252,7 @@ def test_what_is_no_picture(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for path in (tmp_path / "text.png", tmp_path / "nothing.png"):
         with pytest.raises(ValueError, match="can't be read"):
-            read_settings(path)
+            import_settings(path)
 
 
 def test_the_web_uis_text(tmp_path):
@@ -261,7 +261,7 @@ def test_the_web_uis_text(tmp_path):
         "Steps: 30, Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale: 6.5, Seed: 4, Size: 832x1216,"
         " Model hash: 31e35c80fc, Model: sd_xl_base_1.0, Denoising strength: 0.4, Hires upscale: 2, Version: v1.10.1"
     )
-    assert read_settings(picture(tmp_path / "picture.png", parameters=text)) == Settings(
+    assert import_settings(picture(tmp_path / "picture.png", parameters=text)) == Settings(
         {
             **{"prompt": "a fox in snow,\n(sharp:1.2)", "negative_prompt": "blurry", "model": "sd_xl_base_1.0"},
             **{"sampler_name": "dpmpp_2m_sde", "scheduler": "karras", "seed": 4, "steps": 30, "cfg": 6.5},
@@ -274,10 +274,10 @@ def test_the_web_uis_text(tmp_path):
 
 def test_the_web_uis_old_names_and_flux(tmp_path):
     old = "a fox\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x512"
-    values = read_settings(picture(tmp_path / "old.png", parameters=old)).values
+    values = import_settings(picture(tmp_path / "old.png", parameters=old)).values
     assert (values["sampler_name"], values["scheduler"]) == ("dpmpp_2m", "karras")
     flux = "a fox\nSteps: 20, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Distilled CFG Scale: 3.5, Seed: 1"
-    found = read_settings(picture(tmp_path / "flux.png", parameters=flux))
+    found = import_settings(picture(tmp_path / "flux.png", parameters=flux))
     assert (found.family, found.values["cfg"], found.values["guidance"]) == ("flux", 1.0, 3.5)
 
 
@@ -287,7 +287,7 @@ def test_the_text_that_is_written_here(tmp_path):
     settings |= {"steps": "9", "guidance": "5.0", "seed": "3", "size": "64x96", "model": "demo"}
     for comfy in ("True", "False"):
         own = picture(tmp_path / "own.png", parameters=write_parameters(settings | {"comfy": comfy}))
-        assert read_settings(own).comfy == (comfy == "True")
-    values = read_settings(own).values
+        assert import_settings(own).comfy == (comfy == "True")
+    values = import_settings(own).values
     assert (values["sampler_name"], values["scheduler"], values["steps"]) == ("dpmpp_sde_gpu", "beta", 9)
     assert (values["prompt"], values["width"], values["height"]) == ("a fox, in snow", 64, 96)
