@@ -88,7 +88,7 @@ LABELS = {  # sampler and schedule as versions since 1.9 spell them, and what th
     ("Euler a", None): ("euler_ancestral", "normal"),
     ("Euler A", None): ("euler_ancestral", "normal"),
     # names that k-diffusion has not: as they stand, for the scripts to refuse
-    ("DPM++ 2M SDE Heun", "Karras"): ("DPM++ 2M SDE Heun", "karras"),
+    ("Restart", "Karras"): ("Restart", "karras"),
     ("Euler", "Align Your Steps"): ("euler", "Align Your Steps"),
 }
 PROMPTS = {  # the lines before the pairs, and the two prompts in them
