@@ -176,6 +176,14 @@ def schedule_name(label: str, sampler: str = "") -> str:
     return names.get(_form(label), label)
 
 
+def listed(schedule: str | None) -> list[float] | None:
+    """The levels that stand in place of a schedule's name: "14.6, 3, 0"."""
+    try:
+        return [float(level) for level in schedule.split(",")] if schedule and "," in schedule else None
+    except ValueError:
+        return None
+
+
 def _quoted(value: str, always: bool = False) -> str:
     return json.dumps(value, ensure_ascii=False) if always or set(value) & set(',:\n"') else value
 
