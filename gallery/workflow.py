@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gallery.parameters import ALIASES, NAMES, read_pairs, read_parameters, split_sampler
+from gallery.parameters import ALIASES, NAMES, read_pairs, read_parameters, schedule_name, split_sampler
 from gallery.pictures import read_settings
 
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
@@ -61,7 +61,18 @@ LONGEST = 100_000  # letters: a graph can join a text to itself, again and again
 KEEP_EMPTY = ("StringConcatenate", "JoinStrings", "CR Text Concatenate")
 SKIP_EMPTY = ("Text Concatenate", "JoinStringMulti", "StringFunction|pysssss")
 # Of the web UI's line, what says how the picture was computed and not what it is of.
-PARAMETERS = {*NAMES, "Denoising strength", "Model hash", "Version", "VAE", "VAE hash", "RNG", "User", "Module 1"}
+PARAMETERS = {
+    *NAMES,
+    "Denoising strength",
+    "Model hash",
+    "Version",
+    "VAE",
+    "VAE hash",
+    "RNG",
+    "User",
+    "App",
+    "Module 1",
+}
 PARAMETERS |= {"Hashes", "TI hashes", "Lora hashes", "Beta schedule", "Module 2", "Module 3"}
 
 
@@ -155,7 +166,7 @@ def _is_sampler(inputs: dict[str, Any]) -> bool:
 class _Graph:
     nodes: dict[str, tuple[str, dict[str, Any]]]
     read: set[str] = field(default_factory=set)  # the nodes that values came through
-    joined: dict[str, str] = field(default_factory=dict)  # the text of each that joins some
+    joined: dict[str, str | None] = field(default_factory=dict)  # the text of each that joins some
 
     def way(self, value: Any, kind: str, preferred: str = "") -> Iterator[str]:
         """The ids of the nodes from a link up, each once, through those that pass things of a `kind` on.
@@ -195,10 +206,9 @@ class _Graph:
                 given = self._joined(name, kind, plain)
             elif len(own) == 1 and ({*own} & {*names} or not CHANGES.search(kind)):
                 ((key, given),) = own.items()
-                if "prompt" in setting and isinstance(given, str) and not TEXT.search(key):
-                    raise _Unread(kind)  # a file's name, say
-            elif same := [key for i, key in enumerate(inputs) if key in names and i == given[1] and {*own} <= SETTINGS]:
-                given = inputs[same[0]]
+                name_of_file = "prompt" in setting and isinstance(given, str) and not TEXT.search(key)
+                if name_of_file or key in PASSED["latent"]:
+                    raise _Unread(kind)
             else:
                 raise _Unread(kind)
         self.read.update(met)
@@ -206,15 +216,21 @@ class _Graph:
 
     def _joined(self, name: str, kind: str, inputs: dict[str, Any]) -> str:
         """The texts of a node that joins them."""
-        if name in self.joined:
-            return self.joined[name]
+        if name not in self.joined:
+            self.joined[name] = None  # where it joins itself
+            self.joined[name] = self._join(kind, inputs)
+        if (text := self.joined[name]) is None:
+            raise _Unread(kind)
+        return text
+
+    def _join(self, kind: str, inputs: dict[str, Any]) -> str:
         between, parts = [key for key in inputs if BETWEEN.search(key)], [key for key in inputs if PART.fullmatch(key)]
         others = {key for key, value in inputs.items() if not _idle(value)} - {*between, *parts, *JOINED}
         if not parts or others or len(between) > 1 or not _idle(inputs.get("return_list")):
             raise _Unread(kind)
         parts.sort(key=lambda key: [(piece.isdigit(), piece.zfill(2)) for piece in re.split("([0-9]+)", key)])
         count = self.number(inputs.get("inputcount"), "inputcount", int)
-        texts = [self.value(inputs[key], "prompt") or "" for key in parts[:count]]
+        texts = ["" if inputs[key] is None else self.value(inputs[key], "prompt") for key in parts[:count]]
         tidy, delimiter = (
             not _idle(inputs.get("tidy_tags")),
             self.value(inputs[between[0]] if between else "", "prompt"),
@@ -231,7 +247,6 @@ class _Graph:
         unsure = "" in texts and delimiter and kind not in KEEP_EMPTY
         if unsure or (tidy and re.search("  | ,|,,", joined)) or len(joined) > LONGEST:
             raise _Unread(kind)
-        self.joined[name] = joined
         return joined
 
     def number(self, given: Any, setting: str, kind: type) -> Any:
@@ -297,7 +312,7 @@ def _read_graph(graph: _Graph, settings: Settings) -> None:
     for name in graph.before([first]) + used:
         kind, inputs = nodes[name]
         files = [value for key, value in inputs.items() if key.endswith("_name") and isinstance(value, str)]
-        if kind not in PLAIN and name not in known:
+        if kind not in PLAIN | {*settings.unread.values()} and name not in known:
             settings.unused.append(f"{kind} ({files[0]})" if files else kind)
         of_flux = kind in ("CLIPTextEncodeFlux", "FluxGuidance", "ModelSamplingFlux") or inputs.get("type") == "flux"
         if of_flux or kind == "CLIPTextEncodeSDXL":
@@ -398,7 +413,7 @@ def _levels(graph: _Graph, node: str, inputs: dict[str, Any]) -> str:
             raise _Unread(node)
         names = inspect.signature(function).parameters.keys() & inputs.keys()
         levels = function(min(steps, LONGEST), **{key: graph.number(inputs[key], key, float) for key in names}).tolist()
-    return ", ".join(f"{level:.7g}" for level in levels)
+    return ", ".join(f"{level:.9g}" for level in levels)
 
 
 def _read_prompt(graph: _Graph, link: Any, side: str, settings: Settings) -> str | None:
@@ -451,4 +466,5 @@ def _read_parameters(text: str, settings: Settings, ours: bool = False) -> None:
     for name in ("prompt", "negative_prompt"):
         settings.unused += [tag.strip() for tag in re.findall(network, values.get(name, ""))]
         values[name] = re.sub(network, "", values.get(name, "")).strip()
-    settings.unused += [name for name in others if name not in PARAMETERS]
+    named = [name for name, value in others.items() if schedule_name(value) == values.get("scheduler")]
+    settings.unused += [name for name in others if name not in PARAMETERS | {*named}]
