@@ -44,7 +44,7 @@ SETTINGS |= {"batch_size", "guidance", "positive", "negative", "latent_image", "
 PIPE = re.compile("pipe|tuple|context|ctx")  # inputs that carry several of these
 DRAWS = ("model", "guider", "latent_image", "latent", "samples")  # of which a sampler takes one
 # A text or a number passes a node that has one input beside these, unless the node's name says that it changes it.
-KNOB = re.compile("control_(after|before)_generate|Update inputs")
+KNOB = re.compile("control_(after|before)_generate|Update inputs|preview|decode")
 CHANGES = re.compile(
     "random|shuffl|replac|regex|split|substr|trim|strip|clean|truncat|case|format|extract|remov|pars|translat|enhanc"
     "|expan|llm|gpt|gemini|ollama|caption|interrog|descri|tagger|wildcard|length|count|math|expr|calc|round|clamp|nary",
@@ -61,19 +61,8 @@ LONGEST = 100_000  # letters: a graph can join a text to itself, again and again
 KEEP_EMPTY = ("StringConcatenate", "JoinStrings", "CR Text Concatenate")
 SKIP_EMPTY = ("Text Concatenate", "JoinStringMulti", "StringFunction|pysssss")
 # Of the web UI's line, what says how the picture was computed and not what it is of.
-PARAMETERS = {
-    *NAMES,
-    "Denoising strength",
-    "Model hash",
-    "Version",
-    "VAE",
-    "VAE hash",
-    "RNG",
-    "User",
-    "App",
-    "Module 1",
-}
-PARAMETERS |= {"Hashes", "TI hashes", "Lora hashes", "Beta schedule", "Module 2", "Module 3"}
+PARAMETERS = {*NAMES, *"Denoising strength|Model hash|Version|VAE|VAE hash|RNG|User|App|Hashes|TI hashes".split("|")}
+PARAMETERS |= {"Lora hashes", "Beta schedule", "Module 1", "Module 2", "Module 3"}
 
 
 @dataclass
@@ -121,10 +110,9 @@ def import_settings(path: Path, family: str | None = None) -> Settings:
             text.comfy |= settings.comfy
             settings = text
     if not settings.values.keys() & {"seed", "steps", "sampler_name"}:
-        if graph:
-            nodes = ", ".join(sorted({kind for kind, _ in graph.values()}))
-            raise ValueError(f"{path}: has no settings of a sampler; its nodes are {nodes[:600]}")
-        raise ValueError(f"{path}: has no settings of ComfyUI's or the web UI's")
+        nodes = ", ".join(sorted({kind for kind, _ in graph.values()}))
+        why = f"a sampler; its nodes are {nodes[:600]}" if graph else "ComfyUI's or the web UI's"
+        raise ValueError(f"{path}: has no settings of {why}")
     if family and settings.family not in (None, family):
         raise ValueError(f"{path}: was drawn with {settings.family.upper()}, which this script does not draw")
     wanted = ("prompt", "seed", "steps", "sampler_name", "scheduler", "width")
@@ -197,14 +185,13 @@ class _Graph:
             kind, inputs = self.nodes[name]
             plain = {key: value for key, value in inputs.items() if not KNOB.search(key)}
             own = {key: value for key, value in plain.items() if not _idle(value)} or dict([*plain.items()][:1])
-            names = ("seed", "noise_seed") if setting == "seed" else (setting,)
             if SHOWS.search(kind):
                 own = {key: value for key, value in inputs.items() if _linked(value)}
             if "populated_text" in inputs:
                 given = inputs["populated_text"]
             elif JOINS.search(kind) or inputs.get("action") == "append":
                 given = self._joined(name, kind, plain)
-            elif len(own) == 1 and ({*own} & {*names} or not CHANGES.search(kind)):
+            elif len(own) == 1 and ({*own} & {setting, "noise_seed"} or not CHANGES.search(kind)):
                 ((key, given),) = own.items()
                 name_of_file = "prompt" in setting and isinstance(given, str) and not TEXT.search(key)
                 if name_of_file or key in PASSED["latent"]:
@@ -231,16 +218,13 @@ class _Graph:
         parts.sort(key=lambda key: [(piece.isdigit(), piece.zfill(2)) for piece in re.split("([0-9]+)", key)])
         count = self.number(inputs.get("inputcount"), "inputcount", int)
         texts = ["" if inputs[key] is None else self.value(inputs[key], "prompt") for key in parts[:count]]
-        tidy, delimiter = (
-            not _idle(inputs.get("tidy_tags")),
-            self.value(inputs[between[0]] if between else "", "prompt"),
-        )
+        tidy = not _idle(inputs.get("tidy_tags"))
+        delimiter = ", " if tidy else self.value(inputs[between[0]], "prompt") if between else ""
         if not all(isinstance(text, str) for text in (*texts, delimiter)):
             raise _Unread(kind)
         if kind == "Text Concatenate":
             delimiter = delimiter.replace("\\n", "\n")
             texts = [text.strip() for text in texts] if not _idle(inputs.get("clean_whitespace")) else texts
-        delimiter = ", " if tidy else delimiter
         if kind in SKIP_EMPTY and (texts[0] or kind != "JoinStringMulti"):
             texts = [text for text in texts if text]
         joined = delimiter.join(texts)
@@ -308,11 +292,11 @@ def _read_graph(graph: _Graph, settings: Settings) -> None:
         first = sampler
     settings.unused += [f"another {nodes[name][0]}" for name in passes if name not in (first, *later)]
     _read_sampler(graph, first, settings)
-    known = samplers | graph.read | {*ends}
+    known, plain = samplers | graph.read | {*ends}, PLAIN | {*settings.unread.values()}
     for name in graph.before([first]) + used:
         kind, inputs = nodes[name]
         files = [value for key, value in inputs.items() if key.endswith("_name") and isinstance(value, str)]
-        if kind not in PLAIN | {*settings.unread.values()} and name not in known:
+        if kind not in plain and name not in known:
             settings.unused.append(f"{kind} ({files[0]})" if files else kind)
         of_flux = kind in ("CLIPTextEncodeFlux", "FluxGuidance", "ModelSamplingFlux") or inputs.get("type") == "flux"
         if of_flux or kind == "CLIPTextEncodeSDXL":
@@ -332,20 +316,21 @@ def _read_sampler(graph: _Graph, name: str, settings: Settings) -> None:
     for part in links.keys() & {"guider", "noise", "sampler"}:
         for node in graph.way(links[part], part):
             fields = {**graph.nodes[node][1], **fields}
-    piped = graph.before(
-        [_linked(links[key]) for key in links if PIPE.search(key) and _linked(links[key]) in graph.nodes]
-    )
+    pipes = [_linked(links[key]) for key in links if PIPE.search(key)]
+    piped = graph.before([node for node in pipes if node in graph.nodes])
     for node in piped:
         fields = {key: value for key, value in graph.nodes[node][1].items() if key in SETTINGS} | fields
+
+    def miss(setting: str, node: str) -> None:
+        settings.unused.append(f"the {setting.replace('_', ' ')} could not be read ({node})")
+        settings.unread[setting] = node
 
     def read(setting: str, value: Callable[..., Any], *given: Any) -> None:
         try:
             if (found := value(*given)) is not None:
                 values[setting] = found
         except (_Unread, RecursionError) as error:
-            node = str(error) if isinstance(error, _Unread) else kind
-            settings.unused.append(f"the {setting} could not be read ({node})")
-            settings.unread[setting] = node
+            miss(setting, str(error) if isinstance(error, _Unread) else kind)
 
     if "sigmas" in links:
         way = [graph.nodes[node] for node in graph.way(links["sigmas"], "sigmas")]
@@ -371,14 +356,19 @@ def _read_sampler(graph: _Graph, name: str, settings: Settings) -> None:
             if part == "guider" and "negative" not in inputs and not any(key.startswith("cfg") for key in inputs):
                 values["cfg"] = 1.0  # BasicGuider's
             else:
-                read(setting, _raise, source)
+                miss(setting, source)
     if str(fields.get("add_noise")).lower() in ("disable", "false"):
         settings.unused.append("add_noise: disable")
-    start, end = (_number(fields.get(f"{side}_at_step"), int) for side in ("start", "end"))
+    for setting in ("start_at_step", "end_at_step"):
+        read(setting, graph.number, fields.get(setting), setting, int)
+    start, end = values.pop("start_at_step", None), values.pop("end_at_step", None)
     if start or (end is not None and end < values.get("steps", 0)):
         settings.unused.append(f"steps {start or 0} to {end} alone")
     for setting, side in (("prompt", "positive"), ("negative_prompt", "negative")):
         read(setting, _read_prompt, graph, fields.get(side), side, settings)
+    for node in graph.way(fields.get("positive"), "conditioning", "positive"):
+        if "guidance" not in values.keys() | settings.unread.keys():  # FLUX's, on the way to the text
+            read("guidance", graph.number, graph.nodes[node][1].get("guidance"), "guidance", float)
     for node in [*graph.way(fields.get("latent_image"), "latent"), *piped]:
         inputs = graph.nodes[node][1]
         sides = next((s for s in ("", "empty_latent_") if {f"{s}width", f"{s}height"} <= inputs.keys()), None)
@@ -394,10 +384,6 @@ def _read_sampler(graph: _Graph, name: str, settings: Settings) -> None:
     for key, value in own.items():
         if not (_idle(value) or _linked(value) or value in (0, -1) or key in SETTINGS or KNOB.search(key)):
             settings.unused.append(f"{kind}'s {key} {str(value)[:40]}")
-
-
-def _raise(node: str) -> None:
-    raise _Unread(node)
 
 
 def _levels(graph: _Graph, node: str, inputs: dict[str, Any]) -> str:
@@ -417,15 +403,12 @@ def _levels(graph: _Graph, node: str, inputs: dict[str, Any]) -> str:
 
 
 def _read_prompt(graph: _Graph, link: Any, side: str, settings: Settings) -> str | None:
-    """The text of a conditioning. FLUX's guidance is on the way to it."""
+    """The text of a conditioning."""
     if isinstance(link, str):  # of a node that encodes, too
         return link
     kind = node = ""
     for node in graph.way(link, "conditioning", side):
         kind, inputs = graph.nodes[node]
-        guidance = _number(inputs.get("guidance"), float)
-        if guidance is not None and side == "positive":
-            settings.values.setdefault("guidance", guidance)
         if kind == "ConditioningZeroOut":
             return ""
         keys = [key for key in TEXTS if isinstance(inputs.get(key), str) or _linked(inputs.get(key))]

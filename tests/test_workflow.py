@@ -111,6 +111,16 @@ def test_flux_in_parts(read):
     )
 
 
+def test_links_to_flux_guidance_and_steps_are_followed(read):
+    graph = flux_graph() | {"50": node("PrimitiveFloat", value=2.5), "51": node("SimpleMath+", value="a*b", a=1, b=2)}
+    graph["26"]["inputs"]["guidance"] = ["50", 0]
+    assert read(graph).values["guidance"] == 2.5
+    graph["26"]["inputs"]["guidance"] = ["51", 0]
+    assert read(graph).unread == {"guidance": "SimpleMath+"}
+    graph = plain_graph(end_at_step=["50", 0]) | {"50": node("PrimitiveInt", value=15)}
+    assert read(graph).unused == ["steps 0 to 15 alone"]
+
+
 def test_flux_with_true_cfg(read):
     graph = flux_graph()
     graph["22"] = node("CFGGuider", model=["12", 0], positive=["26", 0], negative=["40", 0], cfg="2.5")
@@ -354,6 +364,8 @@ def test_samplers_are_found_by_their_inputs(read, sampler, others, differs):
     assert {key for key, value in expected.items() if value is None} == set(found.unread)
     if "ClownsharK" in sampler["class_type"]:  # which draws otherwise than KSampler
         assert "ClownsharKSampler_Beta's eta 0.5" in found.unused
+    if "KSampler (Efficient)" in sampler["class_type"]:
+        assert found.unused == ["another KSampler"]
     graph["3"]["class_type"] = graph["3"]["inputs"]["sampler_name"] = "Unheard"
     del graph["3"], graph["10"]
     with pytest.raises(ValueError, match="has no settings of a sampler; its nodes are .*SaveImage"):
