@@ -219,9 +219,7 @@ def _settings(
     if given := listed(options.schedule):
         steps = len(given) - 1
     width, height = size_of(family, pipe, options)
-    # some of ComfyUI's samplers take another number of levels
-    own = {"comfy": options.comfy, "sampler": sampler if options.comfy else "", "discard": options.discard}
-    sigmas = _levels(pipe, options.schedule, steps, width, height, **own)
+    sigmas = _levels(pipe, options.schedule, steps, width, height, options.discard, sampler if options.comfy else "")
     sampler_options = {}
     name, given_options = (sampler, {}) if options.comfy else _variant(sampler)
     if name in module.sampler_names():  # not ComfyUI's own
@@ -253,21 +251,16 @@ def _variant(sampler: str) -> tuple[str, dict[str, Any]]:
 
 
 def _levels(
-    pipe: Any, schedule: str | None, steps: int, width: int, height: int, comfy: bool, sampler: str, discard: bool
+    pipe: Any, named: str | None, steps: int, width: int, height: int, discard: bool, comfy_sampler: str = ""
 ) -> Any:
-    import torch
-
-    if given := listed(schedule):
-        return torch.tensor(given, dtype=torch.float64)
-    count = steps + discard
-    if schedule in SCHEDULERS and (comfy or schedule not in PLAIN):
-        sigmas = levels(pipe, schedule, count, width=width, height=height, sampler_name=sampler)
-    elif hasattr(pipe, "transformer"):
-        tokens = (height // (2 * pipe.vae_scale_factor)) * (width // (2 * pipe.vae_scale_factor))
-        sigmas = pipe.noise_levels(tokens, count, schedule=schedule)
+    """The levels by name, or those listed. Some of ComfyUI's samplers take another number of them."""
+    if named in SCHEDULERS and (comfy_sampler or named not in PLAIN):
+        sigmas = levels(pipe, named, steps + discard, width=width, height=height, sampler_name=comfy_sampler)
     else:
-        sigmas = pipe.noise_levels(count, schedule=schedule)
-    return torch.cat([sigmas[:-2], sigmas[-1:]]) if discard else sigmas
+        area = (height // (2 * pipe.vae_scale_factor)) * (width // (2 * pipe.vae_scale_factor))
+        tokens = [area] if hasattr(pipe, "transformer") else []
+        sigmas = pipe.noise_levels(*tokens, steps + discard, schedule=listed(named) or named)
+    return sigmas[[*range(len(sigmas) - 2), -1]] if discard and not listed(named) else sigmas
 
 
 @functools.cache
@@ -353,7 +346,7 @@ def _plain_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
     arguments = {"sampler": sampler, "sampler_kwargs": options, "width": width, "height": height}
     discard = "discard" in settings
     if discard or listed(schedule) or (schedule in SCHEDULERS and schedule not in PLAIN):
-        return arguments | {"schedule": _levels(pipe, schedule, steps, width, height, False, "", discard)}
+        return arguments | {"schedule": _levels(pipe, schedule, steps, width, height, discard)}
     return arguments | {"num_inference_steps": steps, "schedule": schedule}
 
 

@@ -131,6 +131,8 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
             if getattr(options, name) is None and not (name == "prompt" and options.prompts):
                 option = f"--{name.replace('_', '-')}"
                 parser.error(f"argument --from: {options.picture}: the {why}; name it with {option}")
+    if options.discard and options.comfy:
+        parser.error("argument --discard-penultimate: goes without --comfy, whose samplers drop the level themselves")
     check_size(parser, family, options)
     if options.prompt is not None and options.prompts is not None:
         parser.error("argument --prompts: goes without --prompt, its lines are the prompts")
@@ -224,11 +226,8 @@ def _of_picture(
     if "sampler_name" in values:
         defaults["samplers"] = [values["sampler_name"]]
     names |= {"sampler_name": "samplers"}
-    unread = {
-        names[name]: f"{name.replace('_', ' ')} could not be read ({node})"
-        for name, node in read.unread.items()
-        if name in names
-    }
+    unread = {names[name]: f"{name.replace('_', ' ')} could not be read ({node})"
+              for name, node in read.unread.items() if name in names}  # fmt: skip
     discard = options.discard or ("discard" in values and options.samplers is None)
     return defaults | dict.fromkeys(unread) | {"comfy": read.comfy, "discard": discard}, unread
 

@@ -195,21 +195,6 @@ def test_what_is_not_used_is_told(read):
     }
 
 
-def test_values_through_unknown_nodes(read):
-    """A seed, a text and a latent from nodes of packages that pass on what they get."""
-    graph = plain_graph(seed=["20", 0], steps="25", cfg=["21", 0])
-    graph["20"] = node("Seed (rgthree)", seed=77)
-    graph["21"] = node("Any Switch", only=["22", 0])
-    graph["22"] = node("PrimitiveFloat", value=4.5)
-    graph["6"]["inputs"]["text"] = ["23", 0]
-    graph["23"] = node("Text Style", text=["24", 0], style="none")
-    graph["24"] = node("ShowText", anything=["25", 0])
-    graph["25"] = node("String", value="a fox")
-    found = read(graph)
-    assert found.values == {**PLAIN, "seed": 77, "steps": 25, "cfg": 4.5, "prompt": "a fox"}
-    assert not found.unused
-
-
 def text_node(kind: str, **inputs) -> dict:
     """A graph whose prompt is this node's, with two texts beside it."""
     graph = plain_graph()
@@ -244,6 +229,9 @@ JOINED = [  # nodes that join texts, and what is drawn; None where that can't be
     (node("ShowText|pysssss", text=FOX, text_0="of an earlier run"), "a fox"),
     (node("PreviewAny", source=SNOW, preview_text="old"), "in snow"),
     (node("Text String", text=FOX, text_b="", text_c=""), "a fox"),
+    (node("Any Switch", only=SNOW), "in snow"),
+    (node("Text Style", text=FOX, style="none"), "a fox"),
+    (node("Text Style", text=FOX, style="anime"), None),
     (node("Concat Text", text1=FOX, text2="", separator=", "), None),
     (node("JoinStringMulti", inputcount=2, string_1=FOX, string_2=["23", 0], delimiter=" "), None),
     (node("JoinStrings", string1=FOX, string2=["20", 0], delimiter=" "), None),
