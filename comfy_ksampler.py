@@ -45,7 +45,7 @@ def ksampler(
     steps: int,
     cfg: float,
     sampler_name: str,
-    scheduler: str,
+    scheduler: Any,
     denoise: float = 1.0,
     width: int = 0,
     height: int = 0,
@@ -59,7 +59,8 @@ def ksampler(
         pipe: a StableDiffusionXLComfyPipeline or a FluxComfyPipeline.
         seed: of the whole batch, as in ComfyUI.
         cfg: SDXL's guidance and FLUX's true CFG. FLUX's distilled guidance is the call's own `guidance_scale`.
-        sampler_name, scheduler: of `SAMPLERS` and `SCHEDULERS`. The function is ComfyUI's where k-diffusion's differs.
+        sampler_name, scheduler: of `SAMPLERS` and `SCHEDULERS`, or a list of levels for the latter. The function is
+            ComfyUI's where k-diffusion's differs.
         denoise: the share of the noise levels that is run, from the lower end, over `latent_image`.
         latent_image: of shape (b, channels, height / 8, width / 8), unpacked on FLUX, in the scale that the network
             works in: the VAE's latents less its `shift_factor`, times its `scaling_factor`. By default zeros.
@@ -119,7 +120,7 @@ def ksampler(
 
 
 def levels(
-    pipe: Any, scheduler: str, steps: int, denoise: float = 1.0, width: int = 0, height: int = 0, sampler_name: str = ""
+    pipe: Any, scheduler: Any, steps: int, denoise: float = 1.0, width: int = 0, height: int = 0, sampler_name: str = ""
 ) -> torch.Tensor:
     """ComfyUI's noise levels by its nine names (`SCHEDULERS`), for `schedule=` of a call.
 
@@ -127,6 +128,8 @@ def levels(
     "ddim_uniform" may have fewer or more steps than asked for, and samplers that are `SKIPPING` lack a level. FLUX's
     shift depends on width and height (0: the pipeline's default).
     """
+    if not isinstance(scheduler, str):  # the levels themselves, as ComfyUI's nodes make them from numbers
+        return torch.tensor(scheduler, dtype=torch.float32, device="cpu")
     _check("scheduler", scheduler, tuple(SCHEDULERS))
     if steps < 1 or not 0 < denoise <= 1:
         raise ValueError(f"`steps` has to be at least 1, `denoise` above 0 and at most 1: {steps}, {denoise}")

@@ -20,7 +20,7 @@ from typing import Any
 from comfy_ksampler import SAMPLERS, SCHEDULERS, ksampler, levels
 from gallery.models import check_output, device_of, encode, load, reason, short_name, size_of
 from gallery.options import Family, unknown
-from gallery.parameters import write_parameters
+from gallery.parameters import VARIANTS, listed, write_parameters
 from gallery.pictures import read_settings, write_png
 from gallery.refused import Refused
 from gallery.sheet import Drawn, Picture, finish, outcome
@@ -151,7 +151,7 @@ def units_of(
             Picture(place, prompt, seed, sampler, label, options.output / f"{place}-{file}")
             for place, prompt, seed in its_places
         ]
-        alone = options.comfy or "rtol" in module.find_sampler(sampler).arguments
+        alone = options.comfy or "rtol" in module.find_sampler(_variant(sampler)[0]).arguments
         share = number + block + column  # a slow sampler is not always the same process's
         units += [(share, column, unit) for unit in ([[one] for one in pictures] if alone else [pictures])]
     # each dtype's network is loaded once
@@ -185,9 +185,9 @@ def _check_names(module: Any, options: argparse.Namespace, columns: list[argpars
     known = list(SAMPLERS) if options.comfy else module.sampler_names()
     samplers = [name.removeprefix("sample_") for name in options.samplers or known]
     wanted = [column.schedule or "scheduler" for column in columns]
-    for flag, names, of in (("samplers", samplers, known), ("schedule", wanted, schedules)):
+    for flag, names, of in (("samplers", samplers, [*known, *VARIANTS]), ("schedule", wanted, schedules)):
         for name in names:
-            if name not in of:
+            if name not in of and not (flag == "schedule" and listed(name)):
                 raise Refused(f"--{flag}: {unknown(name, dict.fromkeys(of))}")
     return list(dict.fromkeys(samplers))
 
@@ -216,18 +216,14 @@ def _settings(
     flux = family.name == "flux"
     distilled = flux and not pipe.transformer.config.guidance_embeds
     steps = options.steps or (4 if distilled else family.steps)
+    if given := listed(options.schedule):
+        steps = len(given) - 1
     width, height = size_of(family, pipe, options)
-    if options.schedule in SCHEDULERS and (options.comfy or options.schedule not in PLAIN):
-        name = sampler if options.comfy else ""  # some of ComfyUI's take another number of levels
-        sigmas = levels(pipe, options.schedule, steps, width=width, height=height, sampler_name=name)
-    elif flux:
-        tokens = (height // (2 * pipe.vae_scale_factor)) * (width // (2 * pipe.vae_scale_factor))
-        sigmas = pipe.noise_levels(tokens, steps, schedule=options.schedule)
-    else:
-        sigmas = pipe.noise_levels(steps, schedule=options.schedule)
+    sigmas = _levels(pipe, options.schedule, steps, width, height, options.discard, sampler if options.comfy else "")
     sampler_options = {}
-    if sampler in module.sampler_names():  # not ComfyUI's own
-        parameters = inspect.signature(module.find_sampler(sampler)).parameters.values()
+    name, given_options = (sampler, {}) if options.comfy else _variant(sampler)
+    if name in module.sampler_names():  # not ComfyUI's own
+        parameters = inspect.signature(module.find_sampler(name)).parameters.values()
         sampler_options = {p.name: p.default for p in parameters if p.name not in module.GIVEN | {"noise_sampler"}}
     return {
         "prompt": options.prompt,
@@ -244,8 +240,27 @@ def _settings(
         "dtype": options.dtype or str((pipe.transformer if flux else pipe.unet).dtype).removeprefix("torch."),
         "versions": _versions(),
         "sampler": sampler,
-        "sampler_options": json.dumps(sampler_options),  # its defaults
+        "sampler_options": json.dumps(sampler_options | given_options),
+        **({"discard": "True"} if options.discard else {}),
     }
+
+
+def _variant(sampler: str) -> tuple[str, dict[str, Any]]:
+    """k-diffusion's name of a sampler, and its options."""
+    return VARIANTS.get(sampler, (sampler, {}))
+
+
+def _levels(
+    pipe: Any, named: str | None, steps: int, width: int, height: int, discard: bool, comfy_sampler: str = ""
+) -> Any:
+    """The levels by name, or those listed. Some of ComfyUI's samplers take another number of them."""
+    if named in SCHEDULERS and (comfy_sampler or named not in PLAIN):
+        sigmas = levels(pipe, named, steps + discard, width=width, height=height, sampler_name=comfy_sampler)
+    else:
+        area = (height // (2 * pipe.vae_scale_factor)) * (width // (2 * pipe.vae_scale_factor))
+        tokens = [area] if hasattr(pipe, "transformer") else []
+        sigmas = pipe.noise_levels(*tokens, steps + discard, schedule=listed(named) or named)
+    return sigmas[[*range(len(sigmas) - 2), -1]] if discard and not listed(named) else sigmas
 
 
 @functools.cache
@@ -326,11 +341,13 @@ def _draw(
 def _plain_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
     """The arguments of a call, but for the prompts and the generators."""
     width, height = map(int, settings["size"].split("x"))
-    steps, schedule = int(settings["steps"]), settings["schedule"]
-    arguments = {"sampler": settings["sampler"], "num_inference_steps": steps, "width": width, "height": height}
-    if schedule in SCHEDULERS and schedule not in PLAIN:
-        return arguments | {"schedule": levels(pipe, schedule, steps, width=width, height=height)}
-    return arguments | {"schedule": None if schedule == "scheduler" else schedule}
+    steps, schedule = int(settings["steps"]), None if settings["schedule"] == "scheduler" else settings["schedule"]
+    sampler, options = _variant(settings["sampler"])
+    arguments = {"sampler": sampler, "sampler_kwargs": options, "width": width, "height": height}
+    discard = "discard" in settings
+    if discard or listed(schedule) or (schedule in SCHEDULERS and schedule not in PLAIN):
+        return arguments | {"schedule": _levels(pipe, schedule, steps, width, height, discard)}
+    return arguments | {"num_inference_steps": steps, "schedule": schedule}
 
 
 def _comfy_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
@@ -344,7 +361,7 @@ def _comfy_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
             steps=int(settings["steps"]),
             cfg=float(settings.get("true_cfg", settings["guidance"])),
             sampler_name=settings["sampler"],
-            scheduler=settings["schedule"],
+            scheduler=listed(settings["schedule"]) or settings["schedule"],
             width=width,
             height=height,
         )

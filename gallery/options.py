@@ -98,6 +98,8 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
         help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})",
     )
     add("--schedule", type=text, nargs="+", metavar="NAME", help=f"noise levels: {family.schedule_help}")
+    discard = "drop the last level but one, as the web UI does for DPM2, DPM2 a and DPM++ 3M SDE"
+    add("--discard-penultimate", dest="discard", action="store_true", help=discard)
     add("--width", type=side, help="pixels (default: the model's)")
     add("--height", type=side, help="pixels (default: the model's)")
     add("--prompt", help=f"(default: {PROMPT})")
@@ -118,12 +120,19 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--output", type=Path, default=Path("output"), help="folder (default: %(default)s)")
     add("--html", action="store_true", help="write each sheet as a page too, to compare its pictures in place")
     add("--resume", action="store_true", help="keep the pictures that are there already with the same settings")
-    picture = "draw the settings in a PNG of ComfyUI's or the web UI's; options beside it go before them"
+    picture = "draw the settings in a picture of ComfyUI's or the web UI's; options beside it go before them"
     add("--from", dest="picture", type=Path, metavar="PICTURE", help=picture)
     options = parser.parse_args(arguments)
     if options.picture is not None:
-        parser.set_defaults(**_of_picture(parser, family, options))
+        defaults, unread = _of_picture(parser, family, options)
+        parser.set_defaults(**defaults)
         options = parser.parse_args(arguments)
+        for name, why in unread.items():  # of the command line, or not at all
+            if getattr(options, name) is None and not (name == "prompt" and options.prompts):
+                option = f"--{name.replace('_', '-')}"
+                parser.error(f"argument --from: {options.picture}: the {why}; name it with {option}")
+    if options.discard and options.comfy:
+        parser.error("argument --discard-penultimate: goes without --comfy, whose samplers drop the level themselves")
     check_size(parser, family, options)
     if options.prompt is not None and options.prompts is not None:
         parser.error("argument --prompts: goes without --prompt, its lines are the prompts")
@@ -187,8 +196,13 @@ def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool])
     return read
 
 
-def _of_picture(parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace) -> dict[str, Any]:
-    """The settings of `--from` as defaults of the options. One line tells what is not used of them."""
+def _of_picture(
+    parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of `--from` as defaults of the options, and why some can't be known: their default is None.
+
+    One line reports what is not used of them.
+    """
     from gallery.workflow import import_settings
 
     try:
@@ -211,7 +225,11 @@ def _of_picture(parser: argparse.ArgumentParser, family: Family, options: argpar
         defaults.pop("prompt", None)
     if "sampler_name" in values:
         defaults["samplers"] = [values["sampler_name"]]
-    return defaults | {"comfy": read.comfy}
+    names |= {"sampler_name": "samplers"}
+    unread = {names[name]: f"{name.replace('_', ' ')} could not be read ({node})"
+              for name, node in read.unread.items() if name in names}  # fmt: skip
+    discard = options.discard or ("discard" in values and options.samplers is None)
+    return defaults | dict.fromkeys(unread) | {"comfy": read.comfy, "discard": discard}, unread
 
 
 class Parser(argparse.ArgumentParser):

@@ -30,6 +30,11 @@ SAMPLERS = {
     "dpmpp_3m_sde": "DPM++ 3M SDE",
 }
 ALIASES = {"ddim": "DDIM"} | {f"dpmpp_{sde}_gpu": SAMPLERS[f"dpmpp_{sde}"] for sde in ("sde", "2m_sde", "3m_sde")}
+# ComfyUI's name for a sampler of k-diffusion with an option, which has a label of its own in the web UI
+VARIANTS = {"dpmpp_2m_sde_heun": ("dpmpp_2m_sde", {"solver_type": "heun"})}
+LABELS = SAMPLERS | ALIASES | {"dpmpp_2m_sde_heun": "DPM++ 2M SDE Heun"}
+# For these the web UI makes one level more and drops the last but one. ComfyUI does the same for the first two.
+DISCARDING = ("dpm_2", "dpm_2_ancestral", "dpmpp_3m_sde")
 SCHEDULES = {
     "karras": "Karras",
     "exponential": "Exponential",
@@ -44,13 +49,14 @@ SCHEDULES = {
 # The web UI's "Automatic" is the sampler's own schedule. All other samplers have levels even in the trained timesteps,
 # which the web UI calls "Uniform" and ComfyUI "normal". So has a sampler's name without a schedule before version 1.9.
 AUTOMATIC = dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_ancestral", "dpm_2", "dpm_2_ancestral"), "karras")
-AUTOMATIC |= dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential")
+AUTOMATIC |= dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"), "exponential")
 EVEN = "normal"
 # the text's names, and those of the settings beside them in the picture
 NAMES = {
     "Steps": "steps",
     "Sampler": "sampler",
     "Schedule type": "schedule",
+    "Discard penultimate sigma": "discard",
     "CFG scale": "guidance",
     "Distilled CFG Scale": "distilled",
     "Seed": "seed",
@@ -63,18 +69,27 @@ NAMES = {
     "Exact negative prompt": "exact_negative_prompt",
 }
 _NEGATIVE = "Negative prompt:"
+# a sampler and a schedule, of which a node or an old version made one name; "rk_beta" of RES4LYF's is a sampler
+_IN_ONE = r"(.{3,}?)[ _](karras|(?:poly)?exponential|simple|normal|(?:sgm|ddim)[ _]?uniform|beta57|beta|kl[ _]optimal"
+_IN_ONE += r"|linear_quadratic|bong_tangent)"
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
 def write_parameters(settings: dict[str, str]) -> str:
-    """The text of a picture's settings. FLUX's guidance is its `Distilled CFG Scale`, and true CFG its `CFG scale`."""
+    """The text of a picture's settings. FLUX's guidance is its `Distilled CFG Scale`, and true CFG its `CFG scale`.
+
+    Where the web UI drops a level that this picture was drawn with, or the reverse, the text says so.
+    """
     values = dict(settings)
     sampler = values.get("sampler", "")
-    values["sampler"] = (SAMPLERS | ALIASES).get(sampler, sampler)
+    values["sampler"] = LABELS.get(sampler, sampler)
     if sampler in ALIASES:  # of ComfyUI's, for a sampler that has another name too
         values["alias"] = sampler
     if values.get("comfy") == "False":
         del values["comfy"]
+    discarded = values.pop("discard", "") == "True" or ("comfy" in values and sampler in DISCARDING[:2])
+    if discarded != (sampler in DISCARDING):
+        values["discard"] = str(discarded)
     values["schedule"] = SCHEDULES.get(values["schedule"], values["schedule"])
     if "true_cfg" in values:
         values["distilled"], values["guidance"] = values["guidance"], values["true_cfg"]
@@ -90,24 +105,39 @@ def write_parameters(settings: dict[str, str]) -> str:
 def read_parameters(text: str) -> dict[str, str]:
     """The settings of a text that `write_parameters` wrote, or the web UI, as far as it holds them.
 
-    A sampler or a schedule that is not known here has its name in the text.
+    A sampler or a schedule that is not known here has its name in the text. `discard` is "True" where the last level
+    but one was dropped.
     """
-    *lines, last = text.strip().split("\n")
-    found = dict(_PAIR.findall(last))
-    if len(found) < 3:  # as the web UI has it: then it is a line of the prompt
-        lines, found = [*lines, last], {}
+    lines, found = read_pairs(text)
     settings = dict(zip(("prompt", "negative_prompt"), _prompts(lines)))
     settings |= {key: _unquoted(found[name]) for name, key in NAMES.items() if name in found}
     if "exact_prompt" in settings or "exact_negative_prompt" in settings:
         settings |= {key: settings.pop(f"exact_{key}", "") for key in ("prompt", "negative_prompt")}
+    if found.get("Version", "").lower().startswith("comfy"):
+        settings.setdefault("comfy", "True")
+    for name in ("Scheduler", "Sampler sigma"):  # of nodes for ComfyUI; of SD.Next, where both may be other things
+        if schedule_name(found.get(name, "")) in (SCHEDULES if name == "Scheduler" else ("karras", "exponential")):
+            settings.setdefault("schedule", found[name])
     if "sampler" in settings:
-        settings["sampler"], schedule = _sampler(settings["sampler"])
-        settings["schedule"] = _schedule(settings.get("schedule", schedule), settings["sampler"])
+        settings["sampler"], schedule = split_sampler(settings["sampler"])
+        settings["schedule"] = schedule_name(settings.get("schedule", schedule or "Uniform"), settings["sampler"])
     if "alias" in settings:
         settings["sampler"] = settings.pop("alias")
+    there = "App" not in found and settings.get("sampler") in DISCARDING  # SD.Next's samplers are diffusers'
+    if "comfy" in settings or settings.setdefault("discard", str(there)) != "True":
+        settings.pop("discard", None)
     if "distilled" in settings:
         settings["true_cfg"], settings["guidance"] = settings.get("guidance", "1.0"), settings.pop("distilled")
     return settings
+
+
+def read_pairs(text: str) -> tuple[list[str], dict[str, str]]:
+    """The lines of the prompts, and the pairs of the line after them. Lines that follow it are of templates."""
+    lines = text.strip().split("\n")
+    for last in [i for i in reversed(range(len(lines))) if lines[i].startswith("Steps: ")] + [len(lines) - 1]:
+        if len(found := dict(_PAIR.findall(lines[last]))) >= 3:
+            return lines[:last], found
+    return lines, {}  # as the web UI has it: then the last is a line of the prompt
 
 
 def _prompts(lines: list[str]) -> tuple[str, str]:
@@ -121,20 +151,37 @@ def _prompts(lines: list[str]) -> tuple[str, str]:
     return "\n".join(texts[False]).strip(), "\n".join(texts[True]).strip()
 
 
-def _sampler(label: str) -> tuple[str, str]:
-    """A sampler by its label, and its schedule: before version 1.9 both stand in one, as in "DPM++ 2M Karras"."""
-    names = {label.lower(): name for name, label in SAMPLERS.items()} | {"ddim": "euler"}  # which it is, without eta
-    alone, _, last = label.rpartition(" ")
-    if alone.lower() in names and last.lower() in ("karras", "exponential"):
-        return names[alone.lower()], last
-    return names.get(label.lower(), label), "Uniform"
+def _form(name: str) -> str:
+    """What the ways to write a name have in common: "DPM++ 2S a", "dpmpp_2s_a" and "k_dpmpp_2s_a" are one."""
+    return re.sub(r"[\s_-]", "", name.strip().lower().removeprefix("sample_").removeprefix("k_").replace("++", "pp"))
 
 
-def _schedule(label: str, sampler: str) -> str:
+def split_sampler(label: str) -> tuple[str, str]:
+    """A sampler by its label or name, and its schedule where both stand in one: "DPM++ 2M Karras", "dpmpp_2m_karras".
+
+    An unknown sampler stays as it is. A folder before the name, as of RES4LYF's, is left out.
+    """
+    label = label.strip().rpartition("/")[2]
+    names = {_form(name): name for name in LABELS} | {_form(LABELS[name]): name for name in (*SAMPLERS, *VARIANTS)}
+    names["ddim"] = "euler"  # which it is, without eta
+    known = _form(label) not in names and re.fullmatch(_IN_ONE, label, re.IGNORECASE)
+    alone, schedule = known.groups() if known else (label, "")
+    return names.get(_form(alone), alone), schedule_name(schedule)
+
+
+def schedule_name(label: str, sampler: str = "") -> str:
     if label.lower() == "automatic":
         return AUTOMATIC.get(sampler, EVEN)
-    names = {"uniform": EVEN} | {label.lower(): name for name, label in SCHEDULES.items()}
-    return names.get(label.lower(), label)
+    names = {"uniform": EVEN} | {_form(text): name for name, text in SCHEDULES.items() for text in (name, text)}
+    return names.get(_form(label), label)
+
+
+def listed(schedule: str | None) -> list[float] | None:
+    """The levels that stand in place of a schedule's name: "14.6, 3, 0"."""
+    try:
+        return [float(level) for level in schedule.split(",")] if schedule and "," in schedule else None
+    except ValueError:
+        return None
 
 
 def _quoted(value: str, always: bool = False) -> str:

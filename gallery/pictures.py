@@ -1,4 +1,4 @@
-"""PNG files with their settings inside, written whole or not at all, and the contact sheet."""
+"""Pictures with their settings inside, written whole or not at all, and the contact sheet."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def write_png(image: Image.Image, path: Path, settings: dict[str, str] | None = 
 
 
 def read_settings(path: Path) -> dict[str, str] | None:
-    """The settings of a complete PNG and its `parameters`; None if there is none at `path`.
+    """The settings of a complete picture and its `parameters`; None if there is none at `path`.
 
-    Pictures of older versions have a chunk for each setting.
+    PNGs of older versions have a chunk for each setting. JPEG and WebP have EXIF: the web UI's text is a comment there,
+    and ComfyUI's graph, "prompt:{...}", any of its first texts.
 
     Raises:
         ValueError: more text than Pillow reads.
@@ -57,9 +58,16 @@ def read_settings(path: Path) -> dict[str, str] | None:
     try:
         with Image.open(path) as image:
             image.load()
-            chunks = dict(image.text)  # type: ignore[attr-defined]
+            chunks = dict(getattr(image, "text", {}))
+            exif = image.getexif()
+            comment = exif.get_ifd(0x8769).get(0x9286)
     except (OSError, SyntaxError, AttributeError):
         return None
+    if comment:
+        chunks.setdefault("parameters", _comment(comment))
+    for name, colon, value in (text.partition(":") for text in exif.values() if isinstance(text, str)):
+        if colon and name.lower() in ("prompt", "parameters"):
+            chunks.setdefault(name.lower(), value)
     try:
         return chunks | json.loads(chunks.pop(CHUNK, "{}"))
     except (ValueError, TypeError):  # somebody else's
@@ -70,6 +78,18 @@ def difference(one: Path, other: Path) -> float:
     """The root mean square over pixels and channels of the difference of two pictures, in levels of 255."""
     gap = ImageChops.difference(Image.open(one).convert("RGB"), Image.open(other).convert("RGB"))
     return math.sqrt(sum(band**2 for band in ImageStat.Stat(gap).rms) / 3)
+
+
+def _comment(comment: bytes | str) -> str:
+    """EXIF's UserComment, whose first eight bytes name its encoding. UTF-16's order is told by where the zeros are."""
+    if isinstance(comment, str):
+        return comment
+    code, text = comment[:8], comment[8:]
+    if code == b"UNICODE\0":
+        big = text[::2].count(0) >= text[1::2].count(0)
+        return text.decode("utf-16-be" if big else "utf-16-le", "replace").strip("\ufeff\0")
+    named = code in (b"ASCII\0\0\0", bytes(8), b"JIS\0\0\0\0\0")
+    return (text if named else comment).decode("utf-8", "replace").strip("\0")
 
 
 def contact_sheet(

@@ -88,7 +88,7 @@ LABELS = {  # sampler and schedule as versions since 1.9 spell them, and what th
     ("Euler a", None): ("euler_ancestral", "normal"),
     ("Euler A", None): ("euler_ancestral", "normal"),
     # names that k-diffusion has not: as they stand, for the scripts to refuse
-    ("DPM++ 2M SDE Heun", "Karras"): ("DPM++ 2M SDE Heun", "karras"),
+    ("Restart", "Karras"): ("Restart", "karras"),
     ("Euler", "Align Your Steps"): ("euler", "Align Your Steps"),
 }
 PROMPTS = {  # the lines before the pairs, and the two prompts in them
@@ -382,6 +382,37 @@ def test_from_refuses_in_one_line(tmp_path, capsys, family, fields, message):
     with pytest.raises(SystemExit, match="2"):
         parse(family, ["--from", str(picture)])
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "field, option",
+    [("steps", "--steps=5"), ("cfg", "--guidance=5"), ("seed", "--seed=5"), ("positive", "--prompt=a dog")],
+)
+def test_what_cannot_be_known_is_named_on_the_command_line(tmp_path, capsys, field, option):
+    """Or nothing is drawn."""
+    picture = ["--from", str(of_comfyui(tmp_path / "a.png", **{field: ["4", 0] if field == "positive" else ["7", 0]}))]
+    with pytest.raises(SystemExit, match="2"):
+        parse(SDXL, picture)
+    node = "CheckpointLoaderSimple" if field == "positive" else "CLIPTextEncode"
+    assert f"could not be read ({node}); name it with {option.partition('=')[0]}" in capsys.readouterr().err
+    parse(SDXL, [*picture, option])
+    assert f"could not be read ({node})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "sampler, drops", [("DPM2 a Karras", True), ("DPM++ 3M SDE", True), ("DPM++ 2M Karras", False)]
+)
+def test_levels_that_the_web_ui_drops(tmp_path, sampler, drops):
+    """Are dropped here, and what is drawn without says so."""
+    text = "a cat\n" + PAIRS.format(sampler=f"Sampler: {sampler}, ")
+    write_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", None, text)
+    assert parse(SDXL, ["--from", str(tmp_path / "a.png")]).discard == drops
+    assert not parse(SDXL, ["--from", str(tmp_path / "a.png"), "--samplers", "euler"]).discard
+    read = read_parameters(text)
+    assert "Discard" not in write_parameters(read)
+    read.pop("discard", None)
+    assert ("Discard penultimate sigma: False" in write_parameters(read)) == drops
+    assert "discard" not in read_parameters(write_parameters(read))
 
 
 def test_from_a_picture_of_the_web_ui(tmp_path):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import threading
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, PROMPT, ROOT, relative, seeded
 from diffusers import (
+    ControlNetModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FluxImg2ImgPipeline,
@@ -17,6 +19,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+
+from comfy_ksampler import levels
 
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 RECIPES = {
@@ -98,6 +102,88 @@ def test_other_levels(sdxl):
     # Karras et al. 2022, equation 5, with rho 5
     low, high = 0.05 ** (1 / 5), 14.6 ** (1 / 5)
     assert seen == pytest.approx([(high + i / 24 * (low - high)) ** 5 for i in range(25)], rel=1e-5)
+
+
+def only(title: str) -> str:
+    (code,) = RECIPES[title]
+    return code
+
+
+def test_align_your_steps(sdxl):
+    """With euler, what the stock scheduler draws over the same list."""
+    code = only("Levels that are a list: Align Your Steps and others").replace("levels)", "levels, **call)")
+    size = {"output_type": "latent", "width": 64, "height": 64}
+    names = {"pipe": sdxl, "call": {**size, "generator": seeded(3)}}
+    found = cook(code.replace("dpmpp_2m", "euler"), **names)
+    found["stock"].scheduler = EulerDiscreteScheduler.from_config(sdxl.scheduler.config)
+    expected = found["stock"](PROMPT, sigmas=found["levels"], generator=seeded(3), **size).images[0]
+    assert relative(found["image"], expected) < 1e-5  # float32 over ten steps
+
+
+def test_diffusers_beta_sigmas_are_other_levels(sdxl):
+    """By the number that the page says."""
+    theirs = EulerDiscreteScheduler.from_config(sdxl.scheduler.config, use_beta_sigmas=True)
+    theirs.set_timesteps(30)
+    ratio = theirs.sigmas[:-1] / levels(sdxl, "beta", 30)[:-1]
+    assert torch.maximum(ratio, 1 / ratio).max().item() == pytest.approx(3.8, abs=0.05)
+
+
+def test_a_wrapped_sampler(sdxl):
+    """The network is told 0.95 sigma where the recipe says, and the sampler is k-diffusion's."""
+    seen = []
+    hook = sdxl.unet.register_forward_pre_hook(
+        lambda _, args: seen.append(float(torch.as_tensor(args[1]).flatten()[0]))
+    )
+    call = {"num_inference_steps": 8, "generator": seeded(2), "width": 64, "height": 64}
+    code = only("A wrapped sampler: more detail")
+    try:
+        cook(code, pipe=Latents(sdxl, **call))
+    finally:
+        hook.remove()
+    sigmas = sdxl.noise_levels(8, schedule="karras")[:-1]
+    table = ((1 - sdxl.scheduler.alphas_cumprod) / sdxl.scheduler.alphas_cumprod).sqrt().log()
+    shown = torch.where((sigmas > 0.5) & (sigmas < 5), 0.95 * sigmas, sigmas).log()
+    assert seen == pytest.approx(np.interp(shown, table, np.arange(1000)), abs=0.02)  # float32's logarithms
+    plain = sdxl(PROMPT, sampler="dpmpp_2m", schedule="karras", output_type="latent", **call | {"generator": seeded(2)})
+    same = cook(code.replace("0.95", "1.0"), pipe=Latents(sdxl, **call | {"generator": seeded(2)}))["image"]
+    assert relative(same, plain.images[0]) < 1e-6
+
+
+def test_a_picture_of_each_step(sdxl):
+    """The last one is the picture itself."""
+    call = {"num_inference_steps": 3, "generator": seeded(2), "width": 64, "height": 64}
+    code = only("A picture of each step").replace("pipe(prompt,", "pipe(prompt, **call,")
+    pictures = cook(code, pipe=sdxl, call=call)["pictures"]
+    drawn = sdxl(PROMPT, **call | {"generator": seeded(2)}).images[0]
+    assert len(pictures) == 3 and np.abs(np.asarray(pictures[-1], int) - np.asarray(drawn, int)).max() <= 1  # rounding
+
+
+def test_controlnet(sdxl):
+    """With euler, what the stock scheduler draws."""
+    network = ControlNetModel.from_unet(sdxl.unet, conditioning_channels=3, load_weights_from_unet=False)
+    for block in network.controlnet_down_blocks:
+        torch.nn.init.normal_(block.weight, std=0.02, generator=seeded(7))  # else they are zeros
+    call = {"num_inference_steps": 4, "output_type": "latent", "width": 64, "height": 64}
+    names = {
+        "controlnet": network.eval(),
+        "edges": picture().resize((64, 64)),
+        "call": {**call, "generator": seeded(2)},
+    }
+    code = only("ControlNet").replace("edges,", "edges, **call,").replace("dpmpp_2m_sde", "euler")
+    found = cook(code, pipe=sdxl, **names)
+    found["control"].scheduler = EulerDiscreteScheduler.from_config(sdxl.scheduler.config)
+    stock = found["control"](
+        PROMPT, image=names["edges"], controlnet_conditioning_scale=0.5, **call, generator=seeded(2)
+    )
+    assert relative(found["image"], stock.images[0]) < 1e-5  # float32 over 4 steps
+
+
+def test_inversion(sdxl):
+    """Noise at the highest level, from which Euler's method comes back; the way up and down differ by its error."""
+    x0 = sdxl(PROMPT, output_type="latent", width=64, height=64, generator=seeded(2), num_inference_steps=8).images
+    found = cook(only("Inversion"), pipe=Latents(sdxl, width=64, height=64), x0=x0)
+    assert found["noise"].std() > 10  # of a highest level of 14.6
+    assert relative(found["again"], x0) < 0.1
 
 
 def test_a_seed_for_each_image(sdxl):

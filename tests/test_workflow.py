@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from gallery.parameters import write_parameters
+from gallery.parameters import listed, write_parameters
 from gallery.workflow import Settings, import_settings
 
 
@@ -111,6 +111,16 @@ def test_flux_in_parts(read):
     )
 
 
+def test_links_to_flux_guidance_and_steps_are_followed(read):
+    graph = flux_graph() | {"50": node("PrimitiveFloat", value=2.5), "51": node("SimpleMath+", value="a*b", a=1, b=2)}
+    graph["26"]["inputs"]["guidance"] = ["50", 0]
+    assert read(graph).values["guidance"] == 2.5
+    graph["26"]["inputs"]["guidance"] = ["51", 0]
+    assert read(graph).unread == {"guidance": "SimpleMath+"}
+    graph = plain_graph(end_at_step=["50", 0]) | {"50": node("PrimitiveInt", value=15)}
+    assert read(graph).unused == ["steps 0 to 15 alone"]
+
+
 def test_flux_with_true_cfg(read):
     graph = flux_graph()
     graph["22"] = node("CFGGuider", model=["12", 0], positive=["26", 0], negative=["40", 0], cfg="2.5")
@@ -185,19 +195,169 @@ def test_what_is_not_used_is_told(read):
     }
 
 
-def test_values_through_unknown_nodes(read):
-    """A seed, a text and a latent from nodes of packages that pass on what they get."""
-    graph = plain_graph(seed=["20", 0], steps="25", cfg=["21", 0])
-    graph["20"] = node("Seed (rgthree)", seed=77)
-    graph["21"] = node("Any Switch", only=["22", 0])
-    graph["22"] = node("PrimitiveFloat", value=4.5)
-    graph["6"]["inputs"]["text"] = ["23", 0]
-    graph["23"] = node("Text Style", text=["24", 0], style="none")
-    graph["24"] = node("ShowText", anything=["25", 0])
-    graph["25"] = node("String", value="a fox")
+def text_node(kind: str, **inputs) -> dict:
+    """A graph whose prompt is this node's, with two texts beside it."""
+    graph = plain_graph()
+    graph["6"]["inputs"]["text"] = ["20", 0]
+    fox, snow = node("String Literal", string="a fox"), node("CR Prompt Text", prompt="in snow")
+    return graph | {"20": node(kind, **inputs), "21": fox, "22": snow}
+
+
+FOX, SNOW = ["21", 0], ["22", 0]
+JOINED = [  # nodes that join texts, and what is drawn; None where that can't be known
+    (
+        node("JoinStringMulti", inputcount=2, string_1=FOX, string_2=SNOW, delimiter=", ", return_list=False),
+        "a fox, in snow",
+    ),
+    (node("JoinStringMulti", inputcount=2, string_1=FOX, string_2=SNOW, string_3="x", delimiter=""), "a foxin snow"),
+    (node("JoinStrings", string1=FOX, string2="", delimiter="-"), "a fox-"),
+    (node("StringConcatenate", string_a=FOX, string_b=SNOW, delimiter=" "), "a fox in snow"),
+    (node("StringConcatenate", string_b=SNOW, string_a="none", delimiter=""), "nonein snow"),
+    (
+        node("Text Concatenate", delimiter="\\n", clean_whitespace="true", text_a=" x ", text_b="", text_c=FOX),
+        "x\na fox",
+    ),
+    (node("CR Text Concatenate", separator=" / ", text1=FOX, text2=SNOW), "a fox / in snow"),
+    (
+        node("StringFunction|pysssss", action="append", tidy_tags="yes", text_a=FOX, text_b="", text_c=SNOW),
+        "a fox, in snow",
+    ),
+    (
+        node("ImpactWildcardProcessor", wildcard_text="a {fox|cat}", populated_text="a cat", mode="populate", seed=1),
+        "a cat",
+    ),
+    (node("ShowText|pysssss", text=FOX, text_0="of an earlier run"), "a fox"),
+    (node("PreviewAny", source=SNOW, preview_text="old"), "in snow"),
+    (node("Text String", text=FOX, text_b="", text_c=""), "a fox"),
+    (node("Any Switch", only=SNOW), "in snow"),
+    (node("Text Style", text=FOX, style="none"), "a fox"),
+    (node("Text Style", text=FOX, style="anime"), None),
+    (node("Concat Text", text1=FOX, text2="", separator=", "), None),
+    (node("JoinStringMulti", inputcount=2, string_1=FOX, string_2=["23", 0], delimiter=" "), None),
+    (node("JoinStrings", string1=FOX, string2=["20", 0], delimiter=" "), None),
+    (node("Text Concatenate", text_a=FOX, text_b=SNOW, mode="reverse", delimiter=" "), None),
+    (node("StringFunction|pysssss", action="replace", tidy_tags="yes", text_a=FOX, text_b="fox", text_c="cat"), None),
+    (node("SDXLPromptStyler", text_positive=FOX, text_negative="", style="anime", log_prompt=True), None),
+    (node("StringReplace", string=FOX, find="fox", replace="cat"), None),
+    (node("TranslateText", text=FOX), None),
+    (node("CaseConverter", string=FOX, mode="UPPERCASE"), None),
+    (node("Load Prompt", file_path="prompts.txt"), None),
+    (node("WD14Tagger", image=["24", 0]), None),
+    (node("TextBox2", text1=FOX, text2=SNOW), None),
+]
+
+
+@pytest.mark.parametrize(
+    "joins, prompt", JOINED, ids=lambda value: value["class_type"] if isinstance(value, dict) else ""
+)
+def test_linked_texts_are_put_together_or_the_node_is_named(read, joins, prompt):
+    found = read(text_node(joins["class_type"], **joins["inputs"]))
+    assert found.values.get("prompt") == prompt
+    assert {**found.values, "prompt": 0} == {**PLAIN, "prompt": 0}  # and the rest is read
+    assert ("prompt" in found.unread) == (prompt is None)
+    if prompt is not None:
+        assert not found.unused
+    elif "23" not in str(joins):
+        assert found.unread["prompt"] == joins["class_type"] and "prompt" in "".join(found.unused)
+
+
+NUMBERS = [  # nodes that lead to a number, and which it is
+    (node("Seed (rgthree)", seed=7), 7),
+    (node("Seed Generator", seed=7, control_after_generate="fixed"), 7),
+    (node("INTConstant", value=7), 7),
+    (node("FloatToInt", float=7.0), 7),
+    (node("SimpleParameters", seed=3, steps=7, cfg=7.0, denoise=7), None),  # its outputs are in this order, or not
+    (node("MathExpression|pysssss", expression="a * 2", a=7), None),
+    (node("ComfyMathExpression", **{"expression": "a + 1", "values.a": 7}), None),
+    (node("SimpleMath+", value="a-b", a=9, b=2), None),
+    (node("easy mathInt", a=7, b=1, operation="add"), None),
+    (node("CM_IntBinaryOperation", op="Add", a=7, b=1), None),
+    (node("CR Integer Multiple", integer=7, multiple=2), None),
+    (node("FloatToInt", float=7.5), None),
+    (node("RandomInt", seed=7, min=0, max=9), None),
+    (node("StringLength", string="a fox"), None),
+    (node("GetImageSize", image=["5", 0]), None),
+]
+
+
+@pytest.mark.parametrize("setting", ["steps", "cfg", "seed", "denoise", "width"])
+@pytest.mark.parametrize(
+    "leads, number", NUMBERS, ids=lambda value: value["class_type"] if isinstance(value, dict) else ""
+)
+def test_linked_numbers_are_read_or_the_node_is_named(read, leads, number, setting):
+    graph = plain_graph()
+    graph["5" if setting == "width" else "3"]["inputs"][setting] = ["20", 0]
+    found = read(graph | {"20": leads})
+    if leads["inputs"].get("float") == 7.5 and setting in ("cfg", "denoise"):
+        number = 7.5
+    assert found.values.get(setting) == number
+    assert found.unread.get(setting) == (None if number else leads["class_type"])
+    assert found.unused == ([] if number else [f"the {setting} could not be read ({leads['class_type']})"])
+
+
+SAMPLER = {"seed": 1, "steps": 9, "cfg": 3.0, "sampler_name": "euler", "scheduler": "beta", "denoise": 1.0}
+LINKS = {"model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}
+CUSTOM = {"noise": ["20", 0], "guider": ["21", 0], "sampler": ["22", 0], "sigmas": ["23", 0], "latent_image": ["5", 0]}
+EVEN = {"23": node("BasicScheduler", scheduler="beta", steps=9, denoise=1.0)}
+PARTS = {"20": node("RandomNoise", noise_seed=1), "22": node("KSamplerSelect", sampler_name="euler")}
+PARTS |= {"21": node("CFGGuider", model=["4", 0], positive=["6", 0], negative=["7", 0], cfg=3.0)}
+PIPED = {
+    "20": node(
+        "easy fullLoader",
+        ckpt_name="sd_xl_base_1.0.safetensors",
+        positive="a bottle",
+        negative="watermark",
+        empty_latent_width=832,
+        empty_latent_height=1216,
+        lora_name="None",
+    )
+}
+EXPONENTIAL = "10, 3.1623, 1, 0.31623, 0.1, 0"  # even in the logarithm, which "exponential" is
+DRAWN = [  # samplers' nodes and what they need, and how their settings differ from `SAMPLER`
+    (node("KSampler (Efficient)", **SAMPLER, **LINKS, preview_method="auto", vae_decode="true"), {}, {}),
+    (node("KSampler //Inspire", **SAMPLER, **LINKS, noise_mode="CPU"), {}, {}),
+    (node("ClownsharKSampler_Beta", **SAMPLER | {"sampler_name": "exponential/res_2s", "scheduler": "bong_tangent"},
+          **LINKS, eta=0.5, steps_to_run=-1, sampler_mode="standard", bongmath=True), {},
+     {"sampler_name": "res_2s", "scheduler": "bong_tangent"}),
+    (node("Tiled KSampler", **SAMPLER | {"sampler_name": "euler_ancestral_beta", "scheduler": None}, **LINKS), {},
+     {"sampler_name": "euler_ancestral"}),
+    (node("KSampler", **SAMPLER | {"sampler_name": "res_multistep_sgm_uniform", "scheduler": None}, **LINKS), {},
+     {"sampler_name": "res_multistep", "scheduler": "sgm_uniform"}),
+    (node("easy preSampling", **SAMPLER, pipe=["20", 0]), PIPED, {}),
+    (node("SamplerCustomAdvanced", **CUSTOM), PARTS | EVEN, {}),
+    (node("SamplerCustomAdvanced", **CUSTOM),
+     PARTS | {"23": node("ExponentialScheduler", steps=5, sigma_max=10.0, sigma_min=0.1)},
+     {"steps": 5, "scheduler": EXPONENTIAL}),
+    (node("SamplerCustomAdvanced", **CUSTOM), PARTS | {"23": node("ManualSigmas", sigmas="14.6, 3,.5, 0")},
+     {"steps": 3, "scheduler": "14.6, 3, 0.5, 0"}),
+    (node("SamplerCustomAdvanced", **CUSTOM), PARTS | {"23": node("AlignYourStepsScheduler", steps=9)},
+     {"scheduler": None, "steps": 9}),
+    (node("SamplerCustomAdvanced", **CUSTOM), PARTS | EVEN | {"22": node("SamplerDPMPP_2M_SDE", eta=0.5)},
+     {"sampler_name": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler, others, differs", DRAWN, ids=lambda value: value.get("class_type", ""))
+def test_samplers_are_found_by_their_inputs(read, sampler, others, differs):
+    graph = plain_graph() | {"3": sampler, **others}
+    graph["10"] = node("KSampler", **SAMPLER | {"seed": 5}, **LINKS)  # that nothing is saved of
+    graph["11"] = node("PreviewImage", images=["12", 0])
+    graph["12"] = node("VAEDecode", samples=["10", 0], vae=["4", 2])
     found = read(graph)
-    assert found.values == {**PLAIN, "seed": 77, "steps": 25, "cfg": 4.5, "prompt": "a fox"}
-    assert set(found.unused) == {"Seed (rgthree)", "Any Switch", "Text Style", "ShowText", "String"}
+    values = {key: value for key, value in found.values.items() if key != "denoise"}
+    expected = {**PLAIN, **SAMPLER, **differs}
+    if levels := listed(values.get("scheduler")):
+        values["scheduler"] = ", ".join(f"{level:.5g}" for level in levels)
+    assert values == {key: value for key, value in expected.items() if key != "denoise" and value is not None}
+    assert {key for key, value in expected.items() if value is None} == set(found.unread)
+    if "ClownsharK" in sampler["class_type"]:  # which draws otherwise than KSampler
+        assert "ClownsharKSampler_Beta's eta 0.5" in found.unused
+    if "KSampler (Efficient)" in sampler["class_type"]:
+        assert found.unused == ["another KSampler"]
+    graph["3"]["class_type"] = graph["3"]["inputs"]["sampler_name"] = "Unheard"
+    del graph["3"], graph["10"]
+    with pytest.raises(ValueError, match="has no settings of a sampler; its nodes are .*SaveImage"):
+        read(graph)
 
 
 def test_broken_graphs(read):
@@ -265,11 +425,78 @@ def test_the_web_uis_text(tmp_path):
         {
             **{"prompt": "a fox in snow,\n(sharp:1.2)", "negative_prompt": "blurry", "model": "sd_xl_base_1.0"},
             **{"sampler_name": "dpmpp_2m_sde", "scheduler": "karras", "seed": 4, "steps": 30, "cfg": 6.5},
-            **{"denoise": 0.4, "width": 832, "height": 1216},
+            **{"width": 832, "height": 1216},  # and no denoise, which is the second pass's
         },
         "sdxl",
         ["<lora:fur:0.8>", "Hires upscale"],
     )
+
+
+WEB = "a fox\nNegative prompt: ice\nSteps: 30, Sampler: {}CFG scale: 5, Seed: 4, Size: 64x96"
+TEXTS = [  # what stands for the sampler and at the end, and what differs from euler, over normal levels
+    ("DPM++ 2M SDE Heun, ", "", {"sampler_name": "dpmpp_2m_sde_heun"}),
+    ("DPM++ 2M SDE Heun Karras, ", "", {"sampler_name": "dpmpp_2m_sde_heun", "scheduler": "karras"}),
+    (
+        "DPM++ 2M SDE Heun, Schedule type: Exponential, ",
+        "",
+        {"sampler_name": "dpmpp_2m_sde_heun", "scheduler": "exponential"},
+    ),
+    ("DPM2 a Karras, ", "", {"sampler_name": "dpm_2_ancestral", "scheduler": "karras", "discard": True}),
+    (
+        "DPM++ 3M SDE, Schedule type: Karras, ",
+        "",
+        {"sampler_name": "dpmpp_3m_sde", "scheduler": "karras", "discard": True},
+    ),
+    ("Euler, ", ", Discard penultimate sigma: True", {"discard": True}),
+    ("euler_ancestral_beta, ", ", Version: ComfyUI", {"sampler_name": "euler_ancestral", "scheduler": "beta"}),
+    ("dpmpp_2m_karras, ", ", Version: ComfyUI", {"sampler_name": "dpmpp_2m", "scheduler": "karras"}),
+    ("dpm_2, Scheduler: simple, ", ", Version: ComfyUi", {"sampler_name": "dpm_2", "scheduler": "simple"}),
+    ("DPM++ 2M, ", ", App: SD.Next, Sampler sigma: karras", {"sampler_name": "dpmpp_2m", "scheduler": "karras"}),
+    ("DPM2, ", ", App: SD.Next, Scheduler: KDPM2DiscreteScheduler", {"sampler_name": "dpm_2"}),
+    ("Euler, ", "\nTemplate: a {fox|cat}, Steps, CFG\nNegative Template: __ice__", {}),
+    (
+        "Euler, Schedule type: SGM Uniform, ",
+        ", Denoising strength: 0.5, Hires upscale: 2",
+        {"scheduler": "sgm_uniform"},
+    ),
+    ("Euler, Schedule type: Simple, ", ", Denoising strength: 0.5", {"scheduler": "simple", "denoise": 0.5}),
+]
+
+
+@pytest.mark.parametrize("sampler, end, differs", TEXTS, ids=lambda value: str(value)[:40])
+def test_texts_of_web_uis(tmp_path, sampler, end, differs):
+    text = WEB.format(sampler) + end
+    plain = {"prompt": "a fox", "negative_prompt": "ice", "sampler_name": "euler", "scheduler": "normal", "steps": 30}
+    plain |= {"seed": 4, "cfg": 5.0, "width": 64, "height": 96}
+    found = import_settings(picture(tmp_path / "a.png", parameters=text))
+    assert found.values == plain | differs
+    assert found.comfy == ("Version: Comfy" in end)
+    assert all(name in end for name in found.unused)
+
+
+def test_a_text_beside_a_graph_that_cannot_be_read(tmp_path):
+    """Where no sampler is known, or what leads to one; drawn as ComfyUI draws. A graph that has all goes before it."""
+    other, unknown, text = plain_graph(), text_node("LLM", prompt="write!", seed=1), WEB.format("Euler, ")
+    other["3"] = node("Draw", **LINKS)
+    for graph, prompt in ((other, "a fox"), (unknown, "a fox"), (plain_graph(), "a bottle")):
+        found = import_settings(picture(tmp_path / "a.png", prompt=graph, parameters=text))
+        assert (found.values["prompt"], found.comfy, found.unread) == (prompt, True, {})
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+@pytest.mark.parametrize("code", ["utf-16-be", "utf-16-le", "ascii", "none"])
+def test_exif(tmp_path, suffix, code):
+    """UserComment, in JPEG and WebP, with either order of bytes."""
+    text = WEB.format("Euler, ").replace("fox", "fox" if code in ("ascii", "none") else "狐")
+    exif = Image.Exif()
+    named = {"ascii": b"ASCII\0\0\0", "none": b""}.get(code, b"UNICODE\0")
+    exif.get_ifd(0x8769)[0x9286] = named + text.encode("utf-8" if code == "none" else code)
+    Image.new("RGB", (8, 8)).save(tmp_path / f"a{suffix}", exif=exif)
+    assert import_settings(tmp_path / f"a{suffix}").values["prompt"] == text.partition("\n")[0]
+    graph = Image.Exif()
+    graph[0x010F] = "Prompt:" + json.dumps(plain_graph())  # as ComfyUI's nodes for WebP write it
+    Image.new("RGB", (8, 8)).save(tmp_path / f"b{suffix}", exif=graph)
+    assert import_settings(tmp_path / f"b{suffix}").values == PLAIN
 
 
 def test_the_web_uis_old_names_and_flux(tmp_path):
