@@ -6,7 +6,6 @@ import argparse
 import functools
 import gc
 import importlib
-import inspect
 import itertools
 import json
 import sys
@@ -223,8 +222,8 @@ def _settings(
     sampler_options = {}
     name, given_options = (sampler, {}) if options.comfy else _variant(sampler)
     if name in module.sampler_names():  # not ComfyUI's own
-        parameters = inspect.signature(module.find_sampler(name)).parameters.values()
-        sampler_options = {p.name: p.default for p in parameters if p.name not in module.GIVEN | {"noise_sampler"}}
+        arguments = module.find_sampler(name).arguments
+        sampler_options = {key: arguments[key] for key in arguments if key not in module.GIVEN | {"noise_sampler"}}
     return {
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt or "",
