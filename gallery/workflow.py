@@ -20,14 +20,13 @@ from gallery.parameters import ALIASES, NAMES, read_pairs, read_parameters, sche
 from gallery.pictures import read_settings
 
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
-OUTPUTS = ("SaveImage", "PreviewImage", "SaveImageWebsocket")
 # Nodes that are understood, or change no setting. Whatever else leads to the picture is told as unused.
 PLAIN = set(
     """CheckpointLoaderSimple CheckpointLoader UNETLoader VAELoader CLIPLoader DualCLIPLoader VAEDecode CLIPTextEncode
     CLIPTextEncodeSDXL CLIPTextEncodeFlux ConditioningZeroOut FluxGuidance ModelSamplingFlux KSamplerSelect
     BasicScheduler RandomNoise CFGGuider BasicGuider EmptyLatentImage EmptySD3LatentImage PrimitiveNode PrimitiveInt
     PrimitiveFloat PrimitiveString PrimitiveStringMultiline Note MarkdownNote Reroute""".split()
-) | {*SAMPLERS, *OUTPUTS}
+) | {*SAMPLERS}
 # The inputs by which nodes pass a thing on, the preferred ones first.
 PASSED = {
     "conditioning": ("conditioning", "positive", "conditioning_to", "conditioning_1"),
@@ -105,10 +104,9 @@ def import_settings(path: Path, family: str | None = None) -> Settings:
         _read_graph(_Graph(graph), settings)
     if "parameters" in texts and (settings.unread or not settings.values):
         text = Settings()
-        _read_parameters(texts["parameters"], text, "sigmas" in texts)
+        _read_parameters(texts["parameters"], text, "sigmas" in texts and "discard" not in texts)
         if not settings.values or text.values.keys() >= {"prompt", "seed", "steps", "sampler_name"}:
-            text.comfy |= settings.comfy
-            settings = text
+            settings, text.comfy = text, text.comfy or settings.comfy
     if not settings.values.keys() & {"seed", "steps", "sampler_name"}:
         nodes = ", ".join(sorted({kind for kind, _ in graph.values()}))
         why = f"a sampler; its nodes are {nodes[:600]}" if graph else "ComfyUI's or the web UI's"
@@ -154,7 +152,7 @@ def _is_sampler(inputs: dict[str, Any]) -> bool:
 class _Graph:
     nodes: dict[str, tuple[str, dict[str, Any]]]
     read: set[str] = field(default_factory=set)  # the nodes that values came through
-    joined: dict[str, str | None] = field(default_factory=dict)  # the text of each that joins some
+    joined: dict[str, Any] = field(default_factory=dict)  # the text of each that joins some
 
     def way(self, value: Any, kind: str, preferred: str = "") -> Iterator[str]:
         """The ids of the nodes from a link up, each once, through those that pass things of a `kind` on.
@@ -201,16 +199,11 @@ class _Graph:
         self.read.update(met)
         return given
 
-    def _joined(self, name: str, kind: str, inputs: dict[str, Any]) -> str:
+    def _joined(self, name: str, kind: str, inputs: dict[str, Any]) -> Any:
         """The texts of a node that joins them."""
-        if name not in self.joined:
-            self.joined[name] = None  # where it joins itself
-            self.joined[name] = self._join(kind, inputs)
-        if (text := self.joined[name]) is None:
-            raise _Unread(kind)
-        return text
-
-    def _join(self, kind: str, inputs: dict[str, Any]) -> str:
+        if name in self.joined:
+            return self.joined[name]
+        self.joined[name] = None  # until it is known: a node may join its own text
         between, parts = [key for key in inputs if BETWEEN.search(key)], [key for key in inputs if PART.fullmatch(key)]
         others = {key for key, value in inputs.items() if not _idle(value)} - {*between, *parts, *JOINED}
         if not parts or others or len(between) > 1 or not _idle(inputs.get("return_list")):
@@ -227,7 +220,7 @@ class _Graph:
             texts = [text.strip() for text in texts] if not _idle(inputs.get("clean_whitespace")) else texts
         if kind in SKIP_EMPTY and (texts[0] or kind != "JoinStringMulti"):
             texts = [text for text in texts if text]
-        joined = delimiter.join(texts)
+        joined = self.joined[name] = delimiter.join(texts)
         unsure = "" in texts and delimiter and kind not in KEEP_EMPTY
         if unsure or (tidy and re.search("  | ,|,,", joined)) or len(joined) > LONGEST:
             raise _Unread(kind)
@@ -424,7 +417,7 @@ def _read_prompt(graph: _Graph, link: Any, side: str, settings: Settings) -> str
     return graph.text([node, 0], "prompt") if node else None
 
 
-def _read_parameters(text: str, settings: Settings, ours: bool = False) -> None:
+def _read_parameters(text: str, settings: Settings, whole: bool = False) -> None:
     found, values = read_parameters(text), settings.values
     settings.comfy = "comfy" in found
     names = {"prompt": "prompt", "negative_prompt": "negative_prompt", "model": "model"}
@@ -433,8 +426,8 @@ def _read_parameters(text: str, settings: Settings, ours: bool = False) -> None:
     if values.get("scheduler") == "scheduler":
         del values["scheduler"]  # the pipeline's own
     others = read_pairs(text)[1]
-    # pictures of older versions of this project did not say that the web UI drops a level
-    if "discard" in found and not (ours and "Discard penultimate sigma" not in others):
+    # `whole`: older versions of this project wrote no word of it, and dropped none
+    if "discard" in found and not (whole and "Discard penultimate sigma" not in others):
         values["discard"] = True
     settings.family = "flux" if "true_cfg" in found else _family_of(found.get("model", ""))
     cfg, guidance = ("true_cfg", found.get("guidance")) if "true_cfg" in found else ("guidance", None)

@@ -408,6 +408,9 @@ def test_levels_that_the_web_ui_drops(tmp_path, sampler, drops):
     write_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", None, text)
     assert parse(SDXL, ["--from", str(tmp_path / "a.png")]).discard == drops
     assert not parse(SDXL, ["--from", str(tmp_path / "a.png"), "--samplers", "euler"]).discard
+    for own in ({}, {"discard": "True"}):  # a picture of this project's, of today and of before it said so
+        write_png(Image.new("RGB", (8, 8)), tmp_path / "b.png", {"sigmas": "[1, 0]", **own}, text)
+        assert parse(SDXL, ["--from", str(tmp_path / "b.png")]).discard == (drops and bool(own))
     read = read_parameters(text)
     assert "Discard" not in write_parameters(read)
     read.pop("discard", None)
