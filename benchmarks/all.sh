@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table of RESULTS.md that a CPU gives, in one go: about 40 minutes on two cores that do nothing else.
+# Every table of RESULTS.md that a CPU gives, in one go: about 45 minutes on two cores that do nothing else.
 #
 #     uv run benchmarks/all.sh
 #

@@ -35,15 +35,13 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # what has no stand-in fails at once
 
 import diffusers  # noqa: E402
+import numpy  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from scheduling_k_diffusion import KDiffusionScheduler, sampler_names  # noqa: E402
 
-TESTS_NEED = ("parameterized", "requests_mock")
-STEPS = 4
-SECONDS = 120  # for one pipeline with one scheduler
-CLOSE = 1e-5
+STEPS, SECONDS, CLOSE = 4, 120, 1e-5  # the seconds are for one pipeline with one scheduler
 CHAT = "{% for m in messages %}{{ m['content'] if m['content'] is string else m['content'][-1]['text'] }}{% endfor %}"
 
 
@@ -74,21 +72,15 @@ def stand_in(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:
 @contextlib.contextmanager
 def without_hub() -> Iterator[None]:
     """What tests load from the hub is made here, for as long as this lasts."""
-    bases = [
-        transformers.PreTrainedTokenizerBase,
-        transformers.PreTrainedModel,
-        transformers.AutoConfig,
-        transformers.AutoTokenizer,
-        transformers.ProcessorMixin,
-        transformers.AutoProcessor,
-    ]
+    names = "PreTrainedTokenizerBase PreTrainedModel AutoConfig AutoTokenizer ProcessorMixin AutoProcessor"
     with contextlib.ExitStack() as stack:
         # its decorators stand above tests, none of which runs here
-        stack.enter_context(mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in TESTS_NEED}))
-        # pipelines clean their prompts with it
-        ftfy = types.SimpleNamespace(fix_text=str)
+        stack.enter_context(
+            mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in ("parameterized", "requests_mock")})
+        )
+        ftfy = types.SimpleNamespace(fix_text=str)  # pipelines clean their prompts with it
         stack.enter_context(mock.patch.object(builtins, "ftfy", ftfy, create=True))
-        for base in bases:
+        for base in [getattr(transformers, name) for name in names.split()]:
             stock = base.__dict__["from_pretrained"].__func__
 
             def load(cls: type, name: Any, *args: Any, stock: Any = stock, **kwargs: Any) -> Any:
@@ -153,18 +145,18 @@ def call(method: Any, *arguments: Any) -> Any:
     return method(*arguments[: sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)])
 
 
+def late(*_: Any) -> None:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
 def draw(tester: Any, pipe: Any, scheduler: Any, steps: int, **options: Any) -> torch.Tensor:
     """All that a call of this pipeline returns, as one vector. The options go before the tester's inputs."""
-
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"more than {SECONDS} s")
 
     getattr(pipe, "decoder_pipe", pipe).scheduler = scheduler  # Kandinsky's combined ones hand it on when they are made
     torch.manual_seed(0)
     inputs = {**call(tester.get_dummy_inputs, "cpu"), **options}
     if "num_inference_steps" in inputs:
         inputs["num_inference_steps"] = max(steps, inputs["num_inference_steps"])
-    signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
     try:
         output = pipe(**inputs)
@@ -177,12 +169,9 @@ def draw(tester: Any, pipe: Any, scheduler: Any, steps: int, **options: Any) -> 
 def vector(value: Any) -> torch.Tensor:
     if isinstance(value, (list, tuple)):
         return torch.cat([vector(v) for v in value]) if value else torch.zeros(0)
-    try:
-        return (
-            torch.as_tensor(value if hasattr(value, "shape") else __import__("numpy").asarray(value)).double().flatten()
-        )
-    except Exception:
-        return torch.zeros(0)
+    with contextlib.suppress(Exception):
+        return torch.as_tensor(value if hasattr(value, "shape") else numpy.asarray(value)).double().flatten()
+    return torch.zeros(0)
 
 
 def reason(error: BaseException) -> str:
@@ -226,9 +215,7 @@ def measure(tester_class: type, samplers: list[str]) -> dict[str, Any]:
         )
         row["stock"] = None if expected is None else type(stock).__name__
         row["difference"] = None if expected is None else ((found - expected).norm() / expected.norm()).item()
-        row["seen"] = (
-            (found - other).norm() / found.norm()
-        ).item() > CLOSE  # whether what is returned shows the sampler
+        row["seen"] = ((found - other).norm() / found.norm()).item() > CLOSE  # what is returned shows the sampler
     except Exception as error:
         return {**row, "stage": stage, "reason": reason(error)}
     row["samplers"], row["failed"], row["rounded"] = 0, {}, []
@@ -243,10 +230,8 @@ def measure(tester_class: type, samplers: list[str]) -> dict[str, Any]:
             except IndexError:  # Kandinsky's image to image takes its timesteps for indices
                 one, two = twice(sampler=name, quantize_timesteps=True)
                 row["rounded"].append(name)
-            if not one.isfinite().all():
-                raise ValueError("not finite")
-            if not torch.equal(one, two):
-                raise ValueError("not the same twice")
+            if not one.isfinite().all() or not torch.equal(one, two):
+                raise ValueError("not the same twice" if one.isfinite().all() else "not finite")
             row["samplers"] += 1
         except Exception as error:
             row["failed"][name] = reason(error)
@@ -283,9 +268,7 @@ def grid(path: Path, steps: int = 20) -> None:
     start = text("Robot in a desert, warm color palette", **scene, generator=seed(0)).images[0]
     prompt, entries = "Astronaut in a jungle, cold color palette", []
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("", *sampler_names()):
-            if name == "dpm_adaptive":
-                continue
+        for name in ("", *(one for one in sampler_names() if one != "dpm_adaptive")):
             image, note = start, "the picture that the others begin with"
             if name:
                 pipe.scheduler = KDiffusionScheduler.from_scheduler(own, sampler=name)
@@ -311,6 +294,7 @@ def main() -> None:
         return grid(options.grid)
     if not options.diffusers:
         parser.error("pass --diffusers FOLDER or --grid FILE")
+    signal.signal(signal.SIGALRM, late)
     known = [name for name in sampler_names() if name != "dpm_adaptive"]
     samplers = known if options.samplers is None else options.samplers
     warnings.simplefilter("ignore")
@@ -320,9 +304,9 @@ def main() -> None:
     done = {row["pipeline"] for row in rows}
     with without_hub():
         for module, cls in testers(options.diffusers.resolve()):
-            if options.only not in module or isinstance(cls, Exception) or name_of(cls) in done:
-                if isinstance(cls, Exception):
-                    print(f"{module}: {reason(cls)}", flush=True)
+            if isinstance(cls, Exception):
+                print(f"{module}: {reason(cls)}", flush=True)
+            if isinstance(cls, Exception) or options.only not in module or name_of(cls) in done:
                 continue
             row = measure(cls, samplers)
             gc.collect()
@@ -332,8 +316,8 @@ def main() -> None:
                 options.rows.write_text(json.dumps(rows, indent=1))
     close = sum(row["difference"] <= CLOSE for row in rows if row.get("stock") and row["seen"])
     ran = [row for row in rows if "difference" in row]
-    head = f"diffusers {diffusers.__version__}: {len(rows)} pipelines, {len(ran)} ran, {close} equal to {CLOSE:.0e}."
     every = sum(row["samplers"] == len(samplers) for row in ran)
+    head = f"diffusers {diffusers.__version__}: {len(rows)} pipelines, {len(ran)} ran, {close} equal to {CLOSE:.0e}."
     head += f" With {every} of them every sampler ran, was finite, and the same twice."
     print(head)
     if not options.only:

@@ -15,7 +15,7 @@ while (($#)); do
     case $1 in
         --device) device=$2 && shift ;;
         --size) size=$2 && shift ;;
-        tests | precision | sdxl | flux | overhead-sdxl | overhead-flux | noise) only+=("$1") ;;
+        tests | precision | sdxl | flux | overhead-sdxl | overhead-flux) only+=("$1") ;;
         *) echo "usage: gpu.sh [--device DEVICE] [--size full|demo] [PART ...], but got $1" >&2 && exit 2 ;;
     esac
     shift
@@ -72,7 +72,6 @@ run flux 240 python benchmarks/gpu.py "${on[@]}" --models flux &
 wait
 for name in tests precision sdxl flux; do show "$name"; done
 overhead=(python benchmarks/overhead.py "${on[@]}")
-run noise 40 "${overhead[@]}" --only noise && show noise
-run overhead-sdxl 150 "${overhead[@]}" --only samplers "${rounds[@]}" --models sdxl --samplers "${sdxl[@]}" && show overhead-sdxl
-run overhead-flux 140 "${overhead[@]}" --only samplers "${rounds[@]}" --models flux --samplers "${flux[@]}" && show overhead-flux
+run overhead-sdxl 150 "${overhead[@]}" "${rounds[@]}" --models sdxl --samplers "${sdxl[@]}" && show overhead-sdxl
+run overhead-flux 140 "${overhead[@]}" "${rounds[@]}" --models flux --samplers "${flux[@]}" && show overhead-flux
 exit $failed

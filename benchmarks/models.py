@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import inspect
 import platform
+import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from flux_comfy_pipeline import FluxComfyPipeline  # noqa: E402
-from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline, external, find_sampler, sampler_names  # noqa: E402
+from gallery.options import PROMPT  # noqa: E402
+from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline, sampling  # noqa: E402
 
-PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
-
+DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "sdxl": (StableDiffusionXLComfyPipeline, diffusers.StableDiffusionXLPipeline),
+    "flux": (FluxComfyPipeline, diffusers.FluxPipeline),
+}
 DPM_SOLVER = {"algorithm_type": "dpmsolver", "solver_order": 3, "final_sigmas_type": "sigma_min"}
 # the scheduler that does what the sampler does; lms takes its order from the step, dpm_fast mixes orders 3, 2 and 1
 SDXL_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,38 +54,14 @@ FLUX_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **FLOW}),
 }
 
-SDXL_CONFIG = {  # stabilityai/stable-diffusion-xl-base-1.0's U-Net, 2.6 B
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+# stabilityai/stable-diffusion-xl-base-1.0's U-Net, 2.6 B
+SDXL_CONFIG: dict[str, Any] = {"sample_size": 128, "block_out_channels": (320, 640, 1280)}
+SDXL_CONFIG["down_block_types"] = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+SDXL_CONFIG["up_block_types"] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+SDXL_CONFIG |= {"transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20)}
+SDXL_CONFIG |= {"cross_attention_dim": 2048, "addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+SDXL_CONFIG |= {"projection_class_embeddings_input_dim": 2816, "use_linear_projection": True}
 FLUX_CONFIG = {"guidance_embeds": True}  # black-forest-labs/FLUX.1-dev's transformer, 12 B; the rest are the defaults
-_VAE = {  # of both
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "sample_size": 1024,
-}
-VAE_CONFIGS: dict[str, dict[str, Any]] = {
-    "sdxl": {**_VAE, "latent_channels": 4, "scaling_factor": 0.13025},
-    "flux": {
-        **_VAE,
-        "latent_channels": 16,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-}
 
 
 @dataclass
@@ -88,13 +73,14 @@ class Bench:
     stock: Any
     schedulers: dict[str, tuple[str, dict[str, Any]]]
     arguments: dict[str, Any]
+    generator: str = "cpu"
 
     @property
     def network(self) -> torch.nn.Module:
         return self.ours.unet if self.name == "sdxl" else self.ours.transformer
 
     def call(self, pipe: Any, steps: int, **arguments: Any) -> torch.Tensor:
-        fixed = {"generator": torch.Generator().manual_seed(0), "output_type": "latent", **self.arguments}
+        fixed = {"generator": torch.Generator(self.generator).manual_seed(0), "output_type": "latent", **self.arguments}
         return pipe(num_inference_steps=steps, **{**fixed, **arguments}).images
 
     def scheduler_of(self, sampler: str) -> Any:
@@ -119,49 +105,47 @@ def demo(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
     """The demo model, 128x128, with its own text encoders' embeddings of the usual prompt."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    ours_class, stock_class = _classes(name)
-    ours = ours_class.from_pretrained(ROOT / "demo" / name, dtype=torch.float32).to(device)
+    ours = CLASSES[name][0].from_pretrained(ROOT / "demo" / name, dtype=torch.float32).to(device)
     with torch.no_grad():
         embeds = ours.encode_prompt(PROMPT, **({"prompt_2": PROMPT} if name == "flux" else {}))
     ours.to(dtype=dtype)
     embeds = [one.to(dtype) for one in embeds]
-    return _bench(name, ours, stock_class, embeds, 128)
+    return _bench(name, ours, embeds, 128)
 
 
-def full(
-    name: str,
-    device: str,
-    config: dict[str, Any] | None = None,
-    size: int = 1024,
-    dtype: torch.dtype | None = None,
-    decoder: bool = False,
-) -> Bench:
+def full(name: str, device: str, dtype: torch.dtype, config: dict[str, Any] | None = None, size: int = 1024) -> Bench:
     """The real architecture with random weights and embeddings, built on the device: no file and no text encoder.
 
-    Args:
-        config: overrides the architecture's, for a small stand-in.
-        dtype: default: SDXL's float16, FLUX's bfloat16.
-        decoder: with the real autoencoder, else with none.
+    It has no autoencoder. `config` overrides the architecture's, for a small stand-in.
     """
-    ours_class, stock_class = _classes(name)
-    dtype = dtype or {"sdxl": torch.float16, "flux": torch.bfloat16}[name]
-    parts: dict[str, Any] = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
-    parts["vae"] = build(diffusers.AutoencoderKL, VAE_CONFIGS[name], dtype, device) if decoder else None
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"))
     if name == "sdxl":
         network = build(diffusers.UNet2DConditionModel, {**SDXL_CONFIG, **(config or {})}, dtype, device)
         betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
         scheduler = diffusers.EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1)
         pooled = network.config.projection_class_embeddings_input_dim - 6 * network.config.addition_time_embed_dim
         shapes = [(1, 77, network.config.cross_attention_dim)] * 2 + [(1, pooled)] * 2
-        ours = ours_class(**parts, unet=network, scheduler=scheduler, add_watermarker=False)
+        ours = CLASSES[name][0](**parts, unet=network, scheduler=scheduler, add_watermarker=False)
     else:
         network = build(diffusers.FluxTransformer2DModel, {**FLUX_CONFIG, **(config or {})}, dtype, device)
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
         shapes = [(1, 512, network.config.joint_attention_dim), (1, network.config.pooled_projection_dim)]
-        ours = ours_class(**parts, transformer=network, scheduler=scheduler)
+        ours = CLASSES[name][0](**parts, transformer=network, scheduler=scheduler)
     generator = torch.Generator().manual_seed(0)
     embeds = [torch.randn(shape, generator=generator).to(device, network.dtype) for shape in shapes]
-    return _bench(name, ours, stock_class, embeds, size)
+    return _bench(name, ours, embeds, size)
+
+
+@contextlib.contextmanager
+def built(name: str, size: str, device: str, dtype: torch.dtype) -> Iterator[Bench]:
+    """`demo` or `full`, gone again afterwards: SDXL's and FLUX's networks do not have to fit side by side."""
+    warnings.simplefilter("ignore")  # diffusers' of NumPy 2 and old algorithms, torchsde's of a rounded end
+    bench = demo(name, dtype, device) if size == "demo" else full(name, device, dtype)
+    yield bench
+    bench.ours = bench.stock = None
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def build(kind: type, config: dict[str, Any], dtype: torch.dtype, device: str) -> torch.nn.Module:
@@ -177,14 +161,19 @@ def build(kind: type, config: dict[str, Any], dtype: torch.dtype, device: str) -
     return network
 
 
-def _classes(name: str) -> tuple[type, type]:
-    if name == "sdxl":
-        return StableDiffusionXLComfyPipeline, diffusers.StableDiffusionXLPipeline
-    return FluxComfyPipeline, diffusers.FluxPipeline
+def function(sampler: str) -> Callable[..., torch.Tensor]:
+    """k-diffusion's, by its name without `sample_`."""
+    return getattr(sampling, f"sample_{sampler}")
 
 
-def _bench(name: str, ours: Any, stock_class: type, embeds: list[torch.Tensor], size: int) -> Bench:
-    stock = stock_class(**ours.components)
+def stochastic(sampler: str) -> bool:
+    """Whether it adds noise by default: dpm_fast and dpm_adaptive do not."""
+    parameters = inspect.signature(function(sampler)).parameters
+    return "noise_sampler" in parameters and "sigma_min" not in parameters
+
+
+def _bench(name: str, ours: Any, embeds: list[torch.Tensor], size: int) -> Bench:
+    stock = CLASSES[name][1](**ours.components)
     for pipe in (ours, stock):
         pipe.set_progress_bar_config(disable=True)
     names = ["prompt_embeds", "pooled_prompt_embeds"]
@@ -195,11 +184,13 @@ def _bench(name: str, ours: Any, stock_class: type, embeds: list[torch.Tensor], 
 
 
 def where(device: str) -> str:
-    """The machine and the versions, one line for RESULTS.md."""
+    """The machine and the versions, one line for RESULTS.md. Ends the script if there is no such device."""
     cuda = torch.device(device).type == "cuda"
-    hardware = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
+    if cuda and not torch.cuda.is_available():
+        sys.exit(f"--device {device}: there is no CUDA device here")
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    processor = f"{found[1] if found else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    threads = f"{torch.get_num_threads()} threads of {processor}"
+    hardware = f"{torch.cuda.get_device_name(device)} and {processor}" if cuda else threads
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "k-diffusion"))
     return f"{hardware}; Python {platform.python_version()}, {packages}"
-
-
-__all__ = ["PROMPT", "ROOT", "Bench", "build", "demo", "external", "find_sampler", "full", "sampler_names", "where"]

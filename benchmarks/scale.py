@@ -1,10 +1,8 @@
-"""The grid script at scale: several processes, many pictures, and kills at any moment.
+"""The grid script at scale: 13 samplers x 50 prompts x 4 seeds, killed six times at any moment, and resumed.
 
-    uv run benchmarks/scale.py                       # both tables
-    uv run benchmarks/scale.py --processes 2         # 1/N of the drawing time? Needs as many idle cores
-    uv run benchmarks/scale.py --kills 6             # 13 samplers x 50 prompts x 4 seeds, killed six times, resumed
+    uv run benchmarks/scale.py
 
-All on the demo SDXL on a CPU with one thread a process. Exit status 1 if a picture is lost, broken or another one.
+On the demo SDXL on a CPU with one thread. Exit status 1 if a picture is lost, broken or another one.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from pathlib import Path
 from models import ROOT, where
 from PIL import Image
 
+from gallery.options import positive
 from gallery.pictures import read_settings
 
 sys.path.append(str(ROOT / "demo"))
@@ -34,45 +33,16 @@ PROMPTS = [f"{subject[0]} {place[0]}, {palette[0]}" for subject, place, palette 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(folder: Path, prompts: int, *options: object, processes: int = 1) -> list[str]:
+def command(folder: Path, prompts: int, *options: object) -> list[str]:
     """test.py on the first of the prompts, writing to `folder`."""
     listed = folder.with_suffix(".txt")
     listed.write_text("\n".join(PROMPTS[:prompts]))
-    launch: list[str] = []
-    if processes > 1:
-        # its launcher of several processes, which needs no GPU; with --cpu it would start one
-        launch = f"-m accelerate.commands.launch --multi_gpu --num_processes {processes} --num_machines 1".split()
-        launch += "--mixed_precision no --dynamo_backend no --main_process_port 0".split()
     fixed = ["test.py", "--model", "demo", "--device", "cpu", "--prompts", listed, "--output", folder]
-    return [sys.executable, *launch, *map(str, fixed), *map(str, options)]
+    return [sys.executable, *map(str, fixed), *map(str, options)]
 
 
 def pixels(folder: Path) -> dict[str, bytes]:
     return {file.name: Image.open(file).tobytes() for file in folder.glob("*-sample_*.png")}
-
-
-def seconds(arguments: list[str]) -> float:
-    start = time.perf_counter()
-    run = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(run.stderr)
-    return time.perf_counter() - start
-
-
-def shared(processes: int, folder: Path) -> bool:
-    """How the drawing time falls with the processes. What is not drawing is a second run that finds all pictures."""
-    print("\n### A grid of 13 samplers x 4 prompts, 10 steps, one thread a process: seconds")
-    print("\n| processes | whole | start and load | drawing | of one process's | 1 / N |\n|---|---|---|---|---|---|")
-    drawing, drawn = [], []
-    for n in (1, processes):
-        arguments = command(folder / str(n), 4, "--steps", 10, processes=n)
-        whole, rest = seconds(arguments), seconds([*arguments, "--resume"])
-        drawing.append(whole - rest)
-        drawn.append(pixels(folder / str(n)))
-        share = drawing[-1] / drawing[0]
-        print(f"| {n} | {whole:.1f} | {rest:.1f} | {drawing[-1]:.1f} | {share:.2f} | {1 / n:.2f} |", flush=True)
-    print(f"\nthe same pictures: {drawn[0] == drawn[1]}, {len(drawn[0])}")
-    return drawn[0] == drawn[1]
 
 
 def killed(kills: int, prompts: int, seeds: int, folder: Path) -> bool:
@@ -84,9 +54,8 @@ def killed(kills: int, prompts: int, seeds: int, folder: Path) -> bool:
     print("|---|---|---|---|---|")
     moments = random.Random(0)
     for run in range(kills + 1):
-        process = subprocess.Popen(
-            arguments, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, **quiet)
         start, end = time.monotonic(), moments.uniform(20, 60) if run < kills else float("inf")
         memory = []
         while process.poll() is None and time.monotonic() - start < end:
@@ -104,7 +73,9 @@ def killed(kills: int, prompts: int, seeds: int, folder: Path) -> bool:
     drawn = pixels(folder / "killed")
     whole = sum(read_settings(folder / "killed" / name) is not None for name in drawn)
     again = min(3, prompts)
-    seconds(command(folder / "whole", again, *options))  # the same batches
+    subprocess.run(
+        command(folder / "whole", again, *options), cwd=ROOT, env=ENVIRONMENT, check=True
+    )  # the same batches
     same = {name: drawn.get(name) == picture for name, picture in pixels(folder / "whole").items()}
     print(f"\nwhole with their settings: {whole} of {13 * prompts * seeds}", end="; ")
     print(f"of the first {again} prompts, drawn again without a kill: {sum(same.values())} of {len(same)} are the same")
@@ -113,23 +84,12 @@ def killed(kills: int, prompts: int, seeds: int, folder: Path) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--processes", type=int, help="only this table (default: 2, and the other one)")
-    add("--kills", type=int, help="only this table (default: 6, and the other one)")
-    add("--prompts", type=int, default=50, help=f"at most {len(PROMPTS)} (default: %(default)s)")
-    add("--seeds", type=int, default=4, help="(default: %(default)s)")
+    for name, default in (("kills", 6), ("prompts", 50), ("seeds", 4)):
+        parser.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
-    if not 1 <= options.prompts <= len(PROMPTS) or options.seeds < 1:
-        parser.error(f"--prompts has to be in 1..{len(PROMPTS)}, --seeds at least 1")
-    both = options.processes is None and options.kills is None
-    print(f"demo SDXL, {len(os.sched_getaffinity(0))} cores; {where('cpu')}")
-    fine = True
+    print(f"demo SDXL; {where('cpu')}")
     with tempfile.TemporaryDirectory() as folder:
-        if both or options.processes is not None:
-            fine &= shared(options.processes or 2, Path(folder))
-        if both or options.kills is not None:
-            fine &= killed(6 if options.kills is None else options.kills, options.prompts, options.seeds, Path(folder))
-    return int(not fine)
+        return int(not killed(options.kills, min(options.prompts, len(PROMPTS)), options.seeds, Path(folder)))
 
 
 if __name__ == "__main__":

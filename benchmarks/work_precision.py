@@ -1,4 +1,4 @@
-"""Work and precision of every sampler: its error over its evaluations of the network, as tables and as diagrams.
+"""Work and precision of every sampler: its error over its evaluations of the network, as diagrams; FLUX's table.
 
     uv run benchmarks/work_precision.py                        # all four models
     uv run benchmarks/work_precision.py --model closed-form    # the one whose answer is known, a few minutes
@@ -20,10 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import torch
+from models import CLASSES, PROMPT, ROOT, function, stochastic
+from tqdm.auto import tqdm
 
-import torch  # noqa: E402
+sys.path.append(str(ROOT / "tests"))
+
 from closed_form import (  # noqa: E402
     PassesVelocity,
     evaluations,
@@ -34,31 +36,19 @@ from closed_form import (  # noqa: E402
     sliced_wasserstein,
     solve_ode,
 )
-from precision import positive  # noqa: E402
-from tqdm.auto import tqdm  # noqa: E402
 
-from flux_comfy_pipeline import FluxComfyPipeline, find_sampler, sampler_names  # noqa: E402
+from gallery.options import positive  # noqa: E402
 from gallery.pictures import write_whole  # noqa: E402
-from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline  # noqa: E402
+from sdxl_comfy_pipeline import sampler_names  # noqa: E402
 
-MODELS = {
-    "closed-form": ("closed-form SDXL", "closed-form FLUX"),
-    "sdxl": ("demo SDXL",),
-    "flux": ("demo FLUX",),
-}
+MODELS = {"closed-form": ("closed-form SDXL", "closed-form FLUX"), "sdxl": ("demo SDXL",), "flux": ("demo FLUX",)}
 STEPS = {1: (4, 6, 10, 16, 25, 40, 64, 100, 200), 2: (2, 3, 5, 8, 13, 20, 32, 50, 100)}  # by evaluations a step
 IMAGES = 16
 RTOL = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003)
-PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
 
 
 def takes(sampler: str, option: str) -> bool:
-    return option in find_sampler(sampler).arguments
-
-
-def has_noise(sampler: str) -> bool:
-    """Whether it adds noise by default: dpm_fast and dpm_adaptive do not."""
-    return takes(sampler, "noise_sampler") and not takes(sampler, "sigma_min")
+    return option in inspect.signature(function(sampler)).parameters
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -119,15 +109,15 @@ class Demo:
     def __init__(self, name: str, images: int):
         self.sdxl, self.images = "SDXL" in name, images
         self.key = name if images == IMAGES else f"{name}, {images} images"
-        pipeline = StableDiffusionXLComfyPipeline if self.sdxl else FluxComfyPipeline
-        self.pipe = pipeline.from_pretrained(ROOT / "demo" / ("sdxl" if self.sdxl else "flux"))
+        model = "sdxl" if self.sdxl else "flux"
+        self.pipe = CLASSES[model][0].from_pretrained(ROOT / "demo" / model)
         self.pipe.set_progress_bar_config(disable=True)
         self.network = self.pipe.unet if self.sdxl else self.pipe.transformer
         self.options = {"schedule": "karras", "guidance_scale": 1.0} if self.sdxl else {"max_sequence_length": 64}
 
     def draw(self, sampler: str, steps: int, seed: int = 0, **options: Any) -> tuple[int, torch.Tensor]:
         """The number of evaluations, and latents of shape (patches, d): of one image where there is no noise."""
-        images = self.images if has_noise(sampler) or options.pop("set", False) else 1
+        images = self.images if stochastic(sampler) or options.pop("set", False) else 1
         counted: list[int] = []
         hook = self.network.register_forward_pre_hook(lambda *_: counted.append(1))
         try:
@@ -194,19 +184,11 @@ def measure(name: str, model: Any, results: Results) -> dict[str, list[tuple[int
 
         def one(sampler: str = sampler, run: dict[str, Any] = run) -> tuple[int, float]:
             count, samples = model.draw(sampler, **run)
-            return count, (model.distance if has_noise(sampler) else model.error)(samples)
+            return count, (model.distance if stochastic(sampler) else model.error)(samples)
 
-        point = results.get(f"{model.key if has_noise(sampler) else name}/{sampler}/{json.dumps(run)}", one)
+        point = results.get(f"{model.key if stochastic(sampler) else name}/{sampler}/{json.dumps(run)}", one)
         curves.setdefault(sampler, []).append(tuple(point))
     return curves
-
-
-def print_curves(name: str, curves: dict[str, list[tuple[int, float]]], floor: float) -> None:
-    for noisy, what in ((False, "error against the converged sample"), (True, "distance of the samples")):
-        print(f"\n{name}: {what}, at so many evaluations" + (f" (two such sets: {floor:.3f})" if noisy else ""))
-        for sampler, points in curves.items():
-            if has_noise(sampler) == noisy:
-                print(f"{sampler:20}" + "".join(f"{count:6}: {error:7.1e}" for count, error in sorted(points)))
 
 
 def flux_table(results: Results) -> None:
@@ -224,15 +206,12 @@ def flux_table(results: Results) -> None:
     print('| sampler | velocity as `denoised`, 20 / 50 steps | flow | ve | `"auto"` |\n|---|---|---|---|---|')
     worst = 0.0
     for sampler in sampler_names():
-        pairs = {
-            column: [
-                results.get(
-                    f"flux table/{sampler}/{column}/{steps}", functools.partial(distance, sampler, column, steps)
-                )
-                for steps in (20, 50)
-            ]
-            for column in columns
-        }
+        pairs: dict[str, list[float | None]] = {}
+        for column in columns:
+            keys = {
+                f"flux table/{sampler}/{column}/{n}": functools.partial(distance, sampler, column, n) for n in (20, 50)
+            }
+            pairs[column] = [results.get(key, measuring) for key, measuring in keys.items()]
         worst = max(worst, pairs["auto"][0])
         chosen = "flow" if pairs["auto"] == pairs["flow"] else "ve"
         cells = ["not run" if None in pairs["velocity"] else "{:.2g} / {:.2g}".format(*pairs["velocity"])]
@@ -252,23 +231,17 @@ def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], floors: dict[str
     markers = "os^vD*PX"
     for (name, samplers), axes in zip(curves.items(), rows):
         for axis, noisy in zip(axes, (False, True)):
-            chosen = [sampler for sampler in samplers if has_noise(sampler) == noisy]
+            chosen = [sampler for sampler in samplers if stochastic(sampler) == noisy]
             for i, sampler in enumerate(chosen):
                 points = sorted(samplers[sampler])
                 axis.loglog(*zip(*points), marker=markers[i], markersize=5, linewidth=1.4, label=sampler)
             if noisy:
-                axis.axhline(
-                    floors[name],
-                    color="grey",
-                    linestyle="--",
-                    label="two " + ("true" if "closed" in name else "converged") + " sets",
-                )
+                label = f"two {'true' if 'closed' in name else 'converged'} sets"
+                axis.axhline(floors[name], color="grey", linestyle="--", label=label)
             axis.set_title(f"{name}, samplers with{'' if noisy else 'out'} noise")
             axis.set_xlabel("evaluations of the network")
             axis.set_ylabel("distance of the samples" if noisy else "error of the sample")
-            axis.set_xticks(
-                [4, 6, 10, 16, 25, 40, 64, 100, 200], ["4", "6", "10", "16", "25", "40", "64", "100", "200"]
-            )
+            axis.set_xticks(STEPS[1], [str(count) for count in STEPS[1]])
             axis.minorticks_off()
             axis.grid(alpha=0.3, which="both")
             axis.legend(fontsize=9)
@@ -290,7 +263,6 @@ def main(arguments: list[str] | None = None) -> None:
             model = ClosedForm(name) if group == "closed-form" else Demo(name, options.images)
             curves[name] = measure(name, model, results)
             floors[name] = results.get(f"{model.key}/floor", model.floor)
-            print_curves(name, curves[name], floors[name])
         draw(curves, floors, options.output / f"work_precision_{group}.png")
         if group == "closed-form":
             flux_table(results)
