@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from unittest.mock import patch
 
 import torch
 from models import DTYPES, SDXL_SCHEDULERS, Bench, demo, function, where
+
+from gallery.options import positive
 
 
 def float32_noise(seed: int) -> Callable[..., torch.Tensor]:
