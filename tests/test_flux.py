@@ -11,7 +11,7 @@ import torch
 from conftest import PROMPT, relative, seeded
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from flux_comfy_pipeline import FluxComfyPipeline, find_sampler, sampler_names, uses_ve, ve_sigmas
+from flux_comfy_pipeline import FluxComfyPipeline, find_sampler, sampler_names, sampling, uses_ve, ve_sigmas
 
 # rounding alone: the scheduler keeps its sigmas and timesteps in float32
 EXACT = 1e-6
@@ -102,8 +102,10 @@ def test_which_parameterization():
     assert uses_ve("auto", find_sampler("euler", {"s_churn": 1.0}), ts)
     assert not uses_ve("flow", find_sampler("dpmpp_sde"), ts)
     assert uses_ve("ve", find_sampler("euler"), ts)
-    churning = functools.partial(find_sampler("euler"), s_churn=1.0)
-    assert uses_ve("auto", churning, ts) and not uses_ve("auto", find_sampler(churning, {"s_churn": 0.0}), ts)
+    churning = functools.partial(sampling.sample_euler, s_churn=1.0)
+    assert uses_ve("auto", find_sampler(churning), ts) and not uses_ve(
+        "auto", find_sampler(churning, {"s_churn": 0.0}), ts
+    )
 
 
 @pytest.mark.parametrize("first", [1.0, 0.999999, 0.99])
@@ -256,10 +258,10 @@ BAD = [
     ({"sampler": lambda model: model}, TypeError, "a name or a callable, sampler\\(model, x, sigmas"),
     ({"sampler": "euler", "sampler_kwargs": {"eta": 0.5}}, ValueError, "takes no eta; it takes s_churn"),
     ({"parameterization": "vp"}, ValueError, "'auto', 'flow' or 've'"),
-    ({"sigmas": [0.5, 0.8]}, ValueError, "`sigmas` have to be finite and fall"),
+    ({"sigmas": [0.5, 0.8]}, ValueError, "`sigmas` have to be"),
     ({"sigmas": [14.6, 1.0]}, ValueError, "lies in 0..1"),
     ({"sigmas": [1.0, float("nan")]}, ValueError, "finite"),
-    ({"schedule": [1.0]}, ValueError, "2 of them at least"),
+    ({"schedule": [1.0]}, ValueError, "`schedule` have to be 2 or more"),
     ({"generator": [seeded()], "latents": torch.zeros(2, 64, 64), "num_images_per_prompt": 2}, ValueError, "one or 2"),
     ({"schedule": "karras", "sigmas": [1.0, 0.5]}, ValueError, "pass one of them"),
     ({"schedule": "exponental"}, ValueError, "there are karras, exponential"),
@@ -268,7 +270,7 @@ BAD = [
     (
         {"prompt": None, "true_cfg_scale": 2.0, **EMBEDS, **OF_ANOTHER_LENGTH},
         ValueError,
-        "the shape of `prompt_embeds`",
+        "must have the same shape when passed directly",
     ),
 ]
 
