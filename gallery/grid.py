@@ -11,6 +11,7 @@ import json
 import sys
 import time
 import warnings
+import zlib
 from datetime import timedelta
 from importlib.metadata import distributions
 from pathlib import Path
@@ -159,16 +160,19 @@ def units_of(
 
 def _shown(value: Any) -> str:
     """A value of an option as it is written on the command line."""
-    return "scheduler" if value is None else str(value).removesuffix(".0")
+    text = "scheduler" if value is None else str(value).removesuffix(".0")
+    return (
+        text if len(text) <= 40 else f"{text[:24]}~{zlib.crc32(text.encode()):08x}"
+    )  # a list of levels in a file's name
 
 
 def title_of(count: int, axis: str | None, place: str, settings: dict[str, str]) -> list[str]:
     """What all pictures of a sheet, of `count` samplers, have in common."""
     negative, comfy = settings["negative_prompt"], settings["comfy"] != "False"
-    parts = {"steps": f"{settings['steps']} steps", "schedule": f"{settings['schedule']} noise levels"}
-    parts |= {"guidance": f"guidance {settings['guidance']}"}
-    true_cfg = [f"true CFG {settings['true_cfg']}"] if negative and "true_cfg" in settings else []
-    shared = [text for name, text in parts.items() if name != axis] + true_cfg + [f"seed {settings['seed']}"]
+    parts = {"steps": "{} steps", "schedule": "{} noise levels", "guidance": "guidance {}"}
+    shared = [text.format(settings[name]) for name, text in parts.items() if name in settings and name != axis]
+    shared += [f"true CFG {settings['true_cfg']}"] if negative and "true_cfg" in settings else []
+    shared += [f"seed {settings['seed']}"]
     return [
         f"{place}: {count} samplers of k-diffusion{' as in ComfyUI' * comfy}, {', '.join(shared)}",
         settings["prompt"] + (f"   (not: {negative})" if negative else ""),
