@@ -14,7 +14,19 @@ import scipy.stats
 import small_pipelines
 import torch
 from closed_form import flux_pipeline, sdxl_pipeline
-from comfy_references import BEFORE, LATENTS, SHIFT, SIGMAS, SIZE, draw, mixture, pipelines, references, settings
+from comfy_references import (
+    BEFORE,
+    LATENTS,
+    SHIFT,
+    SIGMAS,
+    SIZE,
+    draw,
+    draw_anywhere,
+    mixture,
+    pipelines,
+    references,
+    settings,
+)
 from comfy_samplers import ON_BOTH, ON_FLUX
 from conftest import ROOT, parent_of, relative, seeded
 from diffusers import (
@@ -40,7 +52,6 @@ from comfy_ksampler import (
     model_sampling,
     names,
 )
-from scheduling_k_diffusion import KDiffusionScheduler
 
 STAND_IN = ROOT / "tests" / "comfyui"
 
@@ -326,19 +337,6 @@ def test_a_custom_nodes_sampler(comfyui, pipes, model, cfg, stock):
     assert relative(latents, draw(pipes[model], **ksampler(pipes[model], **fields) | {"sampler": expected})) < 2e-6
 
 
-def draw_anywhere(pipe, call):
-    """The latents of a call of ours, also in a stock pipeline: as docs/comfyui.md says."""
-    if "ComfyPipeline" in type(pipe).__name__:
-        return draw(pipe, **call)
-    keys = ("sampler", "sampler_kwargs", "schedule", "parameterization", "quantize_timesteps")
-    options = {key: call.pop(key) for key in keys if key in call}
-    pipe.scheduler = KDiffusionScheduler.from_scheduler(pipe.scheduler, **options)
-    if hasattr(pipe, "unet"):  # the stock pipeline scales given latents to the first level
-        pipe.scheduler.set_timesteps(call["num_inference_steps"])
-        call["latents"] = call["latents"] / float(pipe.scheduler.init_noise_sigma)
-    return draw(pipe, **call)
-
-
 def test_a_scheduler_has_no_prediction_without_guidance(comfyui, pipes):
     pipe = parent_of(pipes["sdxl"], "sdxl")
     with pytest.raises(ValueError, match="a scheduler can't see the prediction without guidance"):
@@ -393,7 +391,7 @@ def test_its_noise_is_the_pipelines_or_the_seeds(pipes, model):
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 def test_callbacks_see_its_steps(comfyui, pipes, model):
-    """Packed on FLUX: the state that each evaluation got, also of ipndm, which calls back with its first x each time."""
+    """Packed on FLUX: the state that each evaluation got, also of ipndm, which shows its first x each time."""
     pipe, call, seen = pipes[model], ksampler(pipes[model], **settings(f"{model}/ipndm/simple/6/0")), []
 
     def look(pipe, step, timestep, tensors):
