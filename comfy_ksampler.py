@@ -4,8 +4,7 @@
     settings = {"seed": 42, "steps": 20, "cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
     image = pipe("an astronaut", negative_prompt="", **ksampler(pipe, **settings)).images[0]
 
-This file works alone beside sdxl_comfy_pipeline.py or flux_comfy_pipeline.py: it needs torch, scipy and k-diffusion.
-ComfyUI is imported for the samplers that it alone has, and only when one of them is named.
+This file works alone beside a pipeline's: it needs torch, scipy and k-diffusion, and ComfyUI for what it alone has.
 """
 
 from __future__ import annotations
@@ -15,9 +14,13 @@ import functools
 import importlib.util
 import inspect
 import math
+import re
+import shutil
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -35,6 +38,8 @@ OWN = """euler_cfg_pp euler_ancestral_cfg_pp heunpp2 exp_heun_2_x0 exp_heun_2_x0
     res_multistep_cfg_pp res_multistep_ancestral res_multistep_ancestral_cfg_pp gradient_estimation
     gradient_estimation_cfg_pp er_sde seeds_2 seeds_3 sa_solver sa_solver_pece uni_pc uni_pc_bh2""".split()
 SAMPLERS = (*SAME, *FLUX_APART, *OWN)
+_EMPTY: dict[str, Any] = {}
+ON_PATH = "put ComfyUI's folder on the path, PYTHONPATH=..., and install its requirements"
 SKIPPING = ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2")  # one level more, without the last but one
 
 
@@ -55,61 +60,55 @@ def ksampler(
 ) -> dict[str, Any]:
     """The arguments of `pipe(prompt, negative_prompt="", **ksampler(pipe, ...))` for the fields of a KSampler node.
 
-    Args:
-        pipe: a StableDiffusionXLComfyPipeline or a FluxComfyPipeline.
-        seed: of the whole batch, as in ComfyUI.
-        cfg: SDXL's guidance and FLUX's true CFG. FLUX's distilled guidance is the call's own `guidance_scale`.
-        sampler_name, scheduler: of `SAMPLERS` and `SCHEDULERS`, or a list of levels for the latter. The function is
-            ComfyUI's where k-diffusion's differs.
-        denoise: the share of the noise levels that is run, from the lower end, over `latent_image`.
-        latent_image: of shape (b, channels, height / 8, width / 8), unpacked on FLUX, in the scale that the network
-            works in: the VAE's latents less its `shift_factor`, times its `scaling_factor`. By default zeros.
-        noise: "today", or "before 0.7", when ComfyUI drew white step noise on a CPU from the seed, not from seed + 1.
-
-    Raises a ValueError for what is unknown or out of range, an ImportError where ComfyUI is needed but absent.
+    `cfg` is SDXL's guidance and FLUX's true CFG, whose distilled guidance is the call's `guidance_scale`. The function
+    is ComfyUI's where k-diffusion's differs. `denoise` is the share of the levels that is run over `latent_image`, by
+    default zeros: (b, channels, height / 8, width / 8), unpacked on FLUX, scaled and shifted as the network has them.
+    `noise` is "today", or "before 0.7", when ComfyUI drew a CPU's white step noise from the seed, not from seed + 1.
+    ValueError: something is unknown or out of range. ImportError: ComfyUI is needed but absent.
     """
     _check("sampler_name", sampler_name, SAMPLERS)
-    _check("noise", noise, ("today", "before 0.7"))
+    if noise not in ("today", "before 0.7"):
+        raise ValueError(f"`noise`: there is no {noise!r}; there are 'today' and 'before 0.7'")
+    if not re.search(r"\b(StableDiffusion(?!3)|Flux(?!2))\w*Pipeline'", str(type(pipe).__mro__)):
+        raise ValueError(f"`pipe`: {type(pipe).__name__} is not of SDXL or FLUX, whose latents are known; see `levels`")
     if cfg < 1:
         raise ValueError(f"`cfg` has to be at least 1, since diffusers does not guide below, but is {cfg}")
-    if "cfg_pp" in sampler_name:  # these ask for the negative prompt's prediction at 1 too: guide as little as counts
-        cfg = max(cfg, 1 + 2**-23)
     if latent_image is not None:
         height, width = (pipe.vae_scale_factor * side for side in latent_image.shape[-2:])
-    width, height, shape = _sizes(pipe, width, height)
-    latent_image = torch.zeros(batch_size, *shape, device="cpu") if latent_image is None else latent_image
+    width, height, *sides = _sizes(pipe, width, height)
+    flow = {"parameterization": "flow"} if hasattr(pipe, "transformer") else {}
+    channels = pipe.transformer.config.in_channels // 4 if flow else pipe.unet.config.in_channels
+    latent_image = torch.zeros(batch_size, channels, *sides, device="cpu") if latent_image is None else latent_image
     model, device = model_sampling(pipe, width, height), pipe._execution_device
     sigmas = levels(pipe, scheduler, steps, denoise, width, height, sampler_name)
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator, highest = torch.Generator("cpu").manual_seed(seed), bool(sigmas[0] >= model.sigma_max * (1 - 1e-5))
     unit = torch.randn(latent_image.shape, generator=generator, dtype=torch.float32, device="cpu")
-    highest = bool(sigmas[0] >= model.sigma_max * (1 - 1e-5))
     latents = model.noise_scaling(sigmas[0], unit, latent_image.float().cpu(), highest)
     call = {"schedule": sigmas, "num_inference_steps": len(sigmas) - 1, "num_images_per_prompt": len(latents)}
     call |= {"latents": model.packed(latents), "generator": generator, "width": width, "height": height}
-    call |= {"true_cfg_scale": cfg} if isinstance(model, Flow) else {"guidance_scale": cfg, "quantize_timesteps": True}
-
-    later = noise == "today" and device.type == "cpu"
-    step_generator = torch.Generator(device).manual_seed((seed + later) % 2**64)
+    guidance = max(cfg, 1 + 2**-23) if "cfg_pp" in sampler_name else cfg  # these look at the negative prompt at 1 too
+    call |= {"true_cfg_scale": guidance} if flow else {"guidance_scale": guidance, "quantize_timesteps": True}
+    if sampler_name in SAME:
+        own_end = sampler_name in ("lms", "dpm_fast", "dpm_adaptive")
+        return call | flow | {"sampler": (_ending_as_there if own_end else str)(sampler_name.replace("ddim", "euler"))}
+    seed_of_steps = seed + (noise == "today" and device.type == "cpu")
+    step_generator = torch.Generator(device).manual_seed(seed_of_steps % 2**64)
 
     def white(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
         return torch.randn(latents.shape, generator=step_generator, dtype=torch.float32, device=device)
 
-    flow = {"parameterization": "flow"} if isinstance(model, Flow) else {}
-    if sampler_name in SAME:
-        name = sampler_name.replace("ddim", "euler")
-        own_end = name in ("lms", "dpm_fast", "dpm_adaptive")
-        return call | flow | {"sampler": _ending_as_there(name) if own_end else name}
     brownian = sampler_name.startswith("dpmpp") and "_sde" in sampler_name
-    comfyui = _comfyui() if flow or sampler_name in OWN else None
-    if isinstance(comfyui, ModuleType):
-        function = comfyui.sampler_object(sampler_name).sampler_function
-        if not later and not brownian and "noise_sampler" in inspect.signature(function).parameters:
+    comfy = _comfyui() if flow or sampler_name not in FLUX_APART else None
+    if isinstance(comfy, ModuleType):
+        theirs = comfy.samplers.sampler_object(sampler_name)
+        function = functools.partial(theirs.sampler_function, **theirs.extra_options)
+        if noise != "today" and not brownian and "noise_sampler" in inspect.signature(function).parameters:
             function = functools.partial(function, noise_sampler=white)
-        return call | flow | {"sampler": comfy_sampler(function, pipe, width, height, seed)}
-    what_to_do = f"{comfyui}: put ComfyUI's folder on the path, PYTHONPATH=..., and install its requirements"
+        return call | flow | {"sampler": comfy_sampler(function, pipe, width, height, seed, cfg)}
+    what_to_do = f"{comfy}: {ON_PATH}"
     if sampler_name in OWN:
         raise ImportError(f"`sampler_name`: {sampler_name!r} is ComfyUI's own, and {what_to_do}")
-    on = device if sampler_name.endswith("_gpu") else torch.device("cpu")
+    on = device if sampler_name.endswith("_gpu") else "cpu"
     draw = _brownian_noise(latents.shape, device, on, sigmas, seed) if brownian else white
     call |= {"sampler": sampler_name.removesuffix("_gpu"), "sampler_kwargs": {"noise_sampler": draw}}
     if not flow:
@@ -122,94 +121,219 @@ def ksampler(
 def levels(
     pipe: Any, scheduler: Any, steps: int, denoise: float = 1.0, width: int = 0, height: int = 0, sampler_name: str = ""
 ) -> torch.Tensor:
-    """ComfyUI's noise levels by its nine names (`SCHEDULERS`), for `schedule=` of a call.
+    """ComfyUI's noise levels by its nine names (`SCHEDULERS`) or a custom node's, for `schedule=` of a call.
 
-    They are sigmas, FLUX's t: of shape (steps + 1,), falling to zero, float32, on the CPU. As in ComfyUI, "beta" and
-    "ddim_uniform" may have fewer or more steps than asked for, and samplers that are `SKIPPING` lack a level. FLUX's
-    shift depends on width and height (0: the pipeline's default).
+    They are sigmas, a flow model's t: of shape (steps + 1,), falling to zero, float32, on the CPU. As in ComfyUI, some
+    have fewer or more steps than asked for. `pipe` is any that `model_sampling` knows; FLUX's size counts.
     """
     if not isinstance(scheduler, str):  # the levels themselves, as ComfyUI's nodes make them from numbers
         return torch.tensor(scheduler, dtype=torch.float32, device="cpu")
-    _check("scheduler", scheduler, tuple(SCHEDULERS))
+    _check("scheduler", scheduler, SCHEDULERS)
     if steps < 1 or not 0 < denoise <= 1:
         raise ValueError(f"`steps` has to be at least 1, `denoise` above 0 and at most 1: {steps}, {denoise}")
-    part, skipping = denoise <= 0.9999, sampler_name in SKIPPING
+    part, sampling, own = denoise <= 0.9999, model_sampling(pipe, width, height), sampler_name in ("", *SAMPLERS)
+    skipping = sampler_name in (SKIPPING if own else _comfyui().samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS)
+    count = skipping + (int(steps / denoise) if part else steps)
     with torch.device("cpu"):
-        count = skipping + (int(steps / denoise) if part else steps)
-        falling = SCHEDULERS[scheduler](count, model_sampling(pipe, width, height)).unique_consecutive()
-        falling = falling[: -1 if skipping else None]
-        return torch.cat([falling, falling.new_zeros(1)])[-steps - 1 if part else 0 :]
+        if ours := SCHEDULERS.get(scheduler):
+            falling = torch.nn.functional.pad(ours(count, sampling).unique_consecutive(), (0, 1))
+        else:
+            falling = _comfyui().samplers.calculate_sigmas(sampling, scheduler, count).float().cpu()
+        falling = torch.cat([falling[:-2], falling[-1:]]) if skipping else falling
+        return falling[-steps - 1 if part else 0 :]
 
 
-def comfy_sampler(function: Callable, pipe: Any, width: int = 0, height: int = 0, seed: int | None = None) -> Callable:
-    """A sampler for `pipe(sampler=...)` of a function written for ComfyUI, its own or a custom node's.
+def names() -> tuple[list[str], list[str]]:
+    """All samplers and schedulers: `SAMPLERS` and `SCHEDULERS`, ComfyUI's, and those of the custom nodes loaded."""
+    theirs = getattr(_comfyui(), "samplers", SimpleNamespace(KSampler=SimpleNamespace(SAMPLERS=[], SCHEDULERS=[])))
+    schedulers = [*SCHEDULERS, *theirs.KSampler.SCHEDULERS, *getattr(theirs, "SCHEDULER_HANDLERS", [])]
+    return list(dict.fromkeys([*SAMPLERS, *theirs.KSampler.SAMPLERS])), list(dict.fromkeys(schedulers))
 
-    `function(model, x, sigmas, extra_args=, callback=, disable=, ...)` runs as it is, on a `model` with what such
-    functions look up: `inner_model.inner_model.model_sampling`, `inner_model.model_patcher`, and `model_options` whose
-    `sampler_post_cfg_function`s are called after guidance with `uncond_denoised`. On FLUX the function sees unpacked
-    latents, of this width and height, and t for sigma: call with parameterization="flow". With a seed the function
-    makes its own noise; without one its `noise_sampler` is the pipeline's, which draws from the caller's generators.
+
+def load_custom_nodes(*nodes: str | Path) -> None:
+    """Loads custom nodes, names in ComfyUI's folder `custom_nodes` or paths, so that what they add has names here.
+
+    No server runs and no port is opened. What is loaded is a copy in a temporary folder, to which the nodes write, too.
+    ImportError: ComfyUI or a node can't be imported, with its own message. ValueError: there is no such node.
     """
-    sampling = model_sampling(pipe, width, height)
+    if isinstance(comfy := _comfyui(), ImportError):
+        raise ImportError(f"custom nodes need ComfyUI, but {comfy}: {ON_PATH}")
+    folder, scratch = _folders()
+    for node in map(str, nodes):
+        source = (folder / node if (folder / node).exists() else Path(node)).resolve()
+        if not source.exists():
+            there = ", ".join(sorted(path.name for path in folder.iterdir()))
+            raise ValueError(f"custom node {node!r} is no path, and not in {folder}, which has {there}")
+        copy, name = Path(scratch.name, "custom_nodes", source.name), f"custom_nodes.{source.stem.replace('.', '_x_')}"
+        if name in sys.modules:
+            continue
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns(".git", "__pycache__"), dirs_exist_ok=True)
+        else:
+            shutil.copy(source, copy)
+        spec: Any = importlib.util.spec_from_file_location(name, copy / "__init__.py" if source.is_dir() else copy)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            lacks = f"; it needs the package {error.name!r}" if isinstance(error, ModuleNotFoundError) else ""
+            raise ImportError(f"custom node {node!r}: {type(error).__name__}: {error}{lacks}") from error
+
+
+@functools.cache
+def _folders() -> tuple[Path, Any]:
+    """ComfyUI's folder of custom nodes, and a temporary one for all that it and they write. Its server is not run."""
+    args, scratch = _comfyui().cli_args.args, tempfile.TemporaryDirectory(prefix="comfy_ksampler-")
+    folder = Path(args.base_directory or Path(_comfyui().samplers.__file__).parents[1], "custom_nodes")
+    args.base_directory = args.front_end_root = scratch.name
+    for name in ("custom_nodes", "user"):
+        Path(scratch.name, name).mkdir()
+    if importlib.util.find_spec("server"):
+        server = importlib.import_module("server").PromptServer
+        server.instance = getattr(server, "instance", None) or server(None)
+    return folder, scratch
+
+
+def comfy_sampler(
+    function: Callable, pipe: Any, width: int = 0, height: int = 0, seed: int | None = None, cfg: float | None = None
+) -> Callable:
+    """A sampler for `pipe(sampler=...)` of a function written for ComfyUI, its own or a custom node's, run as it is.
+
+    Where ComfyUI can be imported, the function's `model` is made of its classes around the pipeline's denoiser;
+    elsewhere it has what ComfyUI's own functions look up. On FLUX the function sees unpacked latents, of this width and
+    height, and t for sigma: call with parameterization="flow". With a seed it makes its own noise; without one its
+    `noise_sampler` is the pipeline's. `cfg` is the call's, for functions that ask for the prediction without guidance.
+    """
+    comfy, sampling = _comfyui(), model_sampling(pipe, width, height)
 
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         if draw := options.get("noise_sampler"):
             options["noise_sampler"] = lambda *sigmas: sampling.unpacked(draw(*sigmas))
-        surface, at = _Model(model, sampling), sigmas.to(x.device, copy=True)  # uni_pc writes into the levels
-        options |= {"extra_args": {"model_options": {}, "seed": seed, **(extra_args or {})}, "disable": disable}
-        options["callback"] = callback and functools.partial(surface.call_back, callback)
-        x = function(surface, sampling.unpacked(x), at, **options)
+        ours = _Model(
+            model, sampling, cfg or (not isinstance(sampling, Flow) and getattr(pipe, "_guidance_scale", None))
+        )
+        surface, given, at = (
+            ours,
+            {"model_options": {}},
+            sigmas.to(x.device, copy=True),
+        )  # uni_pc writes into the levels
+        if not isinstance(comfy, ImportError):
+            surface, given = _comfyuis(comfy, ours, sampling.unpacked(x), at)
+        options |= {"extra_args": {**given, "seed": seed, **(extra_args or {})}, "disable": disable}
+        options["callback"] = callback and functools.partial(ours.call_back, callback)
+        with torch.random.fork_rng(range(torch.cuda.device_count()), seed is not None):
+            if seed is not None:  # as ComfyUI leaves torch's generators: seeded, and past the initial noise
+                torch.randn(x.numel(), generator=torch.manual_seed(seed), dtype=torch.float32, device="cpu")
+            x = function(surface, sampling.unpacked(x), at, **options).to(x.dtype)
         whole = isinstance(sampling, Flow) and sigmas[-1] == 0
         return sampling.packed(x / (1 - at[-1]) if whole else x)  # as in ComfyUI: by 0.999 after uni_pc
 
     sampler.__name__ = getattr(getattr(function, "func", function), "__name__", "sampler")
-    given, taken = (list(inspect.signature(f).parameters.values()) for f in (sampler, function))
-    hidden = {"extra_args", "callback", "disable", "noise_sampler" if seed is not None else ""}
-    own = [p if p.kind is p.VAR_KEYWORD else p.replace(kind=p.KEYWORD_ONLY) for p in taken[3:] if p.name not in hidden]
-    sampler.__signature__ = inspect.Signature([*given[:-1], *own])  # type: ignore[attr-defined]
+    taken = [p for p in inspect.signature(function).parameters.values() if seed is None or p.name != "noise_sampler"]
+    sampler.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
     return sampler
 
 
 class _Model:
-    """The `model` of a function written for ComfyUI."""
+    """The pipeline's denoiser of unpacked latents, as the `model` of a function for ComfyUI where that is not there."""
 
-    def __init__(self, model: Callable, sampling: Any):
+    def __init__(self, model: Callable, sampling: Any, cfg: Any):
         base = SimpleNamespace(model_sampling=sampling)
         patcher = SimpleNamespace(model=base, model_options={}, get_model_object=lambda name: getattr(base, name))
-        self.inner_model = SimpleNamespace(inner_model=base, model_patcher=patcher, model_options={})
-        self.model, self.pack, self.unpack = model, sampling.packed, sampling.unpacked
+        self.inner_model = SimpleNamespace(inner_model=base, model_patcher=patcher, model_options={}, cfg=cfg)
+        self.model, self.sampling, self.cfg = model, sampling, cfg
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, model_options: Any = None, **kwargs: Any) -> torch.Tensor:
-        packed, functions = self.pack(x), (model_options or {}).get("sampler_post_cfg_function", [])
-        both = self.model(packed, sigma, with_uncond=True) if functions else [self.model(packed, sigma)]
-        if packed is not x:
-            x.copy_(self.unpack(packed))  # which a callback of the pipeline's may have changed
-        denoised, *unconditional = [self.unpack(half) for half in both]
+        functions = (model_options or {}).get("sampler_post_cfg_function", [])
+        denoised, *sides = self.predict(x, sigma, both=bool(functions))
+        rest = dict(zip(("cond_denoised", "uncond_denoised"), sides), input=x, sigma=sigma, model_options=model_options)
         for function in functions:
-            rest = {"input": x, "sigma": sigma, "model": self.inner_model.inner_model, "model_options": model_options}
-            denoised = function({"denoised": denoised, "uncond_denoised": unconditional[0], **rest})
-        self.last = packed, sigma[0], denoised
+            denoised = function({"denoised": denoised, "model": self.inner_model.inner_model, **rest})
+        self.last = sigma[0], denoised
         return denoised
+
+    def predict(self, x: torch.Tensor, sigma: torch.Tensor, both: bool) -> list[torch.Tensor]:
+        """x0 with guidance; for both also that for the prompt and that for the negative prompt."""
+        if both and not self.cfg:
+            raise ValueError("`cfg`: the sampler asks for the prediction without guidance: pass cfg to comfy_sampler")
+        self.packed = packed = self.sampling.packed(x)
+        found = self.model(packed, sigma, with_uncond=True) if both else [self.model(packed, sigma)]
+        if packed is not x:
+            x.copy_(self.sampling.unpacked(packed))  # which the pipeline may have changed
+        guided, *negative = map(self.sampling.unpacked, found)
+        return [guided, *(one + (guided - one) / self.cfg for one in negative), *negative]
 
     def call_back(self, callback: Callable, info: dict[str, Any]) -> None:
         """Packed, with the step's x where the function tells its first one (ipndm, deis), and with sigma (uni_pc)."""
-        packed, sigma, denoised = self.last
-        x = packed if info["denoised"] is denoised else self.pack(info["x"])
-        callback({"sigma": sigma, "sigma_hat": sigma, **info, "x": x, "denoised": self.pack(info["denoised"])})
+        (sigma, denoised), pack = self.last, self.sampling.packed
+        x = self.packed if info["denoised"] is denoised else pack(info["x"])
+        callback({"sigma": sigma, "sigma_hat": sigma, **info, "x": x, "denoised": pack(info["denoised"])})
+
+
+def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+    """The `model` of ComfyUI's classes, and its part of `extra_args`. Guidance is the pipeline's, no model is moved."""
+    sampling, flow = ours.sampling, isinstance(ours.sampling, Flow)
+
+    class Model(comfy.model_base.BaseModel):
+        def _apply_model(self, x, t, concat=None, context=None, control=None, transformer_options=_EMPTY, **kwargs):
+            wanted = transformer_options.get("cond_or_uncond", [0])  # 0 for the prompt, 1 for the negative prompt
+            x, sigma = x.chunk(len(wanted))[0], t.chunk(len(wanted))[0]
+            sides = ours.predict(x, sigma, both=wanted != [0] or ours.cfg != 1)
+            return torch.cat([sides[-2:][side] for side in wanted])
+
+    class Guider(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=_EMPTY, seed=None):
+            asked = {name for name, value in model_options.items() if value} - {"transformer_options"}
+            if not asked and not model_options.get("transformer_options", {}).get("wrappers"):
+                return ours(x, timestep)
+            ours.last = timestep[0], super().predict_noise(x, timestep, model_options, seed)
+            return ours.last[-1]
+
+    config = comfy.supported_models.Flux if flow else comfy.supported_models.SDXL
+    kind = "FLUX" if flow else "V_PREDICTION" if sampling.prediction_type == "v_prediction" else "EPS"
+    with torch.device("cpu"):
+        config = config({**config.unet_config, "disable_unet_model_creation": True})
+        base = Model(config, comfy.model_base.ModelType[kind], x.device)
+        if flow:
+            base.model_sampling.set_parameters(math.log(sampling.shift), len(sampling.sigmas))
+        else:
+            base.model_sampling.set_sigmas(sampling.exact)
+    base.diffusion_model, base.memory_usage_factor = torch.nn.Identity(), 0  # it is asked for both sides at once
+    base.diffusion_model.dtype = torch.float32
+    patcher = comfy.model_patcher.ModelPatcher(base.to(x.device), x.device, x.device)
+    patcher.pre_run()
+    guider, prompt = Guider(patcher), [[torch.zeros(1, 1, 1, device=x.device), {}]]
+    guider.set_conds(prompt, prompt)
+    guider.set_cfg(ours.cfg or 1.0)
+    guider.inner_model, guider.conds = base, {**guider.original_conds}
+    model = comfy.samplers.KSamplerX0Inpaint(guider, sigmas)
+    model.latent_image, model.noise = torch.zeros_like(x), x / sigmas[0]
+    options = {**patcher.model_options, "transformer_options": {"sample_sigmas": sigmas}}
+    return model, {"model_options": options, "denoise_mask": None}
+
+
+def _comfyui() -> Any:
+    """ComfyUI's package `comfy`, or why it can't be imported. Without a GPU it needs its option --cpu."""
+    try:
+        sys.dont_write_bytecode |= importlib.util.find_spec("comfy") is not None  # into ComfyUI's folder
+        importlib.import_module("comfy.cli_args").args.cpu |= not torch.accelerator.is_available()
+        importlib.import_module("comfy.samplers")
+        return importlib.import_module("comfy.supported_models") and sys.modules["comfy"]
+    except ImportError as error:
+        return error
 
 
 def _ending_as_there(name: str) -> Callable:
-    """k-diffusion's lms with `denoised` for its last step, which there goes on to zero, or its dpm_fast or dpm_adaptive
-    to the lowest positive level: as ComfyUI's end."""
+    """k-diffusion's lms with x0 for its last step, or dpm_fast, dpm_adaptive to the lowest positive level, as there."""
     function = getattr(k_diffusion(), f"sample_{name}")
 
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        options = {"extra_args": extra_args, "callback": callback, "disable": disable}
+        options, sigma = {"extra_args": extra_args, "callback": callback, "disable": disable}, sigmas[-2]
         if name != "lms":
             steps = [len(sigmas) - 1] if name == "dpm_fast" else []
-            return function(model, x, sigmas[-2].item(), sigmas[0].item(), *steps, **options)
+            return function(model, x, sigma.item(), sigmas[0].item(), *steps, **options)
         x = function(model, x, sigmas[:-1], **options)
-        sigma = sigmas[-2]
         denoised = model(x, sigma * x.new_ones([len(x)]))
         if callback is not None:
             callback({"x": x, "i": len(sigmas) - 2, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
@@ -221,21 +345,11 @@ def _ending_as_there(name: str) -> Callable:
 @functools.cache
 def k_diffusion() -> ModuleType:
     """k-diffusion's `sampling`, in a package of another name: its own has training code that can't be installed."""
-    spec = importlib.util.find_spec("k_diffusion")
-    if spec is None or spec.submodule_search_locations is None:
+    if (spec := importlib.util.find_spec("k_diffusion")) is None:
         raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
     package = sys.modules["comfy_k_diffusion"] = ModuleType("comfy_k_diffusion")
-    package.__path__ = spec.submodule_search_locations
+    package.__path__ = spec.submodule_search_locations or []
     return importlib.import_module("comfy_k_diffusion.sampling")
-
-
-def _comfyui() -> ModuleType | ImportError:
-    """`comfy.samplers`, or why not. Without a GPU it is imported with its option --cpu, as has to be."""
-    try:
-        importlib.import_module("comfy.cli_args").args.cpu |= not torch.accelerator.is_available()
-        return importlib.import_module("comfy.samplers")
-    except ImportError as error:
-        return error
 
 
 def _brownian_noise(shape: tuple[int, ...], device: Any, on: Any, sigmas: torch.Tensor, seed: int) -> Callable:
@@ -267,6 +381,7 @@ class Discrete:
             alphas_cumprod = ((alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))) ** 2
             alphas_cumprod[-1] = 4.8973451890853435e-08  # ComfyUI's, in place of the zero: sigma is 4518.76
         sigmas = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
+        self.exact, self.prediction_type = sigmas, config.get("prediction_type")
         self.sigmas, self.log_sigmas = sigmas.float(), sigmas.log().float()
         self.sigma_min, self.sigma_max = self.sigmas[0], self.sigmas[-1]
 
@@ -290,11 +405,11 @@ class Discrete:
 
 
 class Flow:
-    """FLUX as ComfyUI's `model_sampling` knows it: 10,000 levels in t, float32. `shift` is exp(mu) of diffusers."""
+    """A flow as ComfyUI's `model_sampling` knows it: float32 levels in t. `shift` is exp(mu) of diffusers."""
 
-    def __init__(self, shift: float, rows: int, columns: int):
+    def __init__(self, shift: float, rows: int = 0, columns: int = 0, count: int = 10_000):
         self.shift, self.sides = shift, (rows, columns)
-        self.sigmas = self.sigma(torch.arange(1, 10001) / 10000)
+        self.sigmas = self.sigma(torch.arange(1, count + 1) / count)
         self.sigma_min, self.sigma_max = self.sigmas[0], self.sigmas[-1]
 
     timestep = staticmethod(lambda sigma: sigma)
@@ -309,50 +424,49 @@ class Flow:
         return sigma * noise + (1.0 - sigma) * latent_image
 
     def packed(self, latents: torch.Tensor) -> torch.Tensor:
-        """(b, c, h, w) to a token for each patch of 2x2, (b, h w / 4, 4 c)."""
-        if latents.ndim == 3:  # a pipeline's trial run, on one number
-            return latents
-        b, c, h, w = latents.shape
-        return latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+        """(b, c, h, w) to a token for each patch of 2x2, (b, h w / 4, 4 c). A scheduler's trial is of one number."""
+        one = latents.numel() == 1
+        return latents if one else torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).mT.contiguous()
 
     def unpacked(self, tokens: torch.Tensor) -> torch.Tensor:
-        if tokens.shape[-1] == 1:
-            return tokens
-        b, (h, w) = len(tokens), self.sides
+        h, w = self.sides
+        if tokens.numel() == 1:
+            return tokens.view(1, 1, 1, 1)
         if 4 * tokens.shape[1] != h * w:
             raise ValueError(f"`latents` are not {h}x{w}: give comfy_sampler the picture's `width` and `height`")
-        return tokens.reshape(b, h // 2, w // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, -1, h, w)
+        return torch.nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (h // 2, w // 2)), 2)
 
 
 def model_sampling(pipe: Any, width: int = 0, height: int = 0) -> Any:
-    """What the pipeline's network was trained with: a `Discrete` or, with diffusers' shift at this size, a `Flow`.
+    """What a pipeline's network was trained with, by its scheduler: `Discrete` for betas, `Flow`, or EDM's kind.
 
-    Where ComfyUI is loaded, a Flow is an instance of its CONST too: by that its samplers know FLUX.
+    ValueError: the scheduler is of another kind, or its shift depends on more than the size of a picture.
     """
-    config, (_, rows, columns) = pipe.scheduler.config, _sizes(pipe, width, height)[2]
+    base = getattr(pipe.scheduler, "base", pipe.scheduler)
+    config, kind, rows, columns = base.config, type(base).__name__, 0, 0
     with torch.device("cpu"):  # whatever the default device
-        if not hasattr(pipe, "transformer"):
-            return Discrete(pipe.scheduler)
-        kept = hasattr(type(pipe.scheduler), "shift")  # `set_shift` leaves the config alone
-        shift = pipe.scheduler.shift if kept else config.get("flow_shift", config.get("shift", 1.0))
-        if config.get("use_dynamic_shifting"):
-            few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-            low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-            mu = low + (rows * columns // 4 - few) * (high - low) / (many - few)
-            shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-        theirs = sys.modules.get("comfy.model_sampling")
-        return (type("Flow", (Flow, theirs.CONST), {}) if theirs else Flow)(shift, rows, columns)
-
-
-def _evenly(n: int, model: Any) -> torch.Tensor:
-    """n levels even in time, from the highest to the lowest. FLUX's t are shifted once more, as in ComfyUI."""
-    return model.sigma(torch.linspace(model.timestep(model.sigma_max), model.timestep(model.sigma_min), n))
-
-
-def _beta(n: int, model: Any) -> torch.Tensor:
-    """Quantiles of Beta(0.6, 0.6), Lee et al. 2024. With many steps some round to the same level."""
-    places = betaincinv(0.6, 0.6, 1 - torch.arange(n, dtype=torch.float64).numpy() / n) * (len(model.sigmas) - 1)
-    return model.sigmas[torch.as_tensor(places).round().long()]
+        if config.get("use_flow_sigmas") or "FlowMatch" in kind or config.get("prediction_type") == "flow_prediction":
+            kept = hasattr(type(base), "shift")  # `set_shift` leaves the config alone
+            shift = base.shift if kept else config.get("flow_shift", config.get("shift", 1.0))
+            if hasattr(pipe, "vae_scale_factor"):
+                rows, columns = _sizes(pipe, width, height)[2:]
+            if config.get("use_dynamic_shifting"):
+                if not rows:
+                    what = f"{type(pipe).__name__} shifts by more than a width and a height"
+                    raise ValueError(f"`pipe`: {what}: set its scheduler's use_dynamic_shifting=False, shift=exp(mu)")
+                few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+                low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+                mu = low + (rows * columns // 4 - few) * (high - low) / (many - few)
+                shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+            kin = re.search(r"\b(Flux|Chroma|LTX|Qwen|LongCat)\w*'", str(type(pipe).__mro__))
+            return Flow(shift, rows, columns, 10_000 if kin else 1000)
+        if config.get("sigma_min") and ("sigma_data" in config or config.get("timestep_type") == "continuous"):
+            table = torch.linspace(math.log(config["sigma_min"]), math.log(config["sigma_max"]), 1000).exp()
+            time = {"timestep": lambda sigma: 0.25 * sigma.log(), "sigma": lambda timestep: (timestep / 0.25).exp()}
+            return SimpleNamespace(sigmas=table, sigma_min=table[0], sigma_max=table[-1], **time)
+        if hasattr(base, "betas"):
+            return Discrete(base)
+    raise ValueError(f"`pipe`: {kind} is no scheduler of a known kind, which are betas, flow matching and EDM")
 
 
 def _linear_quadratic(n: int, model: Any, threshold: float = 0.025) -> torch.Tensor:
@@ -363,40 +477,50 @@ def _linear_quadratic(n: int, model: Any, threshold: float = 0.025) -> torch.Ten
     return share.float() * model.sigma_max
 
 
-def _kl_optimal(n: int, model: Any) -> torch.Tensor:
-    """Even in atan(sigma), Sabour et al. 2024. One step, for which ComfyUI has NaN, begins at the highest level."""
-    share = torch.arange(n) / max(n - 1, 1)
-    return (share * math.atan(model.sigma_min) + (1 - share) * math.atan(model.sigma_max)).tan()
+def _evenly(n: int, m: Any) -> torch.Tensor:
+    return m.sigma(torch.linspace(m.timestep(m.sigma_max), m.timestep(m.sigma_min), n))  # FLUX's are shifted once more
+
+
+def _between(n: int, m: Any, function: Callable, inverse: Callable) -> torch.Tensor:
+    share = torch.arange(n) / max(n - 1, 1)  # one step, for which ComfyUI has NaN, begins at the highest level
+    return inverse(share * function(m.sigma_min) + (1 - share) * function(m.sigma_max))
 
 
 SCHEDULERS: dict[str, Callable[[int, Any], torch.Tensor]] = {  # n levels, falling, without the zero at their end
     # n of the table, at an even stride from the top
-    "simple": lambda n, model: model.sigmas.flip(0)[[int(i * (len(model.sigmas) / n)) for i in range(n)]],
-    "sgm_uniform": lambda n, model: _evenly(n + 1, model)[:-1],
+    "simple": lambda n, m: m.sigmas.flip(0)[[int(i * (len(m.sigmas) / n)) for i in range(n)]],
+    "sgm_uniform": lambda n, m: _evenly(n + 1, m)[:-1],
     "karras": lambda n, m: k_diffusion().get_sigmas_karras(n, m.sigma_min.item(), m.sigma_max.item())[:-1],
     "exponential": lambda n, m: k_diffusion().get_sigmas_exponential(n, m.sigma_min.item(), m.sigma_max.item())[:-1],
     # at an even stride from the second lowest up; more than n where n does not divide the table
-    "ddim_uniform": lambda n, model: model.sigmas[1 :: max(len(model.sigmas) // n, 1)].flip(0),
-    "beta": _beta,
+    "ddim_uniform": lambda n, m: m.sigmas[1 :: max(len(m.sigmas) // n, 1)].flip(0),
+    # quantiles of Beta(0.6, 0.6), Lee et al. 2024; with many steps some round to the same level
+    "beta": lambda n, m: m.sigmas[
+        torch.tensor(betaincinv(0.6, 0.6, [1 - i / n for i in range(n)]) * (len(m.sigmas) - 1)).round().long()
+    ],
     "normal": _evenly,
     "linear_quadratic": _linear_quadratic,
-    "kl_optimal": _kl_optimal,
+    "kl_optimal": lambda n, m: _between(n, m, math.atan, torch.tan),  # Sabour et al. 2024
 }
 
 
-def _sizes(pipe: Any, width: int, height: int) -> tuple[int, int, tuple[int, int, int]]:
-    """Width and height, by default the pipeline's, and the latents' (channels, rows, columns), even on FLUX."""
-    scale, network = pipe.vae_scale_factor, getattr(pipe, "transformer", None) or pipe.unet
-    patch, config = 2 if hasattr(pipe, "transformer") else 1, getattr(pipe.vae, "config", None)
-    default = getattr(config, "sample_size", 1024) if patch == 2 else pipe.default_sample_size * scale
+def _sizes(pipe: Any, width: int, height: int) -> tuple[int, int, int, int]:
+    """Width and height, by default the pipeline's, and the latents' rows and columns, even for patches of 2x2."""
+    scale, patch, vae = pipe.vae_scale_factor, 2 if hasattr(pipe, "transformer") else 1, getattr(pipe, "vae", None)
+    network = pipe.unet if patch == 1 else pipe.transformer
+    default = getattr(getattr(vae, "config", None), "sample_size", None) if patch == 2 else None
+    default = default or scale * (getattr(pipe, "default_sample_size", None) or network.config.get("sample_size", 128))
     width, height = width or default, height or default
-    sides = (patch * (side // (patch * scale)) for side in (height, width))
-    return width, height, (network.config.in_channels // patch**2, *sides)
+    rows, columns = (patch * (side // (patch * scale)) for side in (height, width))
+    return width, height, rows, columns
 
 
-def _check(argument: str, name: Any, known: Sequence[str]) -> None:
-    if name in known:
-        return
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-    raise ValueError(f"`{argument}`: there is no {name!r}; {hint}")
+def _check(argument: str, name: Any, known: Any) -> None:
+    """Raises a ValueError unless the name is known, here or to ComfyUI."""
+    if name not in known and name not in (known := names()[argument == "scheduler"]):
+        nodes, comfy = (one[13:] for one in sys.modules if re.fullmatch(r"custom_nodes\.[^.]+", one)), _comfyui()
+        loaded = f"was found, and loaded are {', '.join(nodes) or 'no custom nodes (load_custom_nodes)'}"
+        found = f"was not found: {comfy}" if isinstance(comfy, ImportError) else loaded
+        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"`{argument}`: there is no {name!r}; {hint}; ComfyUI {found}")

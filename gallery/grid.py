@@ -17,7 +17,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from comfy_ksampler import SAMPLERS, SCHEDULERS, ksampler, levels
+from comfy_ksampler import SAMPLERS, SCHEDULERS, ksampler, levels, load_custom_nodes
+from comfy_ksampler import names as comfy_names
 from gallery.models import check_output, device_of, encode, load, reason, short_name, size_of
 from gallery.options import Family, unknown
 from gallery.parameters import VARIANTS, listed, write_parameters
@@ -26,7 +27,12 @@ from gallery.refused import Refused
 from gallery.sheet import Drawn, Picture, finish, outcome
 from gallery.start import raise_on_ctrl_c
 
-PLAIN = ("karras", "exponential")  # names of k-diffusion's, too: without --comfy they mean its levels
+PLAIN = (
+    "karras",
+    "exponential",
+    "polyexponential",
+    "vp",
+)  # names of k-diffusion's, too: without --comfy they mean its levels
 COMFY = "since 0.7"  # the versions whose noise --comfy draws
 NOT_FINITE = "the picture is not finite: a number overflowed; try a lower --guidance, or --dtype bfloat16 or float32"
 
@@ -184,10 +190,17 @@ def title_of(count: int, axis: str | None, place: str, settings: dict[str, str])
 
 def _check_names(module: Any, options: argparse.Namespace, columns: list[argparse.Namespace]) -> list[str]:
     """The samplers to draw, without `sample_`, each once; with --comfy all of ComfyUI's by default."""
-    schedules = [*SCHEDULERS] if options.comfy else [*module.SCHEDULES, *SCHEDULERS, "scheduler"]
-    known = list(SAMPLERS) if options.comfy else module.sampler_names()
+    try:
+        load_custom_nodes(*options.custom_nodes) if options.custom_nodes else None
+    except (ImportError, ValueError) as error:
+        raise Refused(f"--custom-nodes: {error}") from None
+    wanted, theirs = [column.schedule or "scheduler" for column in columns], (list(SAMPLERS), [*SCHEDULERS])
+    named = [*wanted, *(options.samplers or []) * options.comfy]
+    if options.custom_nodes or {*named} - {*SAMPLERS, *SCHEDULERS, *module.SCHEDULES, *VARIANTS, "scheduler"}:
+        theirs = comfy_names()  # ComfyUI is imported for a name that is not known without it
+    schedules = theirs[1] if options.comfy else [*module.SCHEDULES, *theirs[1], "scheduler"]
+    known = theirs[0] if options.comfy else module.sampler_names()
     samplers = [name.removeprefix("sample_") for name in options.samplers or known]
-    wanted = [column.schedule or "scheduler" for column in columns]
     for flag, names, of in (("samplers", samplers, [*known, *VARIANTS]), ("schedule", wanted, schedules)):
         for name in names:
             if name not in of and not (flag == "schedule" and listed(name)):
@@ -253,11 +266,16 @@ def _variant(sampler: str) -> tuple[str, dict[str, Any]]:
     return VARIANTS.get(sampler, (sampler, {}))
 
 
+def _comfyuis(schedule: str | None, comfy: bool = False) -> bool:
+    """Whether the name is of ComfyUI or a custom node of its."""
+    return bool(schedule) and not listed(schedule) and (comfy or schedule not in PLAIN)
+
+
 def _levels(
     pipe: Any, named: str | None, steps: int, width: int, height: int, discard: bool, comfy_sampler: str = ""
 ) -> Any:
     """The levels by name, or those listed. Some of ComfyUI's samplers take another number of them."""
-    if named in SCHEDULERS and (comfy_sampler or named not in PLAIN):
+    if _comfyuis(named, bool(comfy_sampler)):
         sigmas = levels(pipe, named, steps + discard, width=width, height=height, sampler_name=comfy_sampler)
     else:
         area = (height // (2 * pipe.vae_scale_factor)) * (width // (2 * pipe.vae_scale_factor))
@@ -348,7 +366,7 @@ def _plain_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
     sampler, options = _variant(settings["sampler"])
     arguments = {"sampler": sampler, "sampler_kwargs": options, "width": width, "height": height}
     discard = "discard" in settings
-    if discard or listed(schedule) or (schedule in SCHEDULERS and schedule not in PLAIN):
+    if discard or listed(schedule) or _comfyuis(schedule):
         return arguments | {"schedule": _levels(pipe, schedule, steps, width, height, discard)}
     return arguments | {"num_inference_steps": steps, "schedule": schedule}
 

@@ -114,6 +114,8 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--batch", type=_batch, default=1, metavar="N", help=batch)
     comfy = f"draw what ComfyUI's KSampler draws, with all of its samplers that run (levels: {family.comfy_schedule})"
     add("--comfy", action="store_true", help=comfy)
+    nodes = "packs of ComfyUI's custom nodes, by name or path, whose samplers and schedules can then be named"
+    add("--custom-nodes", nargs="+", default=[], metavar="NAME", help=nodes)
     add("--dtype", choices=DTYPES, nargs="+", help=f"of the network (default: {family.dtype}, on a CPU float32)")
     add("--device", type=text, help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
     add("--offload", choices=OFFLOAD, default="auto", help=f"{OFFLOAD_HELP} (default: auto)")

@@ -11,10 +11,12 @@ from conftest import ROOT
 from safetensors import safe_open
 
 from comfy_ksampler import model_sampling
+from scheduling_k_diffusion import KDiffusionScheduler
 
 DATA = ROOT / "tests" / "data"
 SIGMAS = json.loads((DATA / "comfyui_sigmas.json").read_text())["sigmas"]
 LATENTS = safe_open(DATA / "comfyui_0.27_latents.safetensors", "pt")
+RES4LYF = safe_open(DATA / "comfyui_res4lyf_latents.safetensors", "pt")
 BEFORE = safe_open(DATA / "comfyui_latents.safetensors", "pt")  # of 0.3.64
 SHIFT = 1.15  # of the references, FLUX's at 1024x1024: diffusers' mu
 SIZE = {"width": 128, "height": 128}  # theirs
@@ -83,6 +85,19 @@ def draw(pipe: Any, **call: Any) -> torch.Tensor:
         embeds |= {"negative_prompt_embeds": -prompt, "negative_pooled_prompt_embeds": -prompt[:, 0]}
     latents = pipe(**{"output_type": "latent", "guidance_scale": 1.0, **SIZE, **embeds, **call}).images
     return model_sampling(pipe, **SIZE).unpacked(latents)
+
+
+def draw_anywhere(pipe, call):
+    """The latents of a call of ours, also in a stock pipeline: as docs/comfyui.md says."""
+    if "ComfyPipeline" in type(pipe).__name__:
+        return draw(pipe, **call)
+    keys = ("sampler", "sampler_kwargs", "schedule", "parameterization", "quantize_timesteps")
+    options = {key: call.pop(key) for key in keys if key in call}
+    pipe.scheduler = KDiffusionScheduler.from_scheduler(pipe.scheduler, **options)
+    if hasattr(pipe, "unet"):  # the stock pipeline scales given latents to the first level
+        pipe.scheduler.set_timesteps(call["num_inference_steps"])
+        call["latents"] = call["latents"] / float(pipe.scheduler.init_noise_sigma)
+    return draw(pipe, **call)
 
 
 def settings(key: str, **changes) -> dict:

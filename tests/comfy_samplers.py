@@ -1,4 +1,4 @@
-"""Samplers that ComfyUI has and k-diffusion lacks, from their papers, in the form of functions for ComfyUI.
+"""Most samplers that ComfyUI has and k-diffusion lacks, from their papers, in the form of functions for ComfyUI.
 
 They look up the process on `model` and the seed and guidance in `extra_args`, and make their own noise.
 
@@ -8,7 +8,6 @@ On FLUX x is (1 - t) x0 + t noise and sigma is t; elsewhere x is x0 + sigma nois
 from __future__ import annotations
 
 import functools
-import math
 import sys
 import warnings
 
@@ -243,82 +242,6 @@ def exponential(run, *shares, eta=0.0, second_order=True):
     return x
 
 
-def heunpp2(run):
-    """Heun++, as ComfyUI has it: the slopes here and at the next two levels of Euler's path, those weighted by their
-    level over the first one's."""
-    x = run.x
-    for i, (s, t) in enumerate(run.steps()):
-        levels = [level for level in run.sigmas[i : i + 3] if level > 0]
-        y, slopes = x, []
-        for level, following in zip(levels, [*levels[1:], t]):
-            slopes.append((y - run(y, level, begins=not slopes)) / level)
-            y = y + slopes[-1] * (following - level)
-        weights = [level / (len(levels) * run.sigmas[0]) for level in levels[1:]]
-        x = x + (t - s) * sum(w * d for w, d in zip([1 - sum(weights), *weights], slopes))
-    return x
-
-
-def ipndm_v(run):
-    """Adams-Bashforth of order 4 for uneven steps (Hairer et al. 1993, III.5), in differences of slopes.
-
-    With ComfyUI's two slips: b_2 is inside of the bracket that it multiplies, and the oldest slope has h_1 / h_2 for
-    h_2 / h_3. Tells the callback the first x in every step.
-    """
-    x, slopes = run.x, []
-    for i, (s, t) in enumerate(run.steps()):
-        denoised = run(x, s, begins=True, shown=run.first)
-        if t == 0:
-            return denoised
-        slopes = d = [(x - denoised) / s, *slopes][:4]
-        h, h_1, h_2, h_3 = [run.sigmas[j + 1] - run.sigmas[j] for j in range(i, max(i - 4, -1), -1)] + [0] * max(
-            3 - i, 0
-        )
-        slope = d[0]
-        if i:
-            slope = slope + h / h_1 / 2 * (d[0] - d[1])
-        if i > 1:
-            b_2 = h * (h + h_1) / (h_1 * (h_1 + h_2))
-            second = d[0] - d[1] - h_1 / h_2 * (d[1] - d[2])
-            slope = slope + (1 - h / (3 * (h + h_1)) * b_2) / 2 * second
-        if i > 2:
-            b_3 = h * (h + h_1) * (h + h_1 + h_2) / (h_1 * (h_1 + h_2) * (h_1 + h_2 + h_3))
-            g_3 = (1 - h / (3 * (h + h_1))) / 2 + (1 - h / (2 * (h + h_1))) * h / (6 * (h + h_1 + h_2))
-            c = h_1 * (h_1 + h_2) / (h_2 * (h_2 + h_3))
-            third = second - c * (d[1] - d[2] - h_2 / h_3 * d[2] + h_1 / h_2 * d[3])
-            slope = slope + g_3 * b_3 * third
-        x = x + (t - s) * slope
-    return x
-
-
-def lagrange(nodes, at):
-    """The Lagrange polynomials of these nodes, of shape (nodes, *at.shape)."""
-    others = [torch.cat([nodes[:j], nodes[j + 1 :]]) for j in range(len(nodes))]
-    return torch.stack([((at[:, None] - o) / (node - o)).prod(1) for node, o in zip(nodes, others)])
-
-
-def deis(run):
-    """tAB-DEIS of order 3, Zhang and Chen 2022, eq. 15: slopes interpolated in tau, integrated over sigma by a sum.
-
-    log(1 + sigma^2) is a tau^2 / 2 + b tau, with a sigma of 0.002 at tau = 0.001 and of 80 at 1.
-    """
-    low, high = math.log1p(0.002**2) / 0.001, math.log1p(80**2)
-    a = 2 * (low - high) / (0.001 - 1)
-    b = high - a / 2
-    taus = ((b**2 + 2 * a * run.sigmas.double().square().log1p()).sqrt() - b) / a
-    x, slopes = run.x, []
-    for i, (s, t) in enumerate(run.steps()):
-        denoised = run(x, s, begins=True, shown=run.first)
-        if t == 0:
-            return denoised
-        slopes = [(x - denoised) / s, *slopes][:3]
-        tau = torch.linspace(taus[i], taus[i + 1], 10_000, dtype=torch.float64)
-        grown = (a * tau**2 / 2 + b * tau).exp()
-        weights = (a * tau + b) * grown / (2 * (grown - 1).sqrt()) * (taus[i + 1] - taus[i]) / len(tau)  # d sigma
-        shares = lagrange(taus[[i - j for j in range(len(slopes))]], tau) @ weights if i else [t - s]
-        x = x + sum(share * d for share, d in zip(shares, slopes))
-    return x
-
-
 def er_sde(run):
     """Cui et al. 2023, ER-SDE-Solver-3, with their fifth noise scale: Taylor's formula in L = sigma / alpha."""
     run.from_finite_snr()
@@ -486,9 +409,6 @@ ON_BOTH = {
         "ddpm": ddpm,
         "lcm": lcm,
         "ipndm": ipndm,
-        "ipndm_v": ipndm_v,
-        "deis": deis,
-        "heunpp2": heunpp2,
         "exp_heun_2_x0": lambda run: exponential(run, 1.0, 1.0),
         "exp_heun_2_x0_sde": lambda run: exponential(run, 1.0, 1.0, eta=1.0),
         "seeds_2": lambda run: exponential(run, 0.5, 1.0, eta=1.0, second_order=False),

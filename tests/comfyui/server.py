@@ -1,0 +1,3 @@
+class PromptServer:
+    def __init__(self, loop):
+        self.routes = {}
