@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from flux_comfy_pipeline import FluxComfyPipeline  # noqa: E402
-from gallery.options import PROMPT  # noqa: E402
+from gallery.options import PROMPT, number  # noqa: E402
 from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline, sampling  # noqa: E402
 
+positive = number(int, "a whole number, at least 1", lambda value: value >= 1)
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}
 CLASSES: dict[str, tuple[Any, Any]] = {
     "sdxl": (StableDiffusionXLComfyPipeline, diffusers.StableDiffusionXLPipeline),

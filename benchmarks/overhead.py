@@ -22,9 +22,8 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from models import DTYPES, Bench, built, function, stochastic, where
+from models import DTYPES, Bench, built, function, positive, stochastic, where
 
-from gallery.options import positive
 from scheduling_k_diffusion import KDiffusionScheduler
 from sdxl_comfy_pipeline import external, sampler_names
 

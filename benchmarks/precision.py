@@ -22,9 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from models import DTYPES, SDXL_SCHEDULERS, Bench, demo, function, where
-
-from gallery.options import positive
+from models import DTYPES, SDXL_SCHEDULERS, Bench, demo, function, positive, where
 
 
 def float32_noise(seed: int) -> Callable[..., torch.Tensor]:

@@ -18,10 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from models import ROOT, where
+from models import ROOT, positive, where
 from PIL import Image
 
-from gallery.options import positive
 from gallery.pictures import read_settings
 
 sys.path.append(str(ROOT / "demo"))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import CLASSES, PROMPT, ROOT, function, stochastic
+from models import CLASSES, PROMPT, ROOT, function, positive, stochastic
 from tqdm.auto import tqdm
 
 sys.path.append(str(ROOT / "tests"))
@@ -38,7 +38,6 @@ from closed_form import (  # noqa: E402
     solve_ode,
 )
 
-from gallery.options import positive  # noqa: E402
 from gallery.pictures import write_whole  # noqa: E402
 from sdxl_comfy_pipeline import sampler_names  # noqa: E402
 
