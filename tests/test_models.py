@@ -51,9 +51,9 @@ def both_variants(tmp_path_factory):
     """A hub's cache with a model in float32 and in float16, of other weights, and one in float32 alone."""
     cache = tmp_path_factory.mktemp("hub")
     for name in ("both", "single"):
-        revision, snapshot = (cache / f"models--somebody--{name}" / part for part in ("refs/main", "snapshots/abc"))
-        revision.parent.mkdir(parents=True)
-        revision.write_text("abc")
+        snapshot, refs = (cache / f"models--somebody--{name}" / part for part in ("snapshots/abc", "refs"))
+        refs.mkdir(parents=True)
+        (refs / "main").write_text("abc")
         pipe = load(CHILDREN["sdxl"], "sdxl")
         pipe.save_pretrained(snapshot)
         if name == "both":
