@@ -67,7 +67,6 @@ def both_variants(tmp_path_factory):
     [
         ("both", "float16", True),
         ("both", "float32", False),
-        ("both", "bfloat16", False),
         ("single", "float16", False),
         ("folder", "float16", False),  # which is not fetched
     ],
