@@ -56,13 +56,14 @@ def test_turbo(sdxl, steps):
     assert relative(draw(child, sampler="euler_ancestral", **call), draw(parent, **call)) < CLOSE
 
 
-def sample_lcm(model, x, sigmas, extra_args=None, callback=None, disable=None):
+def sample_lcm(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
     """Multistep consistency sampling (Song et al. 2023, algorithm 1; Luo et al. 2023): predict x0, add noise, again."""
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]))
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        x = denoised if sigmas[i + 1] == 0 else denoised + sigmas[i + 1] * torch.randn_like(x)
+        noise = 0 if sigmas[i + 1] == 0 else noise_sampler(sigmas[i], sigmas[i + 1])
+        x = denoised + sigmas[i + 1] * noise
     return x
 
 
