@@ -6,7 +6,10 @@ import argparse
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any, TextIO
 
 from comfy_ksampler import SCHEDULERS
 from gallery.options import Family, unknown
@@ -14,9 +17,12 @@ from gallery.refused import Refused
 from gallery.start import raise_on_ctrl_c
 from parity.diagnose import compare_sides
 from parity.follow import Session
+from parity.judge import judge
+from parity.page import page
 from parity.report import report
 from parity.result import Result
 from parity.sides import find_side
+from parity.subject import Function, Stock
 from parity.table import write_table, write_text
 
 
@@ -36,6 +42,9 @@ def _compare(options: argparse.Namespace, family: Family) -> int:
         module = importlib.import_module(family.module)
     except ImportError as error:
         raise Refused(str(error)) from error
+    out = sys.stderr if options.json == "-" else sys.stdout
+    if options.against == "exact":
+        return _judge(options, family, module, out)
     ours, theirs = find_side(options.sampler, module, "--sampler"), find_side(options.against, module, "--against")
     if ours.is_scheduler:
         raise Refused("--sampler: has to be a sampler; name the scheduler with --against")
@@ -43,7 +52,6 @@ def _compare(options: argparse.Namespace, family: Family) -> int:
     if options.schedule is not None and options.schedule not in (known := [*module.SCHEDULES, *SCHEDULERS]):
         raise Refused(f"--schedule: {unknown(options.schedule, known)}")
     session = Session.load(family, module, options)
-    out = sys.stderr if options.json == "-" else sys.stdout
 
     def tell(result: Result, words: str) -> None:
         """The table with the first words; a paragraph for the others."""
@@ -54,13 +62,30 @@ def _compare(options: argparse.Namespace, family: Family) -> int:
         print(f"\n{words}", file=out, flush=True)
 
     result, a, b = compare_sides(session, ours, theirs, truths={} if options.truth else None, tell=tell)
-    if options.json:
-        text = json.dumps(result.as_json(), indent=1)
-        if options.json == "-":
-            print(text)
-        else:
-            write_text(Path(options.json), text + "\n")
-    if options.html:
-        write_text(Path(options.html), report(session, result, a, b))
-        print(f"report in {options.html}", file=out)
+    _write(options, result.as_json(), lambda: report(session, result, a, b), out)
     return int(result.cause is not None)
+
+
+def _judge(options: argparse.Namespace, family: Family, module: ModuleType, out: TextIO) -> int:
+    """`--against exact`: a sampler by itself."""
+    side = find_side(options.sampler, module, "--sampler")
+    side.check_family(family, "--sampler")
+    if side.is_scheduler and options.schedule is not None:
+        raise Refused("--schedule: a scheduler has its own levels; name them by its options, as use_karras_sigmas=True")
+    choice = options.schedule, options.parameterization
+    subject = Stock(side, family, module) if side.is_scheduler else Function(side, family, module, *choice)
+    answer = judge(subject, lambda words: print(words, file=out, flush=True))
+    _write(options, answer.as_json(), lambda: page(answer), out)
+    return int(not answer.right)
+
+
+def _write(options: argparse.Namespace, found: dict[str, Any], page: Callable[[], str], out: TextIO) -> None:
+    """What --json and --html ask for."""
+    text = json.dumps(json.loads(json.dumps(found), parse_constant=lambda _: None), indent=1)  # JSON has no NaN
+    if options.json == "-":
+        print(text)
+    elif options.json:
+        write_text(Path(options.json), text + "\n")
+    if options.html:
+        write_text(Path(options.html), page())
+        print(f"report in {options.html}", file=out)

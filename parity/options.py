@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 from gallery.options import (
@@ -39,13 +40,14 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
         "--sampler",
         type=text,
         default="dpmpp_2m",
-        help="a sampler of k-diffusion, by name or a function (default: %(default)s)",
+        help="a sampler of k-diffusion, by name or a function; with --against exact also a scheduler (%(default)s)",
     )
     add(
         "--against",
         type=text,
         metavar="SIDE",
-        help="a scheduler class of diffusers, which runs in the stock pipeline, another sampler of k-diffusion, or a"
+        help="'exact' (is --sampler right? no model is loaded), a scheduler class of diffusers, which runs in the stock"
+        " pipeline, another sampler of k-diffusion, or a"
         " function or scheduler class of your own: path/to/file.py:name or package.module:name (its code is run)",
     )
     add("--family", choices=("sdxl", "flux"), help="(default: sdxl; with --all, both)")
@@ -96,6 +98,18 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     )
     add("--output", type=Path, default=Path("output"), help="folder for --all (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.against == "exact" and not options.all:
+        unheeded = ("model", "steps", "width", "height", "prompt", "guidance", "seed", "dtype", "device", "tolerance")
+        for name in (*unheeded, "truth_seconds"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"argument --against exact: goes without --{name.replace('_', '-')}, its model is its own")
+        words = f"{options.sampler} on a mixture of Gaussians, whose answer is known, in the pipeline of"
+        print(
+            words,
+            (options.family or "sdxl").upper(),
+            file=sys.stderr if options.json == "-" else sys.stdout,
+            flush=True,
+        )
     for name in (
         ("sampler", "against", "schedule", "parameterization", "guidance", "json", "html") if options.all else ()
     ):

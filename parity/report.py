@@ -51,7 +51,7 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
     notes = "".join(f"<li>{escape(note)}</li>" for note in result.notes)
     return _PAGE.format(
         title=escape(title),
-        style=_STYLE,
+        style=STYLE,
         about=escape(about),
         state=state,
         verdict=escape(result.verdict[0].upper() + result.verdict[1:]),
@@ -168,16 +168,16 @@ def _switches(result: Result) -> str:
     return f"<h2>Switches tried</h2><div class=scroll><table class=words>{head}{lines}</table></div>"
 
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; --ink: #1c2024; --soft: #60646c; --line: #d9dde3; --latents: #0b62c4; --denoised: #0f7b3e;
-  --bad: #b42318; --paper: #fff; --mark: #fff4e5; }
+  --bad: #b42318; --paper: #fff; --mark: #fff4e5; --good: #ecf7f0; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1080px; padding: 24px; color: var(--ink); background: var(--paper);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 32px 0 10px; }
 .about { color: var(--soft); margin: 0 0 16px; }
 .verdict { border-left: 4px solid var(--bad); background: var(--mark); padding: 10px 14px; margin: 0; }
-.verdict.same { border-color: var(--denoised); background: #ecf7f0; }
+.verdict.same { border-color: var(--denoised); background: var(--good); }
 .pictures { display: grid; grid-template-columns: repeat(3, 1fr); gap: 16px; }
 .pair { display: grid; grid-template-columns: repeat(2, minmax(0, 320px)); gap: 16px; }
 figure { margin: 0; } img { width: 100%; display: block; border: 1px solid var(--line); image-rendering: auto; }
@@ -195,7 +195,7 @@ svg circle.denoised, svg text.denoised { fill: var(--denoised); } svg .cursor { 
 th { text-align: right; color: var(--soft); font-weight: 500; } th, td { padding: 3px 14px 3px 0; text-align: right;
   border-bottom: 1px solid var(--line); white-space: nowrap; }
 .words th, .words td { text-align: left; white-space: normal; } .past { color: var(--bad); }
-tr.first td { background: var(--mark); } tr.removes td { background: #ecf7f0; }
+tr.first td { background: var(--mark); } tr.removes td { background: var(--good); }
 tr.now td:first-child { font-weight: 700; } tr[data-step] { cursor: pointer; }
 svg.narrow { display: none; max-width: 480px; }
 @media (max-width: 640px) { body { padding: 14px; } .pictures, .pair { gap: 8px; }

@@ -36,17 +36,17 @@ class Side:
     def is_scheduler(self) -> bool:
         return inspect.isclass(self.target)
 
-    def check_family(self, family: Family) -> None:
+    def check_family(self, family: Family, flag: str = "--against") -> None:
         """Refuses a scheduler of diffusers that is made for the other kind of model."""
         if not self.is_scheduler or not self.target.__module__.startswith("diffusers."):
             return
         name, flow = self.target.__name__, hasattr(self.target, "scale_noise")  # those that know no betas have it
         if family is SDXL and flow:
-            raise Refused(f"--against: {name} is for flow models: add --family flux")
+            raise Refused(f"{flag}: {name} is for flow models: add --family flux")
         if family is FLUX and not flow and not self.options.get("use_flow_sigmas"):
             takes = "use_flow_sigmas" in inspect.signature(self.target.__init__).parameters
             flows = "(use_flow_sigmas=True, prediction_type='flow_prediction')"
-            raise Refused(f"--against: {name} {f'needs {flows} for FLUX' if takes else 'is not for flow models'}")
+            raise Refused(f"{flag}: {name} {f'needs {flows} for FLUX' if takes else 'is not for flow models'}")
 
     def told(self, error: Exception) -> str:
         """What went wrong while this side ran, for one's own also in which line of its file."""

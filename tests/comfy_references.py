@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import torch
-from closed_form import Mixture, Transformer, UNet, flux_pipeline, sdxl_pipeline
 from conftest import ROOT
 from safetensors import safe_open
 
 from comfy_ksampler import model_sampling
+from parity.exact import Mixture, Transformer, UNet, flux_pipeline, sdxl_pipeline
 from scheduling_k_diffusion import KDiffusionScheduler
 
 DATA = ROOT / "tests" / "data"

@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from closed_form import (
+from conftest import relative, seeded
+
+from flux_comfy_pipeline import SCHEDULES, find_sampler, sampler_names
+from parity.exact import (
     PassesVelocity,
     Transformer,
     UNet,
@@ -27,9 +30,6 @@ from closed_form import (
     sliced_wasserstein,
     solve_ode,
 )
-from conftest import relative, seeded
-
-from flux_comfy_pipeline import SCHEDULES, find_sampler, sampler_names
 
 KNOWN = mixture()
 PROCESSES = ("sdxl", "flow", "ve")  # SDXL's, and FLUX's in both parameterizations

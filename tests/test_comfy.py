@@ -13,7 +13,6 @@ import pytest
 import scipy.stats
 import small_pipelines
 import torch
-from closed_form import flux_pipeline, sdxl_pipeline
 from comfy_references import (
     BEFORE,
     LATENTS,
@@ -52,6 +51,7 @@ from comfy_ksampler import (
     model_sampling,
     names,
 )
+from parity.exact import flux_pipeline, sdxl_pipeline
 
 STAND_IN = ROOT / "tests" / "comfyui"
 

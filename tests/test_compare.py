@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from closed_form import flux_pipeline, mixture, patched, sdxl_pipeline, solve_ode, unpatched
 from conftest import ROOT
 from scripts import ENVIRONMENT, command_here
 
@@ -26,6 +25,7 @@ from gallery.refused import Refused
 from parity import truth
 from parity.command import run
 from parity.diagnose import compare_sides
+from parity.exact import flux_pipeline, mixture, patched, sdxl_pipeline, solve_ode, unpatched
 from parity.follow import Session
 from parity.options import parse_compare
 from parity.report import TOP, report

@@ -14,11 +14,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from closed_form import Transformer, mixture, patched, sdxl_pipeline, sliced_wasserstein, unpatched
 from conftest import ROOT, parent_of, relative, seeded
 from small_pipelines import built, flux_image, flux_text, random, sd3_image, sd_image, sd_text
 from test_scheduler import BETAS, CLOSE, SAMPLERS, draw, made, ours
 
+from parity.exact import Transformer, mixture, patched, sdxl_pipeline, sliced_wasserstein, unpatched
 from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)

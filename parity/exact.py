@@ -1,11 +1,13 @@
 """A model whose answer is known: a Gaussian mixture and its ideal denoiser, where SDXL's and FLUX's networks stand.
 
-The pipelines run as they are; only the network is `UNet` or `Transformer` of this file. x is FLUX's
-(1 - t) x0 + t noise, y is x0 + sigma noise.
+The pipelines run as they are; only the network is `UNet` or `Transformer` of this file. Three coordinates occur:
+y = x0 + sigma noise, FLUX's x = (1 - t) x0 + t noise with t = sigma / (1 + sigma), and x = alpha x0 + sigma noise.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ class Mixture:
 
     def __init__(self, means: torch.Tensor, stds: torch.Tensor):
         self.means, self.stds = means.double(), stds.double()
+        self._squares = self.means.square().sum(-1)
 
     @property
     def dimensions(self) -> int:
@@ -53,19 +56,31 @@ class Mixture:
         noise = torch.randn(n, self.dimensions, generator=generator, dtype=torch.float64)
         return self.means[component] + self.stds[component, None] * noise
 
-    def denoised(self, y: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
-        """E[x0 | y] for y = x0 + sigma noise, of shape (..., d); sigma is a number or of shape (..., 1).
+    def within(self, x: torch.Tensor, t: float = 0.0) -> float:
+        """How far x = (1 - t) x0 + t noise, (n, d), spreads about the nearest component, over how far it should."""
+        away = torch.cdist(x, (1 - t) * self.means).min(-1)
+        variance = (1 - t) ** 2 * self.stds[away.indices].square() + t**2
+        return (away.values.square() / variance).mean().div(self.dimensions).sqrt().item()
 
-        Given its component k, y is N(means_k, stds_k^2 + sigma^2), and x0 is the mean of y and means_k weighed by the
-        variances of the other (Bishop 2006, section 2.3.3).
+    def split(self, x: torch.Tensor, alpha: Any, sigma: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(E[x0 | x], E[noise | x]) for x = alpha x0 + sigma noise, (..., d); alpha, sigma: numbers or (..., 1).
+
+        Given its component k, x is N(alpha means_k, alpha^2 stds_k^2 + sigma^2), and x0 is the mean of x / alpha and
+        means_k weighed by the variances of the other (Bishop 2006, section 2.3.3). No difference of near numbers is
+        taken, so that both are exact to rounding at sigma = 0 and at alpha = 0.
         """
-        y = y.double()
-        variance = self.stds.square() + torch.as_tensor(sigma, dtype=torch.float64)[..., None] ** 2  # (..., k)
-        away = y[..., None, :] - self.means  # (..., k, d)
-        distance = away.square().sum(-1)
+        x, alpha, sigma = x.double(), *(torch.as_tensor(share, dtype=torch.float64) for share in (alpha, sigma))
+        variance = alpha**2 * self.stds.square() + sigma**2  # (..., k)
+        distance = x.square().sum(-1, keepdim=True) - 2 * alpha * (x @ self.means.T) + alpha**2 * self._squares
         weight = (-distance / (2 * variance) - variance.log() * self.dimensions / 2).softmax(-1)
-        shrink = self.stds.square() / variance
-        return (weight[..., None] * (self.means + shrink[..., None] * away)).sum(-2)
+        mine = weight / variance  # (..., k)
+        inner = mine * self.stds.square()
+        x0 = (weight - alpha**2 * inner) @ self.means + alpha * inner.sum(-1, keepdim=True) * x
+        return x0, sigma * (mine.sum(-1, keepdim=True) * x - alpha * (mine @ self.means))
+
+    def denoised(self, y: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+        """E[x0 | y] for y = x0 + sigma noise, of shape (..., d); sigma is a number or of shape (..., 1)."""
+        return self.split(y, 1.0, sigma)[0]
 
 
 def mixture(dimensions: int = 16, components: int = 8, seed: int = 0) -> Mixture:
@@ -74,6 +89,8 @@ def mixture(dimensions: int = 16, components: int = 8, seed: int = 0) -> Mixture
     means = torch.randn(components, dimensions, generator=generator, dtype=torch.float64)
     return Mixture(means, torch.full([components], 0.2))
 
+
+KNOWN = mixture()
 
 # --- the network's place ---------------------------------------------------------------------------------------------
 
@@ -112,12 +129,11 @@ class UNet(ModelMixin, ConfigMixin):
         return torch.from_numpy(np.exp(np.interp(timestep.double().numpy(), trained, self.log_sigmas)))
 
     def prediction(self, y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Epsilon or v (Salimans and Ho 2022) of y = x0 + sigma noise."""
-        x0 = unpatched(self.mixture.denoised(patched(y, self.mixture), sigma.reshape(-1, 1)), y.shape)
-        epsilon = (y - x0) / sigma
-        if self.prediction_type == "epsilon":
-            return epsilon
-        return (epsilon - sigma * x0) / (sigma**2 + 1).sqrt()
+        """Epsilon, v (Salimans and Ho 2022) or x0 of y = x0 + sigma noise."""
+        split = self.mixture.split(patched(y, self.mixture), 1.0, sigma.reshape(-1, 1, 1))
+        x0, noise = (unpatched(part, y.shape) for part in split)
+        kinds = {"epsilon": noise, "v_prediction": (noise - sigma * x0) / (sigma**2 + 1).sqrt()}
+        return kinds.get(self.prediction_type, x0)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, **conditioning: Any) -> tuple[torch.Tensor]:
         sigma = self.sigma(timestep.reshape(-1).expand(len(sample))).view(-1, 1, 1, 1)
@@ -144,11 +160,9 @@ class Transformer(ModelMixin, ConfigMixin, CacheMixin):
         return self
 
     def velocity(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """(x - x0) / t; at t = 1, where x tells nothing, x0 is the mixture's mean."""
-        flat = x.reshape(len(x), -1, self.mixture.dimensions)
-        known = t.clamp(max=1 - 1e-12)
-        x0 = self.mixture.denoised(flat / (1 - known), (known / (1 - known)).reshape(-1, 1))
-        return (x - x0.reshape(x.shape)) / t
+        """noise - x0 at t of shape (b, 1, 1)."""
+        x0, noise = self.mixture.split(x.reshape(len(x), -1, self.mixture.dimensions), 1 - t, t)
+        return (noise - x0).reshape(x.shape)
 
     def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, **conditioning: Any) -> tuple[torch.Tensor]:
         x, t = hidden_states.double(), timestep.double().view(-1, 1, 1)
@@ -226,6 +240,29 @@ def call(pipe: Any, rows: int, columns: int, **arguments: Any) -> torch.Tensor:
     )
 
 
+@contextlib.contextmanager
+def watched(network: Any) -> Iterator[list[tuple[float, torch.Tensor, float]]]:
+    """Lists each evaluation of the network: t, x = (1 - t) x0 + t noise of (images, patches, d), and the timestep."""
+    seen = []
+
+    def record(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        known = module.mixture
+        if isinstance(module, UNet):
+            timestep = args[1].flatten()[:1].double()
+            sigma = module.sigma(timestep).item()
+            x = patched(args[0].double() * ((sigma**2 + 1) ** 0.5 / (sigma + 1)), known)
+            seen.append((sigma / (1 + sigma), x, timestep.item()))
+        else:
+            x, t = kwargs["hidden_states"].double(), kwargs["timestep"].flatten()[0].double().item()
+            seen.append((t, x.reshape(len(x), -1, known.dimensions).clone(), 1000 * t))
+
+    hook = network.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 def evaluations(pipe: Any, *arguments: Any, **keywords: Any) -> tuple[list[tuple[float, torch.Tensor]], torch.Tensor]:
     """What the network was shown in `call(...)`, and the latents at the end.
 
@@ -233,41 +270,33 @@ def evaluations(pipe: Any, *arguments: Any, **keywords: Any) -> tuple[list[tuple
         (sigma, y) for each evaluation, y = x0 + sigma noise of shape (images, patches, d) on both pipelines, and what
         `call` returns.
     """
-    seen = []
-    if hasattr(pipe, "unet"):
-        network = pipe.unet
-
-        def record(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            sigma = module.sigma(args[1][:1]).item()
-            seen.append((sigma, patched(args[0].double() * (sigma**2 + 1) ** 0.5, module.mixture)))
-    else:
-        network = pipe.transformer
-
-        def record(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            x, t = kwargs["hidden_states"].double(), kwargs["timestep"][0].double().item()
-            left = max(1 - t, 1e-12)  # at t = 1 there is no y; what is shown is noise alone
-            seen.append((t / left, x.reshape(len(x), -1, module.mixture.dimensions) / left))
-
-    hook = network.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        return seen, call(pipe, *arguments, **keywords)
-    finally:
-        hook.remove()
+    with watched(pipe.unet if hasattr(pipe, "unet") else pipe.transformer) as seen:
+        end = call(pipe, *arguments, **keywords)
+    left = [max(1 - t, 1e-12) for t, *_ in seen]  # at t = 1 there is no y; what is shown is noise alone
+    return [(t / rest, x / rest) for (t, x, _), rest in zip(seen, left)], end
 
 
 # --- what is true ----------------------------------------------------------------------------------------------------
 
 
+def solve(known: Mixture, x: torch.Tensor, t: float, ends: Sequence[float]) -> list[torch.Tensor]:
+    """x = (1 - t) x0 + t noise at each of the falling `ends` by dx/dt = noise - x0, to ten digits; x of (..., d)."""
+
+    def slope(t: float, flat: np.ndarray) -> np.ndarray:
+        x0, noise = known.split(torch.from_numpy(flat).view(x.shape), 1 - t, t)
+        return (noise - x0).flatten().numpy()
+
+    span, first = (t, min(t, *ends)), x.double().flatten().numpy()
+    if span[0] == span[1]:
+        return [x.double()] * len(ends)
+    solution = solve_ivp(slope, span, first, method="DOP853", t_eval=ends, rtol=1e-10, atol=1e-11)
+    return [torch.from_numpy(column.copy()).view(x.shape) for column in solution.y.T]
+
+
 def solve_ode(known: Mixture, y: torch.Tensor, sigma: float, sigma_end: float) -> torch.Tensor:
     """y at sigma_end by dy/dsigma = (y - x0(y)) / sigma (Karras et al. 2022, eq. 3), to ten digits; y of (..., d)."""
-
-    def slope(log_sigma: float, flat: np.ndarray) -> np.ndarray:
-        state = torch.from_numpy(flat).view(y.shape)
-        return (state - known.denoised(state, float(np.exp(log_sigma)))).flatten().numpy()  # d/dlog(sigma)
-
-    span = (np.log(sigma), np.log(sigma_end))
-    solution = solve_ivp(slope, span, y.double().flatten().numpy(), method="DOP853", rtol=1e-10, atol=1e-11)
-    return torch.from_numpy(solution.y[:, -1]).view(y.shape)
+    (x,) = solve(known, y / (1 + sigma), sigma / (1 + sigma), [sigma_end / (1 + sigma_end)])
+    return x * (1 + sigma_end)
 
 
 def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, projections: int = 256) -> float:

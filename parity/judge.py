@@ -1,0 +1,365 @@
+"""Is a sampler right? It is run on the model whose answer is known, and judged by where it ends and by each step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from gallery.models import Refused
+from parity.exact import KNOWN, sliced_wasserstein, solve
+from parity.rules import Rule, distance, rules
+from parity.subject import Function, Run, Stock, Subject, start
+
+COUNTS, DRAWS = (5, 10, 20, 40, 80, 160), (10, 20, 50, 100)
+RTOLS = (0.4, 0.1, 0.025, 0.00625, 0.0016, 0.0004)
+LATTICE = (1, 50, 80)  # 4,000 samples: one picture with so many rows and columns of patches
+
+
+@dataclass
+class Answer:
+    """What was found.
+
+    Args:
+        rows: of the deterministic table: steps (or rtol), evaluations, error, above (before the last step), order, and
+            the errors of the others at as many evaluations.
+        draws: of the stochastic one: steps, evaluations, distance, std and within.
+        wrong: why it is wrong; empty if it is right.
+    """
+
+    name: str
+    family: str
+    stochastic: bool = False
+    own_steps: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    draws: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    true: tuple[float, float] = (math.nan, math.nan)  # distance of two true sets: mean, spread over seeds
+    rules: list[Rule] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    samples: torch.Tensor | None = None  # that it drew
+
+    @property
+    def right(self) -> bool:
+        return not self.wrong
+
+    @property
+    def verdict(self) -> str:
+        return ". ".join([*(["right"] if self.right else [f"wrong: {'; '.join(self.wrong)}"]), *self.found]) + "."
+
+    def as_json(self) -> dict[str, Any]:
+        whole = dataclasses.asdict(dataclasses.replace(self, samples=None))
+        del whole["samples"]
+        return {"verdict": self.verdict, "right": self.right, **whole}
+
+
+def judge(subject: Subject, tell: Callable[[str], None] = lambda words: None) -> Answer:
+    """All that can be found out. `tell` gets each line as it is known."""
+    answer = Answer(subject.side.text, subject.family.name)
+    answer.stochastic = _adds_noise(subject)
+    quiet = {"eta": 0.0} if answer.stochastic and subject.takes("eta") else {}
+    with tqdm(total=10, desc="running", unit=" parts", leave=False, disable=None) as bar, torch.no_grad():
+        if not answer.stochastic or quiet:
+            tell(("with eta=0, " if quiet else "") + "relative errors against the exact end of the ODE\n")
+            _deterministic(subject, quiet, answer, tell, bar.update)
+        if answer.stochastic:
+            _stochastic(subject, answer, tell, bar.update)
+        tell("")
+        counts = {row["steps"]: row["evaluations"] for row in answer.rows or answer.draws[answer.name]}
+        for rule in rules(subject, answer.stochastic, answer.own_steps, counts):
+            answer.rules.append(rule)
+            mark = {True: "ok   ", False: "WRONG", None: "-    "}[rule.kept]
+            tell(f"{mark}  {rule.name}{f': {rule.words}' if rule.words else ''}")
+            if rule.kept is False:
+                answer.wrong.append(f"{rule.name}: no, {rule.words}")
+    tell(f"\n{answer.verdict[0].upper()}{answer.verdict[1:]}")
+    return answer
+
+
+def _adds_noise(subject: Subject) -> bool:
+    """Whether equal patches end differently, or the same latents with another generator."""
+    first = float(subject.ts(10)[0])
+    x = start(first, 1, 1).expand(1, 4, -1).clone()
+    runs = [subject.run(10, x=x, shape=(1, 2, 2), seed=seed).end for seed in (0, 1)]
+    spread = max((runs[0] - runs[0][:, :1]).abs().max().item(), (runs[0] - runs[1]).abs().max().item())
+    return spread > 1e-6
+
+
+# --- without noise ---------------------------------------------------------------------------------------------------
+
+
+def _deterministic(
+    subject: Subject, quiet: dict[str, Any], answer: Answer, tell: Callable[[str], None], tick: Callable[[], Any]
+) -> None:
+    others = ("euler", "heun", "dpmpp_2m")
+    few, many = (len(subject.run(steps, **quiet).asked) for steps in (10, 40))
+    by_rtol = subject.takes("rtol")
+    answer.own_steps = by_rtol or many < 2 * few
+    fixed = next(t for t in reversed(subject.ts(20).tolist()) if t > 0)  # a level that all finer runs come to
+    heads = ("rtol" if by_rtol else "steps", "evaluations", "error", "above", "order", *others)
+    tell("".join(f"{head:>12}" for head in heads))
+    local = dict[int, tuple[torch.Tensor, torch.Tensor]]()
+    floor = 0.0
+
+    @functools.cache
+    def reference(name: str, count: int) -> float:
+        run = subject.reference(name).run(0, levels=subject.levels((count + 1) // 2 if name == "heun" else count))
+        return distance(run.end, solve(KNOWN, run.begin, run.first, [0.0])[0])
+
+    for i, steps in enumerate(COUNTS):
+        extra = {"rtol": RTOLS[i], "atol": 0.15 * RTOLS[i]} if by_rtol else {}
+        try:
+            run = subject.run(20 if by_rtol else steps, **quiet, **extra)
+        except Refused as refused:  # some of diffusers' take so many steps and no more
+            if i < 3:
+                raise
+            answer.found.append(str(refused))
+            break
+        t, x, _ = next((one for one in reversed(run.asked) if one[0] >= fixed * (1 - 1e-3)), run.asked[-1])
+        final = max(run.asked[-1][0], 1e-9)  # where the last step begins
+        ends = sorted({t, final, run.last, 0.0}, reverse=True)
+        exact = dict(zip(ends, solve(KNOWN, run.begin, run.first, [min(end, run.first) for end in ends])))
+        row = {"steps": steps, "evaluations": len(run.asked), "error": distance(run.end, exact[run.last])}
+        row |= {"above": distance(x, exact[t]), "order": math.nan}
+        if by_rtol:
+            row["rtol"] = RTOLS[i]
+        if answer.rows and row["evaluations"] != (last := answer.rows[-1])["evaluations"] and row["above"] > 0:
+            row["order"] = math.log(last["above"] / row["above"]) / math.log(row["evaluations"] / last["evaluations"])
+        floor = distance(KNOWN.split(exact[final], 1 - final, final)[0], exact[0.0])
+        row |= {name: reference(name, row["evaluations"]) for name in others}
+        answer.rows.append(row)
+        numbers = "".join(f"{row[name]:12.1e}" for name in others)
+        tell(
+            f"{row.get('rtol', steps):12}{row['evaluations']:12}{row['error']:12.1e}{row['above']:12.1e}"
+            f"{'' if math.isnan(row['order']) else format(row['order'], '.2f'):>12}{numbers}"
+        )
+        if steps >= 20:
+            local[steps] = _local(subject, run, steps)
+        tick()
+    last = answer.rows[-1]
+    if not all(math.isfinite(row["error"]) for row in answer.rows):
+        answer.wrong.append("its end is not finite")
+        return
+    orders = [row["order"] for row in answer.rows[3:]]
+    order = max(orders) if isinstance(subject, Stock) else orders[-1]
+    if answer.own_steps:
+        if not by_rtol and last["above"] > max(2 * last["euler"], 1e-3):
+            answer.wrong.append(f"{last['error']:.1%} from the exact end with {last['evaluations']} evaluations")
+        elif by_rtol and not last["above"] < answer.rows[2]["above"] / 2:
+            answer.wrong.append(f"stays {last['error']:.1%} from the exact end however small rtol is")
+    else:
+        _judge_steps(subject, answer, run, local, orders, floor)
+    near = min(answer.rows, key=lambda row: abs(row["evaluations"] - 20))
+    words = "" if answer.own_steps else f"order {order:.1f}; "
+    ratio = near["error"] / near["dpmpp_2m"]
+    answer.found.append(f"{words}at {near['evaluations']} evaluations {ratio:.2g} times the error of dpmpp_2m")
+
+
+def _judge_steps(
+    subject: Subject,
+    answer: Answer,
+    run: Run,
+    local: dict[int, tuple[torch.Tensor, torch.Tensor]],
+    orders: list[float],
+    floor: float,
+) -> None:
+    """Whether the error falls, and whether each step's own does.
+
+    A step's own error is held against that of Euler's step from the same state. It is less for a method of a higher
+    order, the same in its first and last steps, and a bounded multiple for any that is consistent. A step that is not
+    consistent has an error of order h and not h^2, and so a share that grows as the number of steps.
+    """
+    last, exactly = answer.rows[-1], isinstance(subject, Function)
+    stays = orders[-1] < 0.5 and (not exactly or orders[-2] < 0.5)
+    if stays and (last["above"] > 1e-6 and exactly or last["error"] > 2 * floor + 1e-6):
+        worst = max(last["error"], last["above"])
+        answer.wrong.append(f"stays {worst:.1%} from the exact end however many steps it takes")
+    shares = {steps: own / euler for steps, (own, euler) in local.items()}
+    most = {steps: share[:-1].max().item() for steps, share in shares.items()}
+    n = max(shares)
+    few = n // 4 if n // 4 in shares else min(shares)
+    if most[n] > 5 and most[n] > 2 * most[few]:
+        at = int(shares[n][:-1].argmax()) + 1
+        early = " as if it used predictions that it does not have yet" if at < 4 and shares[n].median() < 1 else ""
+        grows = f"with {few} steps {most[few]:.3g}, with {n} {most[n]:.3g} times the error of Euler's step"
+        answer.wrong.append(f"step {at} of {n} has an error that does not fall as its length squared: {grows}{early}")
+    if shares[n][-1] > 3 and local[n][0][-1] > 1e-6:
+        answer.wrong.append(f"the last step has {shares[n][-1]:.2g} times the error of Euler's step to the same level")
+    each = last["evaluations"] / last["steps"]
+    if not answer.wrong and max(orders) < 1.5 and last["above"] > 1e-6:
+        at = len(run.asked) // 2
+        memory = _fit(run, at, at + 1, 0)[1].norm() / local[n][1][at]
+        uses = "evaluates several times" if each > 1.5 else "uses earlier predictions"
+        if (each > 1.5 and not (shares[n] - 1).abs().max() < 0.02) or each <= 1.5 and memory > 0.01:
+            answer.wrong.append(f"order {orders[-1]:.1f}, which Euler's method has, although it {uses} in a step")
+
+
+def _states(subject: Subject, run: Run, steps: int) -> list[int]:
+    """The evaluations that begin steps: the last one at each level, or all where the levels are not those given."""
+    asked = [t for t, *_ in run.asked]
+    if isinstance(subject, Function):
+        ts = [t for t in subject.ts(steps).tolist() if t > run.last]
+        ts[0] = run.first
+        at = [[i for i, t in enumerate(asked) if abs(t - level) <= 1e-6 * level] for level in ts]
+        if all(at):
+            return [found[-1] for found in at]
+    return [i for i, t in enumerate(asked) if i + 1 == len(asked) or abs(asked[i + 1] - t) > 1e-9]
+
+
+def _local(subject: Subject, run: Run, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each step by itself: its error, and that of Euler's step from the same state and of a timestep's rounding."""
+    states = [run.asked[i] for i in _states(subject, run, steps)]
+    states += [(run.last, run.end, 0.0)] if abs(states[-1][0] - run.last) > 1e-9 else []
+    own, euler = _defects(states)
+    if isinstance(subject, Stock):  # what a timestep more would change
+        for i, ((t, x, timestep), (low, *_)) in enumerate(zip(states, states[1:])):
+            sigma = subject.near(timestep)[1]
+            moved = _velocity(x, min(sigma / (1 + sigma), 1.0)) - _velocity(x, t)
+            euler[i] += abs(low - t) * moved.norm()
+    return own, euler.abs() + 1e-12
+
+
+def _velocity(x: torch.Tensor, t: Any) -> torch.Tensor:
+    x0, noise = KNOWN.split(x, 1 - t, t)
+    return noise - x0
+
+
+def _defects(states: list[tuple[float, torch.Tensor, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The error of each step from one state to the next, and of Euler's, the larger one of those in t and in sigma."""
+    t = torch.tensor([state[0] for state in states], dtype=torch.float64)[:, None, None]
+    x = torch.stack([state[1][0] for state in states])
+    (high, low), begin = (t[:-1], t[1:]), x[:-1]
+
+    exact, h = begin, (low - high) / 16
+    for i in range(16):  # Runge and Kutta's method, of order 4
+        k1 = _velocity(exact, at := high + i * h)
+        k2 = _velocity(exact + h / 2 * k1, at + h / 2)
+        k3 = _velocity(exact + h / 2 * k2, at + h / 2)
+        k4 = _velocity(exact + h * k3, at + h)
+        exact = exact + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    x0, noise = KNOWN.split(begin, 1 - high, high)
+    euler = [begin + (low - high) * (noise - x0) - exact]  # in t, and in sigma
+    left = (1 - high).clamp(min=1e-9)
+    other = (begin / left + (low / (1 - low) - high / left) * noise) * (1 - low) - exact
+    euler.append(torch.where(high < 1 - 1e-6, other, euler[0]))
+    scale = torch.stack([one.flatten(1).norm(dim=1) for one in euler]).amax(0)
+    return (x[1:] - exact).flatten(1).norm(dim=1), scale
+
+
+# --- with noise ------------------------------------------------------------------------------------------------------
+
+
+def _stochastic(subject: Subject, answer: Answer, tell: Callable[[str], None], tick: Callable[[], Any]) -> None:
+    true = KNOWN.sample(4000, torch.Generator().manual_seed(10**6))
+    pairs = [[KNOWN.sample(4000, torch.Generator().manual_seed(2 * i + j)) for j in (1, 2)] for i in range(8)]
+    apart = torch.tensor([sliced_wasserstein(pair[0], pair[1], 128) for pair in pairs])
+    mean, spread = answer.true = apart.mean().item(), apart.std().item()
+    tell(f"\n4,000 samples: sliced Wasserstein distance from true ones (two true sets {mean:.3f} +- {spread:.3f}), the")
+    tell("ratio of standard deviations, and that ratio about the nearest of the mixture's components\n")
+    last = dict[str, Run]()
+
+    def draws(name: str, one: Subject) -> list[dict[str, Any]]:
+        tell(f"{name}\n" + "".join(f"{head:>12}" for head in ("steps", "evaluations", "distance", "std", "within")))
+        rows = answer.draws[name] = []
+        for steps in DRAWS:
+            try:
+                levels = {} if one is subject else {"levels": subject.levels(steps)}
+                run = last[name] = one.run(steps, shape=LATTICE, **levels)
+            except Refused as refused:
+                if len(rows) < 2:
+                    raise
+                answer.found.append(str(refused))
+                break
+            end = run.end[0]
+            std = (torch.cov(end.T).trace() / KNOWN.covariance.trace()).sqrt().item()
+            row = {"distance": sliced_wasserstein(end, true, 128), "std": std, "within": KNOWN.within(end, run.last)}
+            rows.append({"steps": steps, "evaluations": len(run.asked), **row})
+            numbers = f"{row['distance']:12.3f}{row['std']:12.3f}{row['within']:12.3f}"
+            tell(f"{steps:12}{len(run.asked):12}{numbers}")
+        tick()
+        return rows
+
+    mine = draws(answer.name, subject)
+    answer.samples = last[answer.name].end[0]
+    theirs = [draws(name, subject.reference(name)) for name in ("euler_ancestral", "dpmpp_2m_sde")]
+    wrong = _judge_samples(mine, theirs, answer.true)
+    run = last[answer.name]
+    for where, factor, error in _noise_factors(subject, run) if len(run.asked) <= 1.2 * DRAWS[-1] else ():
+        if abs(factor - 1) > 5 * error + 0.01:
+            wrong.append(f"{factor:.2f} times the noise that its levels leave room for, {where}: too {_much(factor)}")
+            break
+    t = run.asked[-1][0]
+    if run.last < t:
+        own, euler = (one.item() for one in _defects([run.asked[-1], (run.last, run.end, 0.0)]))
+        if own > 3 * euler:
+            wrong.append(f"the last step has {own / euler:.2g} times the error of Euler's: noise is added after it")
+    answer.wrong += wrong
+    first, final = mine[0]["distance"], mine[-1]["distance"]
+    answer.found.append(f"distance {first:.3f} at {DRAWS[0]} steps, {final:.3f} at {DRAWS[-1]}")
+    if isinstance(subject, Function) and subject.flux:
+        other = {"flow": "ve", "ve": "flow"}[subject.parameterization]
+        second = Function(subject.side, subject.family, subject.module, subject.schedule, other)
+        rows = draws(f"{answer.name}, parameterization {other}", second)
+        if wrong and other == "ve" and not _judge_samples(rows, theirs, answer.true):
+            answer.wrong.insert(0, 'parameterization "flow" adds its noise to the wrong process; with "ve" it is right')
+
+
+def _judge_samples(
+    rows: list[dict[str, Any]], others: list[list[dict[str, Any]]], true: tuple[float, float]
+) -> list[str]:
+    """What is wrong with samples, beyond chance and what the steps explain by the other samplers.
+
+    The spread goes to its limit as 1 / steps, or faster. Of 64,000 numbers chance is 1 / sqrt(128,000).
+    """
+
+    def limit(rows: list[dict[str, Any]]) -> float:
+        return 2 * rows[-1]["within"] - rows[-2]["within"]
+
+    wrong = list[str]()
+    explained = max(min(row[-1]["distance"] for row in others), true[0] + 4 * true[1])
+    if not rows[-1]["distance"] < 1.5 * explained:
+        wrong.append(f"its samples are {rows[-1]['distance']:.3f} from true ones, two true sets {true[0]:.3f}")
+    room = 4 * math.sqrt(5 / 128000) + max(abs(limit(row) - 1) for row in others)
+    if not abs(limit(rows) - 1) < room:
+        words = f"its samples' standard deviation goes to {limit(rows):.2f} times the true one"
+        wrong.append(f"{words}: too {_much(limit(rows))}")
+    return wrong
+
+
+def _much(factor: float) -> str:
+    return "much noise" if factor > 1 else "little noise"
+
+
+def _noise_factors(subject: Subject, run: Run) -> Iterator[tuple[str, float, float]]:
+    """The noise of a step over what its levels leave room for, the median over all or some steps, and its error.
+
+    A step from t to s makes a x + b_1 D_1 + b_2 D_2 + ... + r noise. Its noise is right if (a t)^2 + r^2 = s^2,
+    whatever b: so much old noise is kept and so much is added. Least squares over the samples find a and r.
+    """
+    starts, factors = _states(subject, run, DRAWS[-1]), list[float]()
+    for i, j in zip(starts[1:], starts[2:]):
+        a, rest = _fit(run, i, j)
+        t, s = run.asked[i][0], run.asked[j][0]
+        if (room := s**2 - (a * t) ** 2) > 1e-3 * s**2:
+            factors.append(math.sqrt(rest.square().mean().item() / room))
+    third = len(factors) // 3
+    parts = {"in all steps": factors, "in the first third of the steps": factors[:third]}
+    parts |= {"in the second third": factors[third:-third], "in the last third": factors[-third:]}
+    for where, some in parts.items():
+        if len(some) >= 10:
+            low, middle, high = torch.tensor(some).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+            yield where, middle, (high - low) / 2.56 * 1.25 / math.sqrt(len(some))
+
+
+def _fit(run: Run, i: int, j: int, earlier: int = 2) -> tuple[float, torch.Tensor]:
+    """The share a of x at evaluation i in x at evaluation j beside predictions, and what no prediction explains."""
+    terms = [run.asked[i][1], *(KNOWN.split(x, 1 - t, t)[0] for t, x, _ in run.asked[max(i - earlier, 0) : j])]
+    matrix, goal = torch.stack([term.flatten() for term in terms], 1), run.asked[j][1].flatten()
+    weights = torch.linalg.lstsq(matrix, goal[:, None], driver="gelsd").solution[:, 0]
+    return weights[0].item(), goal - matrix @ weights
