@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from gallery.models import Refused
+from gallery.refused import Refused
 from parity.exact import KNOWN, sliced_wasserstein, solve
 from parity.rules import Rule, distance, rules
 from parity.subject import Function, Run, Stock, Subject, start

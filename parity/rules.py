@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gallery.models import Refused, reason
+from gallery.models import reason
+from gallery.refused import Refused
 from parity.exact import KNOWN, solve
 from parity.result import relative
 from parity.subject import Function, Run, Stock, Subject, start

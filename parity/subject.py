@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from comfy_ksampler import comfy_sampler
-from gallery.models import Refused
 from gallery.options import FLUX, Family
+from gallery.refused import Refused
 from parity.exact import KNOWN, call, flux_pipeline, patched, sdxl_pipeline, unpatched, watched
 from parity.schedulers import levels_of, prepared
 from parity.sides import Side
@@ -63,7 +63,7 @@ class Subject:
     @functools.cache  # noqa: B019
     def reference(self, name: str) -> Function:
         """A sampler of k-diffusion."""
-        return Function(Side(name, self.module.find_sampler(name), {}), self.family, self.module)
+        return Function(Side(name, self.module.find_sampler(name).function, {}), self.family, self.module)
 
     def ts(self, steps: int) -> torch.Tensor:
         """The levels of a run, in t."""
@@ -113,9 +113,9 @@ class Function(Subject):
     ):
         super().__init__(side, family, module)
         self.schedule = schedule or (None if self.flux else "karras")
-        bound = functools.partial(side.target, **side.options)
+        bound: Any = None if side.comfy else module.find_sampler(side.target, side.options)
         if parameterization == "auto" and self.flux:
-            parameterization = "ve" if not side.comfy and module.uses_ve("auto", bound, self.levels(10)) else "flow"
+            parameterization = "ve" if bound and module.uses_ve("auto", bound, self.levels(10)) else "flow"
         self.parameterization = parameterization
 
     def levels(self, steps: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ import json
 import pytest
 from conftest import ROOT
 
-from gallery.models import Refused
 from gallery.options import FLUX, SDXL
+from gallery.refused import Refused
 from parity.command import run
 from parity.judge import Answer, judge
 from parity.options import parse_compare
