@@ -20,6 +20,7 @@ import math
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -44,13 +45,12 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or t is sigma ("flow").
     In "ve" the first sigma is finite (15 or more), but the network is still told t = 1.
-    Where a pipeline gives `step` no generator, as FLUX's, each image's noise is seeded by a hash of its first sample.
+    Where a pipeline gives `step` no generator, as FLUX's, a hash seeds each image's noise: of the noise that the
+    pipeline added to the image (`add_noise`, `scale_noise`), or of its first sample where it added none.
 
     Args:
         scheduler: the base: one with betas (epsilon, v_prediction, sample), for flow matching, or EDM.
-        sampler: a sampler of k-diffusion by name, with or without `sample_`, or a callable with its signature. One with
-            several evaluations a step that never calls back does not tell where its steps begin: a run that starts
-            part-way (`strength` below 1) uses Euler's method in its place.
+        sampler: a sampler of k-diffusion by name, with or without `sample_`, or a callable with its signature.
         sampler_kwargs: options for it: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, ...
         schedule: k-diffusion's "karras", "exponential" or "polyexponential", or the levels themselves, falling
             (sigma; for flow models t). None: the base's, also for the `sigmas` or `timesteps` that a pipeline passes.
@@ -59,6 +59,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     Raises:
         ValueError, TypeError: for what does not fit, and for `dpm_adaptive`, which can't tell its timesteps beforehand.
+            For a run that starts part-way (`strength`) with a callable that then asks for other sigmas. For a run that
+            can't go on: in two copies, in another thread, or with latents of another shape, if the sampler has history.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
         self._train: int = config.get("num_train_timesteps", 1000)
         self._prediction, self._scale = config.get("prediction_type", "epsilon"), ""
+        # the timestep is 0.25 ln sigma, as Stable Video Diffusion's
+        self._continuous = config.get("timestep_type") == "continuous" and self._prediction == "v_prediction"
         self._table: Any = None
-        self._tried: tuple = (None, None)  # a sampler, levels, and what its trial over them told
+        self._tried: tuple = (None, None)  # a sampler, levels, and what `try_out` found
         taken = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
         needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if needed == ["model_output", "timestep", "sample"] and "Inverse" not in kind.__name__:
@@ -97,12 +101,15 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             elif hasattr(base, "alphas_cumprod"):
                 self._scale = "vp" if float(base.init_noise_sigma) == 1 else "betas"
                 # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
-                alphas = base.alphas_cumprod.double().cpu().clamp(min=2**-24)
+                alphas = base.alphas_cumprod.cpu().double().clamp(min=2**-24)
                 self._table = external.DiscreteSchedule(((1 - alphas) / alphas).sqrt(), quantize=quantize_timesteps)
         kinds = ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction")
         if not self._scale or self._prediction not in kinds:
             needs = "betas (epsilon, v_prediction, sample), flow or EDM, and step(model_output, timestep, sample)"
             raise ValueError(f"`scheduler`: needs {needs}, but is {kind.__name__} with {self._prediction!r}")
+        for name in {"clip_sample", "thresholding"} & inspect.signature(kind.__init__).parameters.keys():
+            if config.get(name):
+                warnings.warn(f"{kind.__name__}'s `{name}` is ignored: x0 is left as it is predicted", stacklevel=3)
         self._plan(check_sigmas([0.8, 0.4, 0.2, 0.1, 0.0]), {})  # `order` is asked before timesteps are set
         self.timesteps = self.base.timesteps
         self.num_inference_steps: int | None = None
@@ -134,7 +141,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         return f"KDiffusionScheduler(sampler={self.sampler}, {self.base!r})"
 
     def __reduce__(self) -> tuple:
-        return object.__new__, (KDiffusionScheduler,), {**self.__dict__, "_run": None}  # a run can't be copied
+        return object.__new__, (KDiffusionScheduler,), self.__dict__
 
     @property
     def set_timesteps(self) -> Callable[..., None]:
@@ -143,52 +150,53 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         self.base.set_timesteps(*args, **kwargs)
-        times = self.base.timesteps.double().cpu()[:: getattr(self.base, "order", 1)]  # one a step
+        kwargs = inspect.signature(self.base.set_timesteps).bind(*args, **kwargs).arguments
+        given = any(kwargs.get(name) is not None for name in ("sigmas", "timesteps"))
+        times = self.base.timesteps.cpu().double()[:: getattr(self.base, "order", 1)]  # one a step
         own = getattr(self.base, "sigmas", None)
         times = times.unique_consecutive() if own is None else times  # PNDM's lists one twice
-        levels = self._table.t_to_sigma(times) if own is None else own.double().cpu()
-        levels = (1 - levels if self._inverted else levels).unique_consecutive()[: len(times)]
+        levels, n = self._table.t_to_sigma(times) if own is None else own.cpu().double(), len(times)
+        levels = (1 - levels if self._inverted else levels).unique_consecutive()
         known = {} if self.quantize_timesteps else dict(zip(levels.tolist(), times.tolist()))
-        # one that lists its last level twice, or ends above zero, keeps its number of steps and gets the zero
-        levels = torch.cat([levels, levels.new_zeros(1)])
+        if not given or len(levels) == n:  # the base's own, if they list the last twice or end above zero, get the zero
+            levels = torch.cat([levels[:n], levels.new_zeros(1)])
         levels = self.schedule if isinstance(self.schedule, torch.Tensor) else levels
         if isinstance(self.schedule, str):
-            levels = self._named_levels(self.schedule, len(times), kwargs.get("mu"))
-        if (steps := len(levels) - 1) != len(times):
-            raise ValueError(f"`schedule` has {steps} steps: pass num_inference_steps={steps}, not {len(times)}")
-        check_sigmas(levels, f"{type(self.base).__name__}.sigmas")
-        self._plan(levels, known)
-        if any(kwargs.get(name) is not None for name in ("sigmas", "timesteps")):
-            self.order = 1  # pipelines that pass levels, as FLUX's, count `timesteps` by one then
+            levels = self._named_levels(self.schedule, n, kwargs.get("mu"))
+        if (steps := len(levels) - 1) != n:
+            raise ValueError(f"`schedule` has {steps} steps: pass num_inference_steps={steps}, not {n}")
+        self._plan(check_sigmas(levels, f"{type(self.base).__name__}.sigmas"), known, given)
 
     def _named_levels(self, schedule: str, n: int, mu: float | None) -> torch.Tensor:
-        """Between the ends that the network was trained with."""
+        """Between the ends that the network was trained with, or that the base's config names."""
         config = self.base.config
         if self._scale != "flow":
-            ends = self._table.sigmas[[0, -1]].tolist() if self._table else (config.sigma_min, config.sigma_max)
-            return named_sigmas(schedule, n, *ends)
+            low, high = self._table.sigmas[[0, -1]].tolist() if self._table else (None, None)
+            return named_sigmas(schedule, n, config.get("sigma_min") or low, config.get("sigma_max") or high)
         own = hasattr(type(self.base), "shift")  # its `set_shift` leaves the config alone
         shift = self.base.shift if own else config.get("flow_shift", config.get("shift", 1.0))
         if mu is not None and config.get("use_dynamic_shifting"):
             shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         return named_sigmas(schedule, n, shift / (shift + 9999), 1.0)
 
-    def _plan(self, levels: torch.Tensor, known: dict[float, float]) -> None:
-        """The evaluations that the sampler will make, through these levels. `known`: their timesteps, if the base's."""
+    def _plan(self, levels: torch.Tensor, known: dict[float, float], given: bool = False) -> None:
+        """The evaluations that the sampler will make, through these levels. `known`: their timesteps, if the base's.
+
+        Pipelines that pass levels (`given`), as FLUX's, count `timesteps` by one.
+        """
         n = self.num_inference_steps = len(levels) - 1
         ve = self._scale == "flow" and levels[0] <= 1 and uses_ve(self.parameterization, self.sampler, levels)
         pure = ve and levels[0] > 0.9999
         self._levels = ve_sigmas(levels) if ve else levels
-        # for others anew: they may have changed in between
-        known_trial = self.sampler.is_k_diffusions and self.sampler is self._tried[0]
-        if not (known_trial and self._levels.equal(self._tried[1])):
-            self._tried = self.sampler, self._levels, *step_starts(self.sampler, self._levels)
-        asked, starts = self._tried[2:]
-        if not asked:
-            others = "StableDiffusionXLComfyPipeline and FluxComfyPipeline"
-            raise ValueError(f"`sampler`: can't tell its timesteps before the run; for dpm_adaptive there are {others}")
-        self._starts = starts or ({i: i for i in range(n)} if len(asked) == n else {0: 0})
-        self.order = math.ceil(len(asked) / n)
+        # of others anew: they may have changed in between
+        if not (self.sampler.is_k_diffusions and self.sampler is self._tried[0] and self._levels.equal(self._tried[1])):
+            self._tried = self.sampler, self._levels, *try_out(self.sampler, self._levels)
+        asked, _, self._starts = self._tried[2:]
+        order, first = math.ceil(len(asked) / n), {k: j for j, k in reversed(self._starts.items())}
+        regular = len(asked) == n or all(first.get(k) == k * order for k in range(n))
+        self.order: int = 1 if given else order
+        if not regular:
+            self.order = Order(self.order, *(({}, len(asked)) if given else (first, n)))
         self._evaluations, times = list[SimpleNamespace](), list[float]()
         for i, sigma in enumerate([*asked, float(self._levels[-1])]):
             level = float(levels[0]) if pure and i == 0 else sigma / (1 + sigma) if ve else sigma
@@ -204,9 +212,11 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self._times = self.timesteps.tolist()
         ts = [one.noise if self._table is None else one.sigma for one in self._evaluations]
         self.sigmas = torch.tensor([1 - t for t in ts] if self._inverted else ts, dtype=torch.float32, device="cpu")
-        self._run: Any = None
+        self._run: Paused | None = None
         self._step_index: int | None = None
         self.begin_index: int | None = None
+        self._begun: int | None = None  # the evaluation that the run began with
+        self._seeds: list[int] | None = None  # from the noise that the pipeline added
 
     def _shares(self, level: float) -> tuple[float, float]:
         """(alpha, sigma) of the pipeline's x = alpha x0 + sigma noise at a level of the base."""
@@ -220,6 +230,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if self._scale == "flow":
             time = self._train * (1 - level if self._inverted else level)
             return float(round(time)) if self.quantize_timesteps else time
+        if self._continuous:
+            return 0.25 * math.log(max(level, 1e-10))
         to_time = self._table.sigma_to_t if self._table else self.base.precondition_noise
         return float(to_time(torch.tensor([level], dtype=torch.float64, device="cpu")))
 
@@ -235,34 +247,45 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     step_index = property(lambda self: self._step_index, doc="The evaluation that comes next.")
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begins the run with this one of `timesteps`."""
+        """Begins the run with this one of `timesteps`. ValueError: the sampler can't."""
+        self._part(begin_index)
         self.begin_index = begin_index
+
+    def _nearest(self, timestep: Any) -> int:
+        """The evaluation of a timestep, or of the highest of several."""
+        time = float(torch.as_tensor(timestep).max())
+        away = [(abs(t - time), i not in self._starts) for i, t in enumerate(self._times)]
+        return away.index(min(away)) if min(away)[0] <= 1e-2 * max(abs(time), 0.1) else 0  # some round or pass others
 
     def _locate(self, timestep: Any) -> int:
         """The evaluation that comes next. Where none was named, the first timestep says where the run begins."""
         if self._step_index in (None, len(self._times)):  # at first, and after a run that went to its end
-            self._step_index = self.begin_index
-        if self._step_index is None:
-            time = float(torch.as_tensor(timestep).max())
-            away = [(abs(t - time), i not in self._starts) for i, t in enumerate(self._times)]
-            found = min(away)[0] <= 1e-2 * max(abs(time), 0.1)  # some round, and some pass others
-            self._step_index = away.index(min(away)) if found else 0
+            self._begun = self._nearest(timestep) if self.begin_index is None else self.begin_index
+            self._step_index = self._begun
         return self._step_index
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The network's input."""
         sigma = self._evaluations[self._locate(timestep)].sigma
+        if self._run is None:
+            self._part(self._locate(timestep))
         if self._scale == "edm":
             return self.base.precondition_inputs(sample, sigma)
         return sample / math.hypot(sigma, 1) if self._scale == "betas" else sample
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """alpha x0 + sigma noise at any timesteps, one for each image or for all."""
+        if self._seeds is None and self._noisy:
+            self._seeds = seeds_of(noise)
+        if self._step_index is None and self.begin_index is None:
+            self._part(self._nearest(timesteps))  # to refuse what can't begin there before the network runs
         shares = []
         for time in timesteps.flatten().tolist():
-            known = [one for one, t in zip(self._evaluations, self._times) if abs(t - time) <= 1e-6 * abs(t)]
+            known = [one for one, t in zip(self._evaluations, self._times) if math.isclose(t, time, rel_tol=1e-6)]
             level = (self._train - time if self._inverted else time) / self._train
-            if self._table is not None:
+            if self._continuous:
+                level = math.exp(4 * time)
+            elif self._table is not None:
                 level = float(self._table.t_to_sigma(torch.tensor(float(time), device="cpu")))
             elif self._scale == "edm" and not known:
                 raise ValueError(f"`timesteps`: {time} is none of the run's")
@@ -297,20 +320,26 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             output = -output  # LTXCondition turns the sign of its network's, and keeps its own tokens
         denoised = given.get("pred_original_sample")  # Cosmos has it from a call before
         denoised = self._denoised(output, x, here) if denoised is None else denoised.to(dtype)
-        run = self._run if self._run and self._run.position == i else None  # the pipeline may have gone back
-        if run and run.residual.shape != x.shape:
-            self._step_index = i + 1
+        run, y, self._run = self._run, x / here.scale, None  # gone if the sampler fails
+        place = {"latents of another shape": x.shape, "another thread": threading.current_thread()}
+        if run and self._scale == "edm" and x.shape == (2 * run.place["latents of another shape"][0], *x.shape[1:]):
+            self._run, self._step_index = run, i + 1
             return sample, denoised  # Cosmos asks for x0 of both sides of guidance, then goes back
-        self._run = None  # gone if the sampler fails
-        y = x / here.scale
-        run = run or self._begin(i, y, generator)
+        if run is None or run.dead or (run.position, run.place) != (i, place):
+            if i != self._begun and self._remembers(i):
+                changed = [name for name, value in place.items() if run is not None and run.place[name] != value]
+                where = (changed or ["a copy of its run"])[0]
+                why = (
+                    "it is in the middle of a step, or has a history or a path of noise. euler and euler_ancestral can"
+                )
+                raise ValueError(f"`sampler`: {self.sampler.name} can't go on with {where}: {why}")
+            run = self._begin(i, y, generator)
+            run.place = place
         run.parent = getcurrent()
         # the pipeline may have changed what it got (inpainting, callbacks): the state is that and what rounding took
-        asked = run.switch(denoised, y + run.residual)
-        if run.dead != (i + 1 == len(self._times)):
-            raise ValueError("`sampler`: it asks for other evaluations than in its trial on a single number")
+        asked = self._resume(run, i + 1, denoised, y + run.residual)
         x = (asked * after.scale).to(model_output.dtype)
-        run.position, run.residual = i + 1, asked - x.to(asked.dtype) / after.scale
+        run.residual = asked - x.to(asked.dtype) / after.scale
         self._run, self._step_index = None if run.dead else run, i + 1
         return EulerDiscreteSchedulerOutput(x, denoised) if return_dict else (x, denoised)
 
@@ -323,41 +352,161 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if self._prediction == "v_prediction":
             norm = math.hypot(at.alpha, at.noise)
             return (at.alpha / norm * x - at.noise * output) / norm
-        if self._prediction == "flow_prediction":
-            return x - at.noise * output
-        return output
+        return x - at.noise * output if self._prediction == "flow_prediction" else output
 
-    def _begin(self, i: int, x: torch.Tensor, generator: Any) -> greenlet:
-        """The sampler, left where it asks for evaluation i."""
-        sampler, own, named = self.sampler, self.sampler.is_k_diffusions, self.sampler.arguments
+    @property
+    def _noisy(self) -> bool:
+        """Whether the sampler may draw noise."""
+        named = self.sampler.arguments
+        return bool(not self.sampler.is_k_diffusions or named.get("s_churn") or named.get("eta"))
+
+    def _part(self, i: int, known: bool = False) -> tuple[int, Sampler, torch.Tensor]:
+        """For a run from evaluation i on: where its first whole step begins, and the sampler and the levels from there.
+
+        ValueError: it is not k-diffusion's, and would ask for other sigmas than in the whole run.
+        """
+        sampler, asked = self.sampler, self._tried[2]
+        own, named = sampler.is_k_diffusions, sampler.arguments
         # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
-        first = min((one for one in self._starts if one >= i), default=len(self._times))
-        ahead = [one.sigma for one in self._evaluations[i : first + 1]]
+        first = min((one for one in self._starts if one >= i), default=len(asked))
         rest = self._levels[self._starts.get(first, len(self._levels)) :]
         if "sigma_min" in named and len(rest):  # it has a level for each evaluation
-            rest = torch.cat([rest.new_tensor(ahead[-1:]), self._levels[first + 1 :]])
+            rest = torch.cat([rest.new_tensor(asked[first : first + 1]), self._levels[first + 1 :]])
         if own and (churn := named.get("s_churn")):  # it is spread over the steps
             churn *= (len(rest) - 1) / (len(self._levels) - 1)
             sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
+        if not own and i > 0:
+            rises = any(a < b for a, b in zip(asked[i:first], asked[i + 1 : first + 1]))
+            if rises or not len(rest) or not close(try_out(sampler, rest)[0], asked[first:]):
+                raise ValueError(PART_WAY)
+        return first, sampler, rest
+
+    def _remembers(self, i: int) -> bool:
+        """Whether a run that begins at evaluation i differs from the whole run there: a history or Brownian path."""
+        first, sampler, rest = self._part(i)
+        if first > i or "_sde" in sampler.name:
+            return True
+        return not close(try_out(sampler, rest, self._tried[3][i])[1], self._tried[3][i:])
+
+    def _begin(self, i: int, x: torch.Tensor, generator: Any) -> Paused:
+        """The sampler, left where it asks for evaluation i."""
+        first, sampler, rest = self._part(i)
         # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
-        rest = rest if own else rest.to(x.dtype)
+        rest = rest if sampler.is_k_diffusions else rest.to(x.dtype)
         generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
-        if generator is None and (not own or named.get("s_churn") or named.get("eta")):
-            numbers = (image.detach().cpu().double().numpy().tobytes() for image in x)
-            digests = [hashlib.blake2b(image, digest_size=8).digest() for image in numbers]
-            generator = [torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1) for digest in digests]
-        call = (
-            functools.partial(call_sampler, sampler, sigmas=rest, generator=generator, begin=lambda: None)
-            if len(rest)
-            else None
-        )
-        run = greenlet(_sample)
-        run.residual = 0.0
-        run.switch(x, ahead, call)
+        if generator is None and self._noisy:
+            seeds = self._seeds if self._seeds and len(self._seeds) == len(x) else seeds_of(x)
+            generator = [torch.Generator("cpu").manual_seed((seed + i) % 2**63) for seed in seeds]
+        call = functools.partial(call_sampler, sampler, sigmas=rest, generator=generator, begin=lambda: None)
+        run = Paused(_sample)
+        self._resume(run, i, x, [one.sigma for one in self._evaluations[i : first + 1]], call if len(rest) else None)
         return run
 
+    def _resume(self, run: Paused, i: int, *given: Any) -> torch.Tensor:
+        """The sampler goes on until it asks for evaluation i, or ends: its state there."""
+        x, sigma = run.switch(*given)
+        # k-diffusion's functions ask for what was planned; to look at a sigma on a GPU is to wait for it
+        wrong = sigma is not None and not self.sampler.is_k_diffusions
+        wrong = wrong and not close(torch.as_tensor(sigma).flatten().tolist()[:1], self._tried[2][i : i + 1])
+        if wrong or run.dead != (i == len(self._times)):
+            raise ValueError("`sampler`: it asks for other evaluations than in its trial on a single number")
+        run.position = i
+        return x
 
-def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> torch.Tensor:
+
+PART_WAY = (
+    "`sampler`: a run can't start part-way here (`strength`, `denoising_start`): this callable would ask for other "
+    "sigmas than in the whole run. Pass all of its levels, `schedule=levels[i:]`, and `latents` of the first of these"
+)
+
+
+class Order(int):
+    """The evaluations of a step where they vary. Times a step's index, as pipelines count: where this step begins."""
+
+    first: dict[int, int]
+    steps: int
+
+    def __new__(cls, order: int, first: Any = (), steps: int = 0) -> Order:
+        made = super().__new__(cls, order)
+        made.first, made.steps = dict(first), steps
+        return made
+
+    def __rmul__(self, step: Any) -> Any:
+        if 0 < step < self.steps and step not in self.first:
+            raise ValueError(PART_WAY)
+        return self.first.get(step, int(self) * step)
+
+    __mul__ = __rmul__
+
+
+class Paused(greenlet):
+    """A sampler that waits for the prediction at evaluation `position`. Copies share it until one of them goes on."""
+
+    position, residual, place = 0, 0.0, dict[str, Any]()
+
+    def __deepcopy__(self, memo: Any) -> Paused:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return type(None), ()  # it can't be saved
+
+
+def try_out(sampler: Sampler, sigmas: torch.Tensor, x: float = 1.0) -> tuple[list[float], list[float], dict[int, int]]:
+    """The sigma and the state of each evaluation, and {evaluation: level} for those that begin a step.
+
+    Found by a run on a tensor of one element, without noise. ValueError: for dpm_adaptive, and where the run fails.
+    """
+    asked, states, begins = list[float](), list[float](), dict[int, float]()
+    sigmas = sigmas if sampler.is_k_diffusions else sigmas.float()  # as in a run, where a callable may compare them
+
+    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
+        if with_uncond:
+            raise ValueError("a scheduler can't see the prediction without guidance, as our pipelines can")
+        asked.append(float(sigma))
+        states.append(float(x))
+        return x.add(sigma).sin()  # curved, so that a history shows
+
+    def callback(info: dict[str, Any]) -> None:  # after a step's first evaluation or its last
+        level = float(info.get("sigma", asked[-1]))
+        own = [j for j in range(len(asked)) if j > max(begins, default=-1)]
+        same = [j for j in own if close([asked[j]], [float(info.get("sigma_hat", level))])]
+        begins[(same or own)[-1]] = level
+
+    try:
+        if "rtol" in sampler.arguments:
+            raise ValueError("the network's predictions decide on its steps")
+        quiet = {"s_noise": 0.0} if "s_noise" in sampler.arguments else {}
+        sampler = find_sampler(sampler.function, {**sampler.options, **quiet})
+        given: dict[str, Callable] = {"callback": callback}
+        if "noise_sampler" in sampler.arguments:
+            given["noise_sampler"] = lambda sigma, sigma_next: sigmas.new_zeros([1] * 4)
+        generator = torch.Generator("cpu").manual_seed(0)
+        call_sampler(sampler, model, sigmas.new_full([1] * 4, x), sigmas, generator, lambda: None, **given)
+    except Exception as error:
+        others = "for dpm_adaptive there are StableDiffusionXLComfyPipeline and FluxComfyPipeline"
+        raise ValueError(f"`sampler`: can't tell its timesteps before the run; {others} ({error})") from error
+    if "sigma_min" in sampler.arguments:  # it places its own levels, one for each evaluation
+        return asked, states, {j: j for j in begins}
+    if not begins:  # without a callback: the last one of those at the same level
+        begins = {j: one for j, one in enumerate(asked) if not close([one], asked[j + 1 : j + 2])}
+    levels = sigmas[:-1].tolist()
+    near = {j: min(range(len(levels)), key=lambda k: abs(levels[k] - one)) for j, one in begins.items()}
+    return asked, states, {j: k for j, k in near.items() if close([levels[k]], [begins[j]])}
+
+
+def close(found: list[float], expected: list[float]) -> bool:
+    """The same numbers, but for rounding in float32."""
+    near = [math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(found, expected)]
+    return len(found) == len(expected) and all(near)
+
+
+def seeds_of(x: torch.Tensor) -> list[int]:
+    """A seed for each image, of its bits alone."""
+    numbers = (image.detach().cpu().double().numpy().tobytes() for image in x)
+    return [int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "big") >> 1 for image in numbers]
+
+
+def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> tuple[torch.Tensor, None]:
     """A run, in its greenlet: Euler's steps through the levels `ahead`, then `call(model, x)`."""
     # nothing here refers to the scheduler: a run that is left half way ends with it
 
@@ -372,16 +521,14 @@ def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> torch
 
     here = torch_state()
 
-    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
+    def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal here
-        if with_uncond:
-            raise ValueError("`sampler`: a scheduler can't see the prediction without guidance, as our pipelines can")
         modes, grad, inference = here
         own = _get_current_function_mode_stack()
         set_modes(modes)
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             try:
-                denoised, state = getcurrent().parent.switch(x)
+                denoised, state = getcurrent().parent.switch((x, sigma))
             finally:  # also where a run that was left half way ends
                 here = torch_state()
                 set_modes(own)
@@ -391,40 +538,9 @@ def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> torch
     try:
         for sigma, after in zip(ahead, ahead[1:]):
             x = x + (x - model(x, x.new_full([len(x)], sigma))) * (after / sigma - 1)
-        return call(model, x) if call else x
+        return (call(model, x) if call else x), None
     finally:
         torch.set_grad_enabled(here[1])  # the sampler's own no_grad puts back what was when it began
-
-
-def step_starts(sampler: Sampler, sigmas: torch.Tensor) -> tuple[list[float], dict[int, int]]:
-    """The level of each evaluation, and {evaluation: step} for those that begin a step, of a trial on a single number.
-
-    Both are empty for dpm_adaptive and where the trial fails. The second also is where the sampler's callback gets
-    another x than the model got.
-    """
-    inputs, levels, starts, begin = list[torch.Tensor](), list[float](), dict[int, int](), threading.Event()
-
-    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
-        if begin.is_set():
-            starts[len(inputs)] = len(starts)
-            begin.clear()
-        inputs.append(x)
-        levels.append(float(sigma))
-        return x.new_zeros([2, *x.shape] if with_uncond else x.shape)
-
-    def callback(info: dict[str, Any]) -> None:
-        starts[len(inputs) - 1 if info["x"] is inputs[-1] else -1] = info["i"]
-
-    given: dict[str, Any] = {} if sampler.is_k_diffusions else {"callback": callback}
-    if "noise_sampler" in sampler.arguments:
-        given["noise_sampler"] = lambda sigma, sigma_next: torch.zeros([1] * 4)
-    try:
-        if "rtol" not in sampler.arguments:
-            generator = torch.Generator("cpu").manual_seed(0)
-            call_sampler(sampler, model, sigmas.new_ones([1] * 4), sigmas, generator, begin.set, **given)
-    except Exception:
-        return [], {}
-    return levels, {} if -1 in starts else starts
 
 
 # --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---

@@ -329,7 +329,15 @@ def z_image(n: int) -> tuple[Any, dict[str, Any]]:
     return pipe, {**embeds, "height": SIZE, "width": SIZE}
 
 
-def wan(n: int) -> tuple[Any, dict[str, Any]]:
+def wan_text(n: int) -> tuple[Any, dict[str, Any]]:
+    return wan("", n, num_frames=5)
+
+
+def wan_video(n: int) -> tuple[Any, dict[str, Any]]:
+    return wan("VideoToVideo", n, video=[picture().resize((16, 16))] * 5, strength=0.7)
+
+
+def wan(kind: str, n: int, **extra: Any) -> tuple[Any, dict[str, Any]]:
     network = seeded(
         diffusers.WanTransformer3DModel,
         num_attention_heads=2,
@@ -356,10 +364,10 @@ def wan(n: int) -> tuple[Any, dict[str, Any]]:
     scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1
     )
-    pipe = built(diffusers.WanPipeline, transformer=network, vae=autoencoder, scheduler=scheduler)
+    pipe = built(getattr(diffusers, f"Wan{kind}Pipeline"), transformer=network, vae=autoencoder, scheduler=scheduler)
     text = {"prompt_embeds": random(1, TOKENS, 8).repeat(n, 1, 1)}
     text["negative_prompt_embeds"] = random(1, TOKENS, 8, seed=2).repeat(n, 1, 1)
-    return pipe, {**text, "height": 16, "width": 16, "num_frames": 5}
+    return pipe, {**text, "height": 16, "width": 16, **extra}
 
 
 def ltx(n: int) -> tuple[Any, dict[str, Any]]:
@@ -500,7 +508,7 @@ MAKERS = (
     qwen_image,
     qwen_edit,
     z_image,
-    wan,
+    wan_text,
     ltx,
     sana,
     chroma,

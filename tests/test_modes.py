@@ -19,8 +19,9 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
 )
 from diffusers.utils import torch_utils
+from pretend_mps import PretendMps, placed
 
-from flux_comfy_pipeline import FluxComfyPipeline
+from flux_comfy_pipeline import FluxComfyPipeline, sampler_names
 from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
 
 CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
@@ -223,3 +224,19 @@ def test_compiled_network_is_compiled_once(name):
 def test_inductor(name):
     """torch.compile as people call it, with code for this machine."""
     draw_compiled(load(CHILDREN[name], name), name)
+
+
+@FAMILIES
+def test_no_float64_on_the_device(name):
+    """Every sampler on a stand-in for Apple's GPU, which has none: the CPU's latents."""
+    pipe = load(CHILDREN[name], name)
+    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    names = names if name == "sdxl" else names[::2]
+    embeds = dict(zip(names, pipe.encode_prompt(PROMPT)))
+    with PretendMps():
+        there = type(pipe)(**{key: placed(copy.deepcopy(one)) for key, one in pipe.components.items()})
+        for sampler in sampler_names():
+            call = {"sampler": sampler, "output_type": "latent", "prompt": None}
+            expected = conftest.draw(pipe, name, **call, **embeds)
+            found = conftest.draw(there, name, **call, **{key: placed(one.detach()) for key, one in embeds.items()})
+            assert found.device.type == "mps" and relative(found.cpu(), expected) < CLOSE, sampler

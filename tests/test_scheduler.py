@@ -131,6 +131,7 @@ def test_a_pipeline_passes_levels():
     for maker, levels in (
         (sd_text, {"timesteps": [900, 500, 100]}),
         (sd_text, {"sigmas": [9.0, 3.0, 1.0, 0.0]}),
+        (sd_text, {"sigmas": [12.0, 4.0, 1.0, 0.2]}),  # as they are: it ends at 0.2
         (flux_text_maker, {"sigmas": [0.9, 0.5, 0.2]}),
     ):
         assert relative(draw(maker, ours(maker), steps=3, **levels), draw(maker, steps=3, **levels)) < CLOSE

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import functools
 import gc
 import inspect
+import pickle
 import threading
+import warnings
 import weakref
 from typing import Any
 
@@ -15,7 +18,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, parent_of, relative, seeded
-from small_pipelines import built, flux_image, flux_text, random, sd3_image, sd_image, sd_text
+from small_pipelines import (
+    built,
+    flux_fill,
+    flux_image,
+    flux_inpaint,
+    flux_text,
+    picture,
+    random,
+    sd3_image,
+    sd_image,
+    sd_text,
+    wan_video,
+)
 from test_scheduler import BETAS, CLOSE, SAMPLERS, draw, made, ours
 
 from parity.exact import Transformer, mixture, patched, sdxl_pipeline, sliced_wasserstein, unpatched
@@ -25,18 +40,28 @@ FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 EULER = diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading")
 
 
+def to_tensor(image: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
 def loop(scheduler: Any, steps: int = 6, start: int = 0, change: Any = None, generator: Any = None, named: bool = True):
     """A pipeline's loop over a network that predicts half of its input; the samples that it saw, and the last."""
     scheduler.set_timesteps(steps)
     if named:
         scheduler.set_begin_index(start)
-    x, seen = random(1, 2, 4, 4) * float(getattr(scheduler, "init_noise_sigma", 1.0)), []
+    seen = list(loop_of(scheduler, generator, start, change))
+    return seen[:-1], seen[-1]
+
+
+def loop_of(scheduler: Any, generator: Any = None, start: int = 0, change: Any = None):
+    """The samples of such a loop, one by one."""
+    x = random(1, 2, 4, 4) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    yield x
     for i, t in enumerate(scheduler.timesteps[start:]):
-        seen.append(x)
         given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(given * 0.5, t, x, return_dict=False, **({"generator": generator} if generator else {}))[0]
         x = x if change is None else change(i, x)
-    return seen, x
+        yield x
 
 
 # --- where a run begins -----------------------------------------------------------------------------------------------
@@ -48,6 +73,90 @@ def test_a_run_may_begin_later(base, named):
     """As the stock scheduler's does: `strength` and `denoising_start` cut `timesteps`."""
     expected = loop(copy.deepcopy(base), start=2, named=named)[1]
     assert relative(loop(KDiffusionScheduler.from_scheduler(base), start=2, named=named)[1], expected) < CLOSE
+
+
+def step_of(model, x, sigma, after, callback, i, heun):
+    """Euler's step or Heun's."""
+    denoised = model(x, sigma * x.new_ones(len(x)))
+    if callback is not None:
+        callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+    slope = (x - denoised) / sigma
+    y = x + slope * (after - sigma)
+    if heun and after > 0:
+        y = x + (slope + (y - model(y, after * x.new_ones(len(x)))) / after) / 2 * (after - sigma)
+    return y
+
+
+def by_sigma(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+        x = step_of(model, x, sigma, after, callback, i, sigma < 0.9)
+    return x
+
+
+def by_index(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+        x = step_of(model, x, sigma, after, callback, i, i % 3 == 0)
+    return x
+
+
+def by_sigma_in_silence(model, x, sigmas):
+    return by_sigma(model, x, sigmas)
+
+
+def restart(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Xu et al. 2023: from below 0.5 back to the first level below 0.95, once. Without noise; steps count on."""
+    levels, k, i, back = sigmas.tolist(), 0, 0, next((k for k, level in enumerate(sigmas) if level < 0.95), 0)
+    while k < len(levels) - 1:
+        x = step_of(model, x, sigmas[k], sigmas[k + 1], callback, i, True)
+        k, i = k + 1, i + 1
+        if back is not None and levels[k] < 0.5 and back < k:
+            x, k, back = x * (sigmas[back] / sigmas[k]), back, None
+    return x
+
+
+@pytest.mark.parametrize("levels", [None, "given"])
+@pytest.mark.parametrize("base", [EULER, FLOW], ids=["sdxl", "flow"])
+@pytest.mark.parametrize("sampler", [by_sigma, by_index, by_sigma_in_silence, restart])
+def test_a_callable_begins_with_the_step_that_strength_asks_for(sampler, base, levels):
+    """It ends as the callable does over the levels from there, or is refused before the network runs."""
+    scheduler, n, refused = KDiffusionScheduler.from_scheduler(base, sampler=sampler), 12, []
+
+    def set_timesteps() -> torch.Tensor:
+        if levels:  # as FLUX's pipelines
+            scheduler.set_timesteps(
+                sigmas=np.geomspace(*((1, 1 / n) if base is FLOW else (14, 0.1)), n + (base is EULER))
+            )
+        else:
+            scheduler.set_timesteps(n)
+        return scheduler._levels
+
+    def model(x, sigma):
+        slope = 0.5 * (x if base is FLOW else x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt())
+        return x - sigma.view(-1, 1, 1, 1) * slope
+
+    for start in range(n):
+        planned = set_timesteps()
+        try:
+            cut = start * scheduler.order
+            times = scheduler.timesteps[cut:]
+            scheduler.set_begin_index(cut)
+        except ValueError as error:
+            assert "part-way" in str(error) and "schedule=levels[i:]" in str(error)
+            refused.append(start)
+            continue
+        first = x = scheduler.add_noise(random(1, 2, 4, 4), random(1, 2, 4, 4, seed=2), times[:1])
+        for t in times:
+            x = scheduler.step(scheduler.scale_model_input(x, t) * 0.5, t, x).prev_sample
+        assert relative(x, sampler(model, first.double(), planned[start:])) < CLOSE
+    assert 0 not in refused and (len(refused) < n - 1 or levels)
+
+
+def test_a_callable_that_asks_for_another_sigma_than_planned():
+    def by_value(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return sampling.sample_euler(model, x, sigmas if x.numel() == 1 else sigmas * 0.9)
+
+    with pytest.raises(ValueError, match="other evaluations"):
+        loop(KDiffusionScheduler.from_scheduler(EULER, sampler=by_value))
 
 
 def test_order_counts_the_evaluations_of_a_step():
@@ -272,6 +381,25 @@ def test_noise_follows_from_the_generator(maker, sampler):
     assert torch.equal(first, again) and relative(other, first) > 0.1
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "euler_ancestral", by_sigma])
+@pytest.mark.parametrize(
+    "maker", [flux_text, flux_image, flux_inpaint, flux_fill, sd3_image, wan_video], ids=lambda maker: maker.__name__
+)
+def test_noise_does_not_hang_on_the_last_bits_of_a_picture(maker, sampler):
+    """Which another number of threads changes: where the pipeline gives `step` no generator, too."""
+    found, (_, arguments, _) = [], made(maker)
+    for nudge in (0.0, 1e-7):
+        if "video" in arguments:
+            frames = [to_tensor(one) for one in arguments["video"]]
+            more = {"video": torch.stack(frames)[None] * (1 - nudge)}
+        elif "image" in arguments:
+            more = {"image": to_tensor(picture())[None] * (1 - nudge)}
+        else:
+            more = {"prompt_embeds": arguments["prompt_embeds"] * (1 - nudge)}
+        found.append(draw(maker, ours(maker, sampler), **more))
+    assert 0 < relative(*found) < 1e-4
+
+
 def test_noise_without_a_generator_follows_from_each_images_bits():
     def run(x: torch.Tensor) -> torch.Tensor:
         scheduler = KDiffusionScheduler.from_scheduler(FLOW, sampler="euler_ancestral")
@@ -314,7 +442,7 @@ def test_the_network_sees_flow_latents_in_ve():
 def entering(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """A sampler that enters all that it can and stays in there for the whole run."""
     with torch.inference_mode(), torch.device("meta"), torch.enable_grad():
-        return find_sampler("euler")(model, x, sigmas, callback=callback, disable=True)
+        return sampling.sample_euler(model, x, sigmas, callback=callback, disable=True)
 
 
 def state() -> tuple:
@@ -404,6 +532,76 @@ def test_copies_and_threads():
     assert all(torch.equal(one, expected) for one in found)
 
 
+def grown(i: int, x: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(2, -1) if i == 3 else x  # between steps of Heun's method too
+
+
+@pytest.mark.parametrize("base", [EULER, FLOW], ids=["sdxl", "flow"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_latents_change_their_shape(sampler, base):
+    """The stock scheduler's, for one without history. Batches may grow too, but for EDM's."""
+    scheduler = KDiffusionScheduler.from_scheduler(base, sampler=sampler)
+    classes = {"sdxl": diffusers.HeunDiscreteScheduler, "flow": diffusers.FlowMatchHeunDiscreteScheduler}
+    if sampler in ("lms", "dpm_fast") or sampler.startswith("dpmpp_2m") or sampler.endswith("_sde"):
+        with pytest.raises(ValueError, match="another shape"):
+            loop(scheduler, change=grown, generator=seeded())
+        return
+    found = loop(scheduler, change=grown, generator=seeded())[1]
+    assert found.shape == (1, 2, 4, 8) and found.isfinite().all()
+    if sampler in ("euler", "heun"):
+        stock = copy.deepcopy(base)
+        if sampler == "heun":
+            stock = classes["flow" if base is FLOW else "sdxl"].from_config(base.config)
+        assert relative(found, loop(stock, change=grown)[1]) < CLOSE
+        doubled = loop(scheduler, change=lambda i, x: torch.cat([x, x]) if i == 3 else x)[1]
+        assert relative(doubled[1:], loop(scheduler)[1]) < CLOSE
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_copies_at_any_time(sampler):
+    """MultiDiffusion copies `__dict__` after each step, each part of the picture its own."""
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
+    expected = loop(scheduler, generator=seeded())[1]
+    scheduler.set_timesteps(6)
+    parts = [random(1, 2, 4, 4) * float(scheduler.init_noise_sigma) for _ in range(2)]
+    kept, generators = [copy.deepcopy(vars(scheduler))] * 2, [seeded(), seeded()]
+    saved, at = pickle.dumps(scheduler), parts[0]
+    for i, t in enumerate(scheduler.timesteps):
+        for j, x in enumerate(parts):
+            vars(scheduler).update(kept[j])
+            given = scheduler.scale_model_input(x, t) * 0.5
+            parts[j] = scheduler.step(given, t, x, generator=generators[j]).prev_sample
+            kept[j] = copy.deepcopy(vars(scheduler))
+        if i == 2:
+            saved, at, state = pickle.dumps(scheduler), parts[0], generators[0].get_state()
+    assert all(part.equal(expected) for part in parts)
+    again, x = pickle.loads(saved), at  # a run can't be saved, but one without history begins anew
+    generators[0].set_state(state)
+    try:
+        for t in again.timesteps[3:]:
+            x = again.step(again.scale_model_input(x, t) * 0.5, t, x, generator=generators[0]).prev_sample
+    except ValueError as error:
+        assert "can't go on with a copy" in str(error) and sampler not in ("euler", "euler_ancestral")
+    else:
+        assert relative(x, expected) < CLOSE
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_sde"])
+def test_each_step_in_another_thread(sampler):
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
+    expected = loop(scheduler, generator=seeded())[1]
+    scheduler.set_timesteps(6)
+    going, x = loop_of(scheduler, seeded()), None
+    try:
+        for _ in range(len(scheduler.timesteps) + 1):
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                x = thread.submit(next, going).result()
+    except ValueError as error:
+        assert "another thread" in str(error) and sampler not in ("euler", "euler_ancestral")
+    else:
+        assert relative(x, expected) < CLOSE
+
+
 # --- construction and saving ------------------------------------------------------------------------------------------
 
 
@@ -430,6 +628,16 @@ def test_what_is_refused_in_words():
         KDiffusionScheduler.from_scheduler(EULER, schedule=[2.0, 1.0, 0.0]).set_timesteps(5)
 
 
+def test_what_the_base_does_to_x0_is_ignored_with_a_warning():
+    for options in ({"clip_sample": True}, {"clip_sample": False, "thresholding": True}):
+        with pytest.warns(UserWarning, match="is ignored") as warned:
+            loop(KDiffusionScheduler.from_scheduler(diffusers.DDPMScheduler(**BETAS, **options)))
+        assert len(warned) == 1
+    config = diffusers.DDIMScheduler(**BETAS, clip_sample=True).config
+    with warnings.catch_warnings(action="error", category=UserWarning):  # this one does not clip
+        KDiffusionScheduler.from_scheduler(diffusers.EulerDiscreteScheduler.from_config(config))
+
+
 def test_set_timesteps_has_the_bases_signature():
     for base in (EULER, FLOW, diffusers.DDIMScheduler(**BETAS)):
         scheduler = KDiffusionScheduler.from_scheduler(base)
@@ -447,7 +655,7 @@ def test_a_configuration_makes_one():
     ):
         assert "_class_name" not in base.config
         scheduler = KDiffusionScheduler.from_config(base.config, sampler="dpmpp_2m")
-        assert isinstance(scheduler, type(base)) and scheduler.sampler is sampling.sample_dpmpp_2m
+        assert isinstance(scheduler, type(base)) and scheduler.sampler.function is sampling.sample_dpmpp_2m
     again = KDiffusionScheduler.from_config(scheduler.config, sampler="heun", flow_shift=2.0)
     assert again.config.flow_shift == 2.0 and again.order == 2
 
@@ -468,7 +676,7 @@ def test_the_scheduler_that_it_is_made_of_stays_as_it_is():
 )
 def test_what_is_saved_is_the_base(tmp_path, folder, name):
     scheduler = KDiffusionScheduler.from_pretrained(ROOT / "demo" / folder, subfolder="scheduler", sampler="heun")
-    assert scheduler.sampler is sampling.sample_heun
+    assert scheduler.sampler.function is sampling.sample_heun
     scheduler.save_pretrained(tmp_path)
     read = getattr(diffusers, name).from_pretrained(tmp_path)
     assert type(read) is getattr(diffusers, name) and read.config.items() >= scheduler.base.config.items()
@@ -632,7 +840,7 @@ def test_pndm_as_the_base():
 # --- right, not only equal --------------------------------------------------------------------------------------------
 
 KNOWN = mixture()
-STOCHASTIC = {name: {} for name in SAMPLERS if "noise_sampler" in inspect.signature(find_sampler(name)).parameters}
+STOCHASTIC = {name: {} for name in SAMPLERS if "noise_sampler" in find_sampler(name).arguments}
 STOCHASTIC |= {"dpm_fast": {"eta": 1.0}} | {name: {"s_churn": 5.0} for name in ("euler", "heun", "dpm_2")}
 
 
