@@ -171,7 +171,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         """Between the ends that the network was trained with, or that the base's config names."""
         config = self.base.config
         if self._scale != "flow":
-            low, high = self._table.sigmas[[0, -1]].tolist() if self._table else (None, None)
+            low, high = self._table.sigmas[[0, -1]].tolist() if self._table else (0.0, 0.0)
             return named_sigmas(schedule, n, config.get("sigma_min") or low, config.get("sigma_max") or high)
         own = hasattr(type(self.base), "shift")  # its `set_shift` leaves the config alone
         shift = self.base.shift if own else config.get("flow_shift", config.get("shift", 1.0))
@@ -415,8 +415,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
 
 PART_WAY = (
-    "`sampler`: a run can't start part-way here (`strength`, `denoising_start`): this callable would ask for other "
-    "sigmas than in the whole run. Pass all of its levels, `schedule=levels[i:]`, and `latents` of the first of these"
+    "`sampler`: a run can't start part-way here (`strength`, `denoising_start`): this callable's evaluations vary from "
+    "step to step, or it would ask for other sigmas. Pass all levels, `schedule=levels[i:]`, and `latents` of the first"
 )
 
 
