@@ -102,8 +102,9 @@ def test_which_parameterization():
     assert uses_ve("auto", find_sampler("euler", {"s_churn": 1.0}), ts)
     assert not uses_ve("flow", find_sampler("dpmpp_sde"), ts)
     assert uses_ve("ve", find_sampler("euler"), ts)
-    churning = functools.partial(find_sampler("euler"), s_churn=1.0)
-    assert uses_ve("auto", churning, ts) and not uses_ve("auto", find_sampler(churning, {"s_churn": 0.0}), ts)
+    churning = functools.partial(find_sampler("euler").function, s_churn=1.0)
+    assert uses_ve("auto", find_sampler(churning), ts)
+    assert not uses_ve("auto", find_sampler(churning, {"s_churn": 0.0}), ts)
 
 
 @pytest.mark.parametrize("first", [1.0, 0.999999, 0.99])
