@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -23,7 +22,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,9 +39,9 @@ class FluxComfyPipeline(FluxPipeline):
     Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler gives the shift and, when the
     caller names no schedule, the noise levels. Its `step` is never called. One call at a time, as with the parent.
 
-    FLUX predicts the velocity v = noise - x0 at x = (1 - t) x0 + t noise, so x0 = x - t v. k-diffusion's samplers know
-    y = x0 + sigma noise. x / (1 - t) is such a y, with sigma = t / (1 - t) ("ve"). A sampler that adds no noise may as
-    well take x for y and t for sigma, since the ODE's derivative (x - x0) / t is v ("flow").
+    FLUX predicts v = noise - x0 at x = (1 - t) x0 + t noise, so x0 = x - t v. k-diffusion's samplers know
+    y = x0 + sigma noise: x / (1 - t), with sigma = t / (1 - t) ("ve"). A sampler that adds no noise may as well take x
+    for y and t for sigma ("flow"), since the ODE's derivative (x - x0) / t is v.
     """
 
     _callback_tensor_inputs = [*FluxPipeline._callback_tensor_inputs, "denoised", "sigma"]
@@ -90,41 +89,30 @@ class FluxComfyPipeline(FluxPipeline):
         """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
 
         Args:
-            sampler: one of k-diffusion's by name (`sampler_names()`), with or without `sample_`, or a callable with the
-                same signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`. The noise
-                that it draws, by a `noise_sampler(sigma, sigma_next)` or by itself, follows the generator.
-                `model(x, sigma, with_uncond=True)` stacks x0 with guidance and x0 for the negative prompt.
-            sampler_kwargs: its options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
-            schedule: noise levels by name, k-diffusion's "karras", "exponential" and "polyexponential", or the levels
-                themselves, falling, in t. None: the scheduler's own.
-            parameterization: what the sampler sees as sigma. "flow": t. "ve": t / (1 - t). "auto": "ve" for samplers
-                that have a `noise_sampler` or `s_churn` above 0 or place their own levels, "flow" for the others, also
-                for callables that use `torch.randn_like`.
+            sampler: one of k-diffusion's by name (`sampler_names()`), or a callable with the same signature,
+                `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`. Its noise follows the
+                generator. `model(x, sigma, with_uncond=True)` stacks x0 with guidance and for the negative prompt.
+            sampler_kwargs: its options: `eta`, `s_noise`, `s_churn`, `noise_sampler`, `solver_type`, `order`, ...
+            schedule: "karras", "exponential" or "polyexponential", or the levels themselves, falling, in t.
+            parameterization: the sampler's sigma, t ("flow") or t / (1 - t) ("ve"). "auto" is "ve" for samplers that
+                take a `noise_sampler`, `s_churn` above 0 or their own levels, and "flow" for all others.
 
-        `sigmas` are t, 1 for noise and 0 for the picture, shifted by the scheduler as in the parent. `latents` are
-        packed, x = (1 - t) x0 + t noise at the first t. Without them x is noise, whatever that t. The state is float32
-        or more whatever the network's dtype.
+        `sigmas` are t, shifted by the scheduler as in the parent. `latents` are packed, (1 - t) x0 + t noise at the
+        first t; without them they are noise, whatever that t. ValueError, TypeError: for what does not fit, at once.
 
-        `callback_on_step_end` gets, once per step, the latents that the step ended with and the timestep, 1000 t, that
-        it began at; by name also `sigma`, that t, and `denoised`, the x0 predicted there. The next step starts from the
-        latents that it returns. With `s_churn` they include the noise that the next step adds first. A user-supplied
-        sampler that does not loop over this module's `sampling.trange` shows its latest evaluation where it calls back;
-        to change the latents is an error then.
-
-        Raises ValueError or TypeError for arguments that do not fit, before any network runs.
+        `callback_on_step_end` gets, once per step, the latents that it ended with and the timestep, 1000 t, that it
+        began at; by name also `sigma`, that t, and `denoised`, the x0 predicted there. It may return other latents, but
+        for a user-supplied sampler only if that loops over this module's `sampling.trange`.
         """
-        # FLUX.1's is 1024, which is the parent's default; the tiny autoencoders do not say
-        size = getattr(getattr(self.vae, "config", None), "sample_size", 1024)
+        size = getattr(getattr(self.vae, "config", None), "sample_size", 1024)  # tiny ones have none; FLUX.1's is 1024
         height, width = height or size, width or size
         rows, columns = (side // (2 * self.vae_scale_factor) for side in (height, width))
         embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         rest = (negative_prompt, negative_prompt_2, *embeds, callback_on_step_end_tensor_inputs, max_sequence_length)
         self.check_inputs(prompt, prompt_2, height, width, *rest)
         guided = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
-        if guided and prompt_embeds is not None and negative_prompt_embeds is not None:
-            if (wanted := prompt_embeds.shape) != (shape := negative_prompt_embeds.shape):
-                both = "`prompt_embeds` and `negative_prompt_embeds` must have the same shape when passed directly"
-                raise ValueError(f"{both}, but theirs are {list(wanted)} and {list(shape)}")
+        if guided and len({one.shape for one in embeds[:2] if one is not None}) > 1:
+            raise ValueError("`negative_prompt_embeds` has to have the shape of `prompt_embeds`")
         chosen = find_sampler(sampler, sampler_kwargs)
         levels = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)
         ve = uses_ve(parameterization, chosen, levels)
@@ -136,37 +124,28 @@ class FluxComfyPipeline(FluxPipeline):
         self._guidance_scale = guidance_scale
         self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
         self._current_timestep: Any = None
-        self._interrupt = False
-        self._num_timesteps = len(levels) - 1
+        self._interrupt, self._num_timesteps = False, len(levels) - 1
         device, dtype = self._execution_device, self.transformer.dtype  # the text encoders' dtype may be another
         state_dtype = torch.promote_types(dtype, torch.float32)
-
         try:
-            # prompt -> conditioning
-            sides = {"cond": (prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)}
+            # prompts, images -> conditioning
+            prompts = {"cond": (prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)}
             if guided:
                 embeds = (negative_prompt_embeds, negative_pooled_prompt_embeds)
-                sides["uncond"] = (negative_prompt, negative_prompt_2, *embeds)
-            repeats = (num_images_per_prompt, max_sequence_length, batch_size)
-            conditioning = {side: self._encode(*text, *repeats) for side, text in sides.items()}
-            noise_dtype = conditioning["cond"]["encoder_hidden_states"].dtype
-            for text in conditioning.values():
-                text.update({name: value.to(device, dtype) for name, value in text.items()})
+                prompts["uncond"] = (negative_prompt, negative_prompt_2, *embeds)
             images = {"cond": (ip_adapter_image, ip_adapter_image_embeds)}
             images["uncond"] = (negative_ip_adapter_image, negative_ip_adapter_image_embeds)
-            adapters = self._encode_images(images, height, width, batch_size)
+            noise_dtype, conditioning, adapters = self._encode(prompts, images, max_sequence_length, batch_size)
 
-            # generator -> noise, the stock pipeline's own
+            # generator -> noise, the stock pipeline's own; t -> sigmas; noise -> y at the first of them
             shape = (batch_size, self.transformer.config.in_channels // 4, height, width)
             noise, image_ids = self.prepare_latents(*shape, noise_dtype, device, generator, latents)
-            # t -> sigmas, and the noise -> y at the first of them
             sigmas = (ve_sigmas(levels) if ve else levels).to(state_dtype)
             x = (noise if latents is None else latents.clone()).to(device, state_dtype)  # a sampler may write on it
             y = x * (sigmas[0] / levels[0]).item() if ve else x
-
-            # noise, sigmas -> latents
             denoiser = self._denoiser(conditioning, adapters, image_ids, true_cfg_scale, ve)
 
+            # y, sigmas -> latents
             def after_step(i, y, sigma, began, denoised) -> torch.Tensor:
                 bar.update()
                 if callback_on_step_end is None:
@@ -175,14 +154,11 @@ class FluxComfyPipeline(FluxPipeline):
                 tensors = {"latents": y / scale, "sigma": t.clone(), "denoised": denoised.clone()}
                 tensors["prompt_embeds"] = conditioning["cond"]["encoder_hidden_states"]
                 shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, i, t * 1000, shown) or {}  # type: ignore
-                embeds = returned.get("prompt_embeds", tensors["prompt_embeds"])
-                conditioning["cond"]["encoder_hidden_states"] = embeds.to(device, dtype)
-                changed = returned.get("latents", tensors["latents"])
-                return y + (changed - y / scale) * scale if ve else changed  # y itself if unchanged
+                changed = tensors | (callback_on_step_end(self, i, t * 1000, shown) or {})
+                conditioning["cond"]["encoder_hidden_states"] = changed["prompt_embeds"].to(device, dtype)
+                return y + (changed["latents"] - y / scale) * scale if ve else changed["latents"]  # y if unchanged
 
-            total = math.inf if "sigma_min" in chosen.arguments else len(sigmas) - 1
-            with self.progress_bar(total=total) as bar:
+            with self.progress_bar(total=math.inf if "sigma_min" in chosen.arguments else len(levels) - 1) as bar:
                 y, sigma = run_sampler(chosen, denoiser, y, sigmas, generator, after_step, lambda: self.interrupt)
             latents = y / (1 + sigma) if ve else y
 
@@ -193,40 +169,30 @@ class FluxComfyPipeline(FluxPipeline):
             self.maybe_free_model_hooks()
         return FluxPipelineOutput(images=image) if return_dict else (image,)
 
-    def _encode(self, prompt, prompt_2, embeds, pooled, num_images, max_length, batch_size) -> dict[str, Any]:
-        """The transformer's text arguments for one side of true CFG."""
-        texts = (prompt, prompt_2, self._execution_device, num_images, embeds, pooled, max_length)
-        embeds, pooled, ids = self.encode_prompt(*texts, lora_scale=self._joint_attention_kwargs.get("scale"))
-        # encode_prompt repeats neither given embeddings for several images nor one text for several prompts
-        if len(embeds) < batch_size:
-            embeds, pooled = (e.repeat_interleave(batch_size // len(e), 0) for e in (embeds, pooled))
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": ids}
-
-    def _encode_images(self, images: dict[str, Any], height: int, width: int, batch_size: int) -> dict[str, Any]:
-        """The transformer's IP-adapter arguments, none or for both sides of true CFG, black where one has no image."""
-        if all(image is None for pair in images.values() for image in pair):
-            return {}
-        black = [np.zeros((width, height, 3), np.uint8)] * self.transformer.encoder_hid_proj.num_ip_adapters
-        pairs = {side: (black, None) if pair == (None, None) else pair for side, pair in images.items()}
-        encode = self.prepare_ip_adapter_image_embeds
-        embeds = {side: encode(*pair, self._execution_device, batch_size) for side, pair in pairs.items()}
-        return {side: {"ip_adapter_image_embeds": one} for side, one in embeds.items()}
+    def _encode(self, prompts, images, max_length, batch_size: int) -> tuple[torch.dtype, dict, dict]:
+        """The text encoders' dtype, and the transformer's text and IP-adapter arguments for each side of true CFG."""
+        device, lora_scale = self._execution_device, self._joint_attention_kwargs.get("scale")
+        conditioning, adapters = {}, {}
+        for side, (prompt, prompt_2, *embeds) in prompts.items():
+            *embeds, ids = self.encode_prompt(prompt, prompt_2, device, 1, *embeds, max_length, lora_scale=lora_scale)
+            noise_dtype = embeds[0].dtype
+            # for several images of a prompt, and one negative prompt for several
+            repeated = [one.repeat_interleave(batch_size // len(one), 0) for one in embeds]
+            named = zip(("encoder_hidden_states", "pooled_projections", "txt_ids"), (*repeated, ids), strict=True)
+            conditioning[side] = {name: value.to(device, self.transformer.dtype) for name, value in named}
+        if any(one is not None for pair in images.values() for one in pair):  # a side without an image gets a black one
+            black = [np.zeros((224, 224, 3), np.uint8)] * self.transformer.encoder_hid_proj.num_ip_adapters
+            for side in prompts:
+                pair = images[side] if any(one is not None for one in images[side]) else (black, None)
+                embeds = self.prepare_ip_adapter_image_embeds(*pair, device, batch_size)
+                adapters[side] = {"ip_adapter_image_embeds": embeds}
+        return noise_dtype, conditioning, adapters
 
     def _denoiser(self, conditioning, adapters, image_ids, true_cfg_scale: float, ve: bool) -> Callable:
         """x0 of the sampler's state and sigma, of shape (b,), with true CFG: the only place that knows the network."""
-        dtype: torch.dtype = self.transformer.dtype
-        shared: dict[str, Any] = {"guidance": None, "img_ids": image_ids, "return_dict": False}
-        if self.transformer.config.guidance_embeds:
-            text = conditioning["cond"]["encoder_hidden_states"]
-            shared["guidance"] = torch.full([len(text)], self._guidance_scale, device=text.device, dtype=torch.float32)
-
-        def velocity(x: torch.Tensor, t: torch.Tensor, side: str) -> torch.Tensor:
-            """v = noise - x0, predicted at the packed flow latents x and t of shape (b,)."""
-            named = {"hidden_states": x.to(dtype), "timestep": t, **shared, **conditioning[side]}
-            named["joint_attention_kwargs"] = {**self.joint_attention_kwargs, **adapters.get(side, {})}
-            with self.transformer.cache_context(side):
-                v = self.transformer(**named)[0]
-            return v.to(torch.promote_types(dtype, torch.float32))
+        text = conditioning["cond"]["encoder_hidden_states"]
+        guidance = torch.full([len(text)], self._guidance_scale, device=text.device, dtype=torch.float32)
+        shared = {"guidance": guidance if self.transformer.config.guidance_embeds else None, "img_ids": image_ids}
 
         def denoiser(y: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
             if with_uncond and "uncond" not in conditioning:
@@ -234,34 +200,31 @@ class FluxComfyPipeline(FluxPipeline):
             sigma = sigma.view(-1, 1, 1)
             x, t = (y / (1 + sigma), sigma / (1 + sigma)) if ve else (y, sigma)
             self._current_timestep = t.flatten()[0] * 1000
-            v = velocity(x, t.flatten(), "cond")
-            if "uncond" in conditioning:
-                negative = velocity(x, t.flatten(), "uncond")
+            named = {"hidden_states": x.to(self.transformer.dtype), "timestep": t.flatten(), **shared}
+            velocities: dict[str, Any] = {}  # noise - x0, predicted for either side
+            for side, text in conditioning.items():
+                named["joint_attention_kwargs"] = {**self.joint_attention_kwargs, **adapters.get(side, {})}
+                with self.transformer.cache_context(side):
+                    velocities[side] = self.transformer(**named, **text, return_dict=False)[0].to(y.dtype)
+            v, negative = velocities["cond"], velocities.get("uncond")
+            if negative is not None:
                 v = negative + true_cfg_scale * (v - negative)
             return x - t * (torch.stack([v, negative]) if with_uncond else v)
 
         return denoiser
 
     def noise_levels(
-        self,
-        tokens: int,
-        num_inference_steps: int | None = 28,
-        sigmas: list[float] | None = None,
-        schedule: str | Sequence[float] | torch.Tensor | None = None,
+        self, tokens: int, num_inference_steps: int | None = 28, sigmas: list[float] | None = None, schedule: Any = None
     ) -> torch.Tensor:
-        """The noise levels of a call with these arguments, in FLUX's t: falling to zero, float64, on the CPU.
-
-        Args:
-            tokens: 2x2 patches of the latents, height / 16 * width / 16, on which the scheduler's shift depends.
-        """
+        """The noise levels of such a call, for `tokens` 2x2 patches of latents: t, falling to zero, as float64."""
         if schedule is not None and sigmas is not None:
             raise ValueError("`schedule` and `sigmas` both give the noise levels: pass one of them")
-        if sigmas is None and (schedule is None or isinstance(schedule, str)) and (num_inference_steps or 0) < 1:
-            raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}")
         n = num_inference_steps or 0  # 0 where the levels are given
-        for name, levels in (("sigmas", sigmas), ("schedule", schedule)):
-            if levels is not None and not isinstance(levels, str) and check_sigmas(levels, name)[0] > 1:
-                raise ValueError(f"`{name}`: FLUX's t lies in 0..1, but the first is {float(levels[0])}")
+        name, given = ("sigmas", sigmas) if schedule is None else ("schedule", schedule)
+        if isinstance(given, str | None) and n < 1:
+            raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}")
+        if not isinstance(given, str | None) and check_sigmas(given, name)[0] > 1:
+            raise ValueError(f"`{name}`: FLUX's t lies in 0..1, but the first is {float(given[0])}")
         config = self.scheduler.config
         keys = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         mu = calculate_shift(tokens, *(config.get(key, default) for key, default in keys.items()))
@@ -274,8 +237,8 @@ class FluxComfyPipeline(FluxPipeline):
         if schedule is not None:
             return check_sigmas(schedule, "schedule", at_least=2)
         scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
-        given = np.linspace(1.0, 1 / n, n) if sigmas is None else sigmas
-        sigmas = None if config.get("use_flow_sigmas") else [sigma for sigma in given if sigma > 0]  # it appends zero
+        unshifted = np.linspace(1.0, 1 / n, n) if sigmas is None else sigmas
+        sigmas = None if config.get("use_flow_sigmas") else [t for t in unshifted if t > 0]  # it appends zero
         shifting = {"mu": mu} if config.get("use_dynamic_shifting") else {}
         with torch.device("cpu"):  # whatever the default device
             retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, **shifting)
@@ -294,21 +257,18 @@ class FluxComfyPipeline(FluxPipeline):
 
 # --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
 
-
-def _k_diffusion(name: str) -> Any:
-    """k-diffusion's submodule, in a package of another name: the `__init__` of its own imports the training code."""
-    if (spec := importlib.util.find_spec("k_diffusion")) is None:
-        raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
-    package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
-    package.__path__ = spec.submodule_search_locations or []
-    return importlib.import_module(f"k_diffusion_alone.{name}")
-
-
-utils, sampling, external = _k_diffusion("utils"), _k_diffusion("sampling"), _k_diffusion("external")
+# k-diffusion's submodules, in a package of another name: the `__init__` of its own imports the training code
+if (spec := importlib.util.find_spec("k_diffusion")) is None:
+    raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
+package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
+package.__path__ = spec.submodule_search_locations or []
+modules: Any = (importlib.import_module(f"k_diffusion_alone.{name}") for name in ("utils", "sampling", "external"))
+utils, sampling, external = modules
 CODE = sampling.__spec__.loader.get_code(sampling.__name__)
 SCHEDULES = ("karras", "exponential", "polyexponential")
 GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
 STEP_BEGINS = vars(sampling).setdefault("step_begins", contextvars.ContextVar("step_begins", default=lambda: None))
+GLOBAL_GENERATORS = vars(sampling).setdefault("global_generators", threading.RLock())  # all copies share it
 
 
 def trange(n: int, disable: bool | None = None) -> Iterator[int]:
@@ -322,22 +282,22 @@ sampling.trange = trange  # user-supplied samplers that loop over it are followe
 
 def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     """k-diffusion's `sampling`, executed again as a module of its own, with these functions in place of torch's."""
+    module: Any = importlib.util.module_from_spec(sampling.__spec__)
+    exec(CODE, vars(module))
+    evaluate = module.DPMSolver.eps
+
+    def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
+        if not cache and t is not getattr(solver, "began", None):  # dpm_adaptive repeats a step that it rejects
+            solver.began = t
+            STEP_BEGINS.get()()
+        return evaluate(solver, cache, key, x, t)
+
     # levels on the CPU are Python numbers to latents on any device, and do not depend on torch's defaults
     functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
     functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
-
-    def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
-        if not cache and t is not vars(solver).get("t_began"):  # dpm_adaptive repeats a step that it rejects
-            solver.t_began = t
-            STEP_BEGINS.get()()
-        return original(solver, cache, key, x, t)
-
-    module: Any = ModuleType(sampling.__name__)
-    module.__package__ = sampling.__package__
-    exec(CODE, vars(module))
     module.torch, module.trange = SimpleNamespace(**{**vars(torch), **functions}), trange
     module.utils = SimpleNamespace(append_dims=lambda x, n: utils.append_dims(x, n) if x.ndim else x)
-    original, module.DPMSolver.eps = module.DPMSolver.eps, eps
+    module.DPMSolver.eps = eps
     return module
 
 
@@ -346,8 +306,7 @@ def sampler_names() -> list[str]:
     return [name[7:] for name in vars(sampling) if name.startswith("sample_")]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sampler:
+class Sampler(NamedTuple):
     """A function of k-diffusion, or a user-supplied callable with such a signature, and its options."""
 
     function: Callable
@@ -361,36 +320,34 @@ class Sampler:
 def find_sampler(sampler: Any, sampler_kwargs: dict[str, Any] | None = None) -> Sampler:
     """A sampler by name, or a callable, with its options. ValueError, TypeError: there is none, or not these."""
     signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
-    function: Any = sampler
     options, names = dict(sampler_kwargs or {}), sampler_names()
     if isinstance(sampler, str):
         if (name := sampler.removeprefix("sample_")) not in names:  # as "Euler a", "DPM++ 2M"; "lcm" is not near "lms"
             plain = re.sub(r"[ _]a\b", "_ancestral", sampler.lower().removeprefix("k_").replace("++", "pp"))
             near = difflib.get_close_matches(plain.replace(" ", "_"), names, n=1, cutoff=0.7)
-            others = f"there are {', '.join(names)}; comfy_ksampler.py has ComfyUI's; or pass {signature}"
+            others = f"there are {', '.join(names)} (comfy_ksampler.py has ComfyUI's), or pass {signature}"
             raise ValueError(f"`sampler`: there is no {sampler!r}; {f'did you mean {near[0]}?' if near else others}")
-        function = getattr(sampling, f"sample_{name}")
-    while isinstance(function, functools.partial) and not function.args:
-        function, options = function.func, {**function.keywords, **options}
+        sampler = getattr(sampling, f"sample_{name}")
+    while isinstance(sampler, functools.partial) and not sampler.args:
+        options, sampler = {**sampler.keywords, **options}, sampler.func
     try:
-        parameters = [*inspect.signature(function).parameters.values()]
-        inspect.signature(function).bind_partial("model", "x", "sigmas")
+        parameters = [*inspect.signature(sampler).parameters.values()]
+        inspect.signature(sampler).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
-    name, takes_any = getattr(function, "__name__", repr(function)), any(p.kind is p.VAR_KEYWORD for p in parameters)
-    empty: Any = inspect.Parameter.empty
-    defaults = {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    named = [p.name for p in parameters[3:] if p.name in defaults.keys() - GIVEN]
-    wrong = [f"needs {name}" for name in named if defaults[name] is empty and name not in options]
-    wrong += [f"takes no {name}" for name in sampler_kwargs or {} if name not in named and not takes_any]
+    name, takes_any = getattr(sampler, "__name__", repr(sampler)), any(p.kind is p.VAR_KEYWORD for p in parameters)
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    named = [p.name for p in parameters[3:] if p in by_name and p.name not in GIVEN]
+    wrong = [f"needs {p.name}" for p in by_name if p.name in named and p.default is p.empty and p.name not in options]
+    wrong += [f"takes no {option}" for option in sampler_kwargs or {} if option not in named and not takes_any]
     if wrong:
         raise ValueError(f"`sampler_kwargs`: {name} {', '.join(wrong)}; it takes {', '.join(named) or 'none'}")
-    extra = {key: value for key, value in options.items() if key not in GIVEN}
-    arguments: dict[str, Any] = {k: None if v is empty else v for k, v in defaults.items()} | extra
-    own = any(function is one for one in vars(sampling).values())
-    if own and "rtol" in arguments and not arguments["rtol"] + arguments["atol"] > 0:
+    arguments: dict[str, Any] = {p.name: None if p.default is p.empty else p.default for p in by_name}
+    arguments |= {key: value for key, value in options.items() if key not in GIVEN}
+    is_k_diffusions = any(sampler is one for one in vars(sampling).values())
+    if is_k_diffusions and "rtol" in arguments and not arguments["rtol"] + arguments["atol"] > 0:
         raise ValueError("`sampler_kwargs`: rtol or atol has to be above 0, or the steps never end")
-    return Sampler(function, name, options, arguments, takes_any, own)
+    return Sampler(sampler, name, options, arguments, takes_any, is_k_diffusions)
 
 
 def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.Tensor:
@@ -399,9 +356,8 @@ def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.
     single = levels.float()  # in which a sampler may get them
     falling = single.isfinite().all() and (single.diff() < 0).all() and (single[:1] > 0).all() and (levels >= 0).all()
     if len(levels) < at_least or not falling:
-        raise ValueError(
-            f"`{name}` have to be {at_least} or more, finite and falling (as float32) from above 0: {sigmas}"
-        )
+        rule = f"finite and fall from a positive number to zero or above (as float32), {at_least} of them at least"
+        raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
     return levels
 
 
@@ -447,9 +403,8 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
         total = normal(0) * ((sigma - low) / math.sqrt(high - low))
         for _ in range(20):
             middle = math.sqrt(low * high)
-            weight = math.sqrt((middle - low) * (high - middle) / (high - low))
-            weight *= (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
-            total.add_(normal(node), alpha=weight)
+            hat = min((sigma - low) / (middle - low), (high - sigma) / (high - middle))  # 1 in the middle
+            total.add_(normal(node), alpha=math.sqrt((middle - low) * (high - middle) / (high - low)) * hat)
             low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
         return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
@@ -472,20 +427,22 @@ def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
 
 
 @contextlib.contextmanager
-def exchanged(states: dict[torch.device, torch.Tensor]) -> Iterator[None]:
-    """torch's global generators, of these devices, change places with these states, and back. Decorates functions."""
+def exchanged(states: dict[torch.device, torch.Tensor], enter: bool) -> Iterator[None]:
+    """torch's global generators change places with these states, and back. `enter`: for one thread at a time."""
 
-    def exchange() -> None:
-        for device, state in states.items():
-            where = () if device.type in ("cpu", "mps") else (device,)
-            module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
-            states[device], _ = module.get_rng_state(*where), module.set_rng_state(state, *where)
+    def exchange(enter: bool) -> None:
+        with GLOBAL_GENERATORS:
+            for device, state in states.items():
+                where = () if device.type in ("cpu", "mps") else (device,)
+                module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+                states[device], _ = module.get_rng_state(*where), module.set_rng_state(state, *where)
+            (GLOBAL_GENERATORS.acquire if enter else GLOBAL_GENERATORS.release)()
 
-    exchange()
+    exchange(enter)
     try:
         yield
     finally:
-        exchange()
+        exchange(not enter)
 
 
 def call_sampler(
@@ -493,11 +450,11 @@ def call_sampler(
 ) -> torch.Tensor:
     """`sampler(model, x, sigmas)`, with the `callback` or `noise_sampler` in `given`. `begin()`: a step begins.
 
-    A function of k-diffusion runs unchanged in a module of its own, whose `torch.randn_like` draws from the generator.
-    For user-supplied code the generator seeds torch's global ones, but not for the network and callbacks. All of
-    k-diffusion's take one step to zero as Euler's method does. It also takes the last step, to zero, of dpm_fast's n.
+    A function of k-diffusion runs in a module of its own, whose `torch.randn_like` draws from the generator. For other
+    code the generator seeds torch's global ones, but not for the network and callbacks. All of k-diffusion's take one
+    step to zero as Euler's method does, which also takes the last one, to zero, of those that place their own levels.
     """
-    own, positive, evaluate = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
+    own, positive, network = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
     sampler = find_sampler("euler") if own and len(sigmas) == 2 and sigmas[1] == 0 else sampler
     function, named = sampler.function, sampler.arguments
     if own:  # it calls randn_like even where s_churn is 0
@@ -507,50 +464,42 @@ def call_sampler(
         first = generator[0] if isinstance(generator, list) else generator  # its clone: perhaps nothing will be drawn
         seed = int(torch.randint(2**63 - 1, (), generator=first.clone_state(), device=first.device))
         states = {d: torch.Generator(d).manual_seed(seed).get_state() for d in {torch.device("cpu"), x.device}}
-        function, evaluate = exchanged(states)(function), exchanged(states)(model)
-        given = {name: exchanged(states)(outside) for name, outside in given.items()}
+        inside, outside = exchanged(states, enter=True), exchanged(states, enter=False)
+        function, model, given = inside(function), outside(model), {name: outside(f) for name, f in given.items()}
     options = {"extra_args": {}, **sampler.options, "disable": True, **given}
     if "noise_sampler" in named and options.get("noise_sampler") is None:
         options["noise_sampler"] = step_noise(sampler, x, generator)
     if "sigma_min" in named:
-        ends = {"sigma_min": positive[-1], "sigma_max": positive[0], "n": len(positive) - 1, "return_info": False}
-        # their noise is a difference that float32 loses, with NaN for its root
-        options |= ends | {"eta": eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0}
+        options |= {"sigma_min": positive[-1], "sigma_max": positive[0], "n": len(positive) - 1, "return_info": False}
+        options["eta"] = eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0  # float32 makes NaN of lower ones
     options = {name: value for name, value in options.items() if sampler.takes_any or name in named}
     context = contextvars.copy_context()
     context.run(STEP_BEGINS.set, begin)
     if "sigma_min" not in named:
-        return context.run(function, evaluate, x, sigmas if own else sigmas.to(x.device), **options)
-    end = context.run(function, evaluate, x, **options) if len(positive) > 1 else x
+        return context.run(function, model, x, sigmas if own else sigmas.to(x.device), **options)
+    end = context.run(function, model, x, **options) if len(positive) > 1 else x
     begin()
-    return end if sigmas[-1] > 0 else model(end, positive[-1] * x.new_ones([x.shape[0]]))
+    return end if sigmas[-1] > 0 else network(end, positive[-1] * x.new_ones([x.shape[0]]))
 
 
 # --- the block's part for flow models ---
 
 
 def uses_ve(parameterization: str, sampler: Sampler, ts: torch.Tensor) -> bool:
-    """Whether the sampler sees "ve", sigma = t / (1 - t), or "flow", sigma = t.
-
-    "auto": "ve" for one that may add noise or places its own levels. One step to zero is x0 either way.
-    """
-    if parameterization not in ("auto", "flow", "ve"):
+    """Whether the sampler's sigma is t / (1 - t), "ve", or t, "flow". "auto": "ve" for noise and for own levels."""
+    if parameterization == "auto":
+        one_step = len(ts) == 2 and ts[1] == 0 and sampler.is_k_diffusions
+        named = sampler.arguments
+        return not one_step and bool("noise_sampler" in named or "sigma_min" in named or named.get("s_churn"))
+    if parameterization not in ("flow", "ve"):
         raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
-    if parameterization != "auto":
-        return parameterization == "ve"
-    if sampler.arguments.get("s_churn"):
-        return True
-    single = len(ts) == 2 and ts[1] == 0 and sampler.is_k_diffusions
-    return not single and ("noise_sampler" in sampler.arguments or "sigma_min" in sampler.arguments)
+    return parameterization == "ve"
 
 
 def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
-    """sigma = t / (1 - t). At t = 1, where it is infinite, the first one continues the ratio of the next two.
-
-    It is at least 15, SDXL's highest: noise of a lower sigma would hide less of the picture than pure noise does.
-    """
+    """sigma = t / (1 - t). At t = 1, where it is infinite, the first one continues the ratio of the next two."""
     sigmas = ts / (1 - ts)
-    if ts[0] > 0.9999:
+    if ts[0] > 0.9999:  # at least 15, SDXL's highest: noise of a lower sigma would hide too little of the picture
         second, third = sigmas[1].item(), sigmas[2].item() if len(sigmas) > 2 else 0.0
         sigmas[0] = max(second * (second / third if third > 0 else 4.0), 15.0)
     return sigmas
@@ -568,23 +517,21 @@ def run_sampler(
     after_step: Callable[..., torch.Tensor] = lambda i, x, *rest: x,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sampler(denoiser, x, sigmas)` with the caller's randomness and callbacks: the last state, and its sigma.
+    """`sampler(denoiser, x, sigmas)`, sigmas on the CPU, with the caller's randomness: the last state, and its sigma.
 
-    `denoiser(x, sigma)` gets x of shape (b, ...) and sigma of (b,). `sigmas` on a GPU would make the sampler wait.
-    `after_step(i, x, sigma, began, denoised)` gets the sampler's own tensors: the state that step i ended with, its
-    sigma, the step's first sigma and the prediction there. It returns the state to go on from. Where callbacks alone
-    show a user-supplied sampler's steps, it gets the latest evaluation, and another state is a ValueError.
+    `after_step(i, x, sigma, began, denoised)` gets the state that step i ended with, its sigma, the step's first sigma
+    and the prediction there. It returns the state to go on from: the same where only callbacks show the steps.
     """
 
     class Interrupted(Exception): ...  # with the state and its sigma
 
-    steps, begin, follows = itertools.count(), threading.Event(), True
+    steps, step_begins, followed = itertools.count(), threading.Event(), True
     latest, began = (x, sigmas[0], x), ()  # the latest evaluation; sigma and denoised of the step's first one
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal latest, began
-        first = begin.is_set() and follows
-        begin.clear()
+        first = step_begins.is_set() and followed
+        step_begins.clear()
         if first and began:
             x.copy_(after_step(next(steps), x, sigma[0], *began))
         if interrupted():
@@ -595,22 +542,24 @@ def run_sampler(
         return predicted
 
     def callback(info: dict[str, Any]) -> None:  # of a user-supplied sampler
-        nonlocal follows
+        nonlocal followed
         x, sigma, denoised = latest
-        follows = follows and bool(began) and info.get("x") is x  # on another tensor, a change would be lost
-        after = x if follows else after_step(next(steps), x, sigma, sigma, denoised)
+        followed = followed and bool(began) and info.get("x") is x  # on another tensor, a change would be lost
+        after = x if followed else after_step(next(steps), x, sigma, sigma, denoised)
         if after is not x and not torch.allclose(after.to(x), x, rtol=0, atol=0, equal_nan=True):
             raise ValueError(f"a callback can't change the latents: {sampler.name} does not say where its steps begin")
 
     try:
         given = {} if sampler.is_k_diffusions else {"callback": callback}
-        end = call_sampler(sampler, model, x, sigmas, generator, begin.set, **given)
+        end = call_sampler(sampler, model, x, sigmas, generator, step_begins.set, **given)
     except Interrupted as stopped:
         return stopped.args
-    if not isinstance(end, torch.Tensor) or end.shape != x.shape:
-        what = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
-        raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {what}")
-    return after_step(next(steps), end, sigmas[-1], *began) if follows and began else end, sigmas[-1]
+    shape = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
+    if shape != list(x.shape):
+        raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {shape}")
+    if followed and began:
+        end = after_step(next(steps), end, sigmas[-1], *began)
+    return end, sigmas[-1]
 
 
 # --- end of the shared block ---

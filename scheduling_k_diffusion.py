@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -23,7 +22,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -545,21 +544,18 @@ def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> tuple
 
 # --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
 
-
-def _k_diffusion(name: str) -> Any:
-    """k-diffusion's submodule, in a package of another name: the `__init__` of its own imports the training code."""
-    if (spec := importlib.util.find_spec("k_diffusion")) is None:
-        raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
-    package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
-    package.__path__ = spec.submodule_search_locations or []
-    return importlib.import_module(f"k_diffusion_alone.{name}")
-
-
-utils, sampling, external = _k_diffusion("utils"), _k_diffusion("sampling"), _k_diffusion("external")
+# k-diffusion's submodules, in a package of another name: the `__init__` of its own imports the training code
+if (spec := importlib.util.find_spec("k_diffusion")) is None:
+    raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
+package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
+package.__path__ = spec.submodule_search_locations or []
+modules: Any = (importlib.import_module(f"k_diffusion_alone.{name}") for name in ("utils", "sampling", "external"))
+utils, sampling, external = modules
 CODE = sampling.__spec__.loader.get_code(sampling.__name__)
 SCHEDULES = ("karras", "exponential", "polyexponential")
 GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
 STEP_BEGINS = vars(sampling).setdefault("step_begins", contextvars.ContextVar("step_begins", default=lambda: None))
+GLOBAL_GENERATORS = vars(sampling).setdefault("global_generators", threading.RLock())  # all copies share it
 
 
 def trange(n: int, disable: bool | None = None) -> Iterator[int]:
@@ -573,22 +569,22 @@ sampling.trange = trange  # user-supplied samplers that loop over it are followe
 
 def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     """k-diffusion's `sampling`, executed again as a module of its own, with these functions in place of torch's."""
+    module: Any = importlib.util.module_from_spec(sampling.__spec__)
+    exec(CODE, vars(module))
+    evaluate = module.DPMSolver.eps
+
+    def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
+        if not cache and t is not getattr(solver, "began", None):  # dpm_adaptive repeats a step that it rejects
+            solver.began = t
+            STEP_BEGINS.get()()
+        return evaluate(solver, cache, key, x, t)
+
     # levels on the CPU are Python numbers to latents on any device, and do not depend on torch's defaults
     functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
     functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
-
-    def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
-        if not cache and t is not vars(solver).get("t_began"):  # dpm_adaptive repeats a step that it rejects
-            solver.t_began = t
-            STEP_BEGINS.get()()
-        return original(solver, cache, key, x, t)
-
-    module: Any = ModuleType(sampling.__name__)
-    module.__package__ = sampling.__package__
-    exec(CODE, vars(module))
     module.torch, module.trange = SimpleNamespace(**{**vars(torch), **functions}), trange
     module.utils = SimpleNamespace(append_dims=lambda x, n: utils.append_dims(x, n) if x.ndim else x)
-    original, module.DPMSolver.eps = module.DPMSolver.eps, eps
+    module.DPMSolver.eps = eps
     return module
 
 
@@ -597,8 +593,7 @@ def sampler_names() -> list[str]:
     return [name[7:] for name in vars(sampling) if name.startswith("sample_")]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sampler:
+class Sampler(NamedTuple):
     """A function of k-diffusion, or a user-supplied callable with such a signature, and its options."""
 
     function: Callable
@@ -612,36 +607,34 @@ class Sampler:
 def find_sampler(sampler: Any, sampler_kwargs: dict[str, Any] | None = None) -> Sampler:
     """A sampler by name, or a callable, with its options. ValueError, TypeError: there is none, or not these."""
     signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
-    function: Any = sampler
     options, names = dict(sampler_kwargs or {}), sampler_names()
     if isinstance(sampler, str):
         if (name := sampler.removeprefix("sample_")) not in names:  # as "Euler a", "DPM++ 2M"; "lcm" is not near "lms"
             plain = re.sub(r"[ _]a\b", "_ancestral", sampler.lower().removeprefix("k_").replace("++", "pp"))
             near = difflib.get_close_matches(plain.replace(" ", "_"), names, n=1, cutoff=0.7)
-            others = f"there are {', '.join(names)}; comfy_ksampler.py has ComfyUI's; or pass {signature}"
+            others = f"there are {', '.join(names)} (comfy_ksampler.py has ComfyUI's), or pass {signature}"
             raise ValueError(f"`sampler`: there is no {sampler!r}; {f'did you mean {near[0]}?' if near else others}")
-        function = getattr(sampling, f"sample_{name}")
-    while isinstance(function, functools.partial) and not function.args:
-        function, options = function.func, {**function.keywords, **options}
+        sampler = getattr(sampling, f"sample_{name}")
+    while isinstance(sampler, functools.partial) and not sampler.args:
+        options, sampler = {**sampler.keywords, **options}, sampler.func
     try:
-        parameters = [*inspect.signature(function).parameters.values()]
-        inspect.signature(function).bind_partial("model", "x", "sigmas")
+        parameters = [*inspect.signature(sampler).parameters.values()]
+        inspect.signature(sampler).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
-    name, takes_any = getattr(function, "__name__", repr(function)), any(p.kind is p.VAR_KEYWORD for p in parameters)
-    empty: Any = inspect.Parameter.empty
-    defaults = {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    named = [p.name for p in parameters[3:] if p.name in defaults.keys() - GIVEN]
-    wrong = [f"needs {name}" for name in named if defaults[name] is empty and name not in options]
-    wrong += [f"takes no {name}" for name in sampler_kwargs or {} if name not in named and not takes_any]
+    name, takes_any = getattr(sampler, "__name__", repr(sampler)), any(p.kind is p.VAR_KEYWORD for p in parameters)
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    named = [p.name for p in parameters[3:] if p in by_name and p.name not in GIVEN]
+    wrong = [f"needs {p.name}" for p in by_name if p.name in named and p.default is p.empty and p.name not in options]
+    wrong += [f"takes no {option}" for option in sampler_kwargs or {} if option not in named and not takes_any]
     if wrong:
         raise ValueError(f"`sampler_kwargs`: {name} {', '.join(wrong)}; it takes {', '.join(named) or 'none'}")
-    extra = {key: value for key, value in options.items() if key not in GIVEN}
-    arguments: dict[str, Any] = {k: None if v is empty else v for k, v in defaults.items()} | extra
-    own = any(function is one for one in vars(sampling).values())
-    if own and "rtol" in arguments and not arguments["rtol"] + arguments["atol"] > 0:
+    arguments: dict[str, Any] = {p.name: None if p.default is p.empty else p.default for p in by_name}
+    arguments |= {key: value for key, value in options.items() if key not in GIVEN}
+    is_k_diffusions = any(sampler is one for one in vars(sampling).values())
+    if is_k_diffusions and "rtol" in arguments and not arguments["rtol"] + arguments["atol"] > 0:
         raise ValueError("`sampler_kwargs`: rtol or atol has to be above 0, or the steps never end")
-    return Sampler(function, name, options, arguments, takes_any, own)
+    return Sampler(sampler, name, options, arguments, takes_any, is_k_diffusions)
 
 
 def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.Tensor:
@@ -650,9 +643,8 @@ def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.
     single = levels.float()  # in which a sampler may get them
     falling = single.isfinite().all() and (single.diff() < 0).all() and (single[:1] > 0).all() and (levels >= 0).all()
     if len(levels) < at_least or not falling:
-        raise ValueError(
-            f"`{name}` have to be {at_least} or more, finite and falling (as float32) from above 0: {sigmas}"
-        )
+        rule = f"finite and fall from a positive number to zero or above (as float32), {at_least} of them at least"
+        raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
     return levels
 
 
@@ -698,9 +690,8 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
         total = normal(0) * ((sigma - low) / math.sqrt(high - low))
         for _ in range(20):
             middle = math.sqrt(low * high)
-            weight = math.sqrt((middle - low) * (high - middle) / (high - low))
-            weight *= (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
-            total.add_(normal(node), alpha=weight)
+            hat = min((sigma - low) / (middle - low), (high - sigma) / (high - middle))  # 1 in the middle
+            total.add_(normal(node), alpha=math.sqrt((middle - low) * (high - middle) / (high - low)) * hat)
             low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
         return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
@@ -723,20 +714,22 @@ def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
 
 
 @contextlib.contextmanager
-def exchanged(states: dict[torch.device, torch.Tensor]) -> Iterator[None]:
-    """torch's global generators, of these devices, change places with these states, and back. Decorates functions."""
+def exchanged(states: dict[torch.device, torch.Tensor], enter: bool) -> Iterator[None]:
+    """torch's global generators change places with these states, and back. `enter`: for one thread at a time."""
 
-    def exchange() -> None:
-        for device, state in states.items():
-            where = () if device.type in ("cpu", "mps") else (device,)
-            module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
-            states[device], _ = module.get_rng_state(*where), module.set_rng_state(state, *where)
+    def exchange(enter: bool) -> None:
+        with GLOBAL_GENERATORS:
+            for device, state in states.items():
+                where = () if device.type in ("cpu", "mps") else (device,)
+                module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+                states[device], _ = module.get_rng_state(*where), module.set_rng_state(state, *where)
+            (GLOBAL_GENERATORS.acquire if enter else GLOBAL_GENERATORS.release)()
 
-    exchange()
+    exchange(enter)
     try:
         yield
     finally:
-        exchange()
+        exchange(not enter)
 
 
 def call_sampler(
@@ -744,11 +737,11 @@ def call_sampler(
 ) -> torch.Tensor:
     """`sampler(model, x, sigmas)`, with the `callback` or `noise_sampler` in `given`. `begin()`: a step begins.
 
-    A function of k-diffusion runs unchanged in a module of its own, whose `torch.randn_like` draws from the generator.
-    For user-supplied code the generator seeds torch's global ones, but not for the network and callbacks. All of
-    k-diffusion's take one step to zero as Euler's method does. It also takes the last step, to zero, of dpm_fast's n.
+    A function of k-diffusion runs in a module of its own, whose `torch.randn_like` draws from the generator. For other
+    code the generator seeds torch's global ones, but not for the network and callbacks. All of k-diffusion's take one
+    step to zero as Euler's method does, which also takes the last one, to zero, of those that place their own levels.
     """
-    own, positive, evaluate = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
+    own, positive, network = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
     sampler = find_sampler("euler") if own and len(sigmas) == 2 and sigmas[1] == 0 else sampler
     function, named = sampler.function, sampler.arguments
     if own:  # it calls randn_like even where s_churn is 0
@@ -758,50 +751,42 @@ def call_sampler(
         first = generator[0] if isinstance(generator, list) else generator  # its clone: perhaps nothing will be drawn
         seed = int(torch.randint(2**63 - 1, (), generator=first.clone_state(), device=first.device))
         states = {d: torch.Generator(d).manual_seed(seed).get_state() for d in {torch.device("cpu"), x.device}}
-        function, evaluate = exchanged(states)(function), exchanged(states)(model)
-        given = {name: exchanged(states)(outside) for name, outside in given.items()}
+        inside, outside = exchanged(states, enter=True), exchanged(states, enter=False)
+        function, model, given = inside(function), outside(model), {name: outside(f) for name, f in given.items()}
     options = {"extra_args": {}, **sampler.options, "disable": True, **given}
     if "noise_sampler" in named and options.get("noise_sampler") is None:
         options["noise_sampler"] = step_noise(sampler, x, generator)
     if "sigma_min" in named:
-        ends = {"sigma_min": positive[-1], "sigma_max": positive[0], "n": len(positive) - 1, "return_info": False}
-        # their noise is a difference that float32 loses, with NaN for its root
-        options |= ends | {"eta": eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0}
+        options |= {"sigma_min": positive[-1], "sigma_max": positive[0], "n": len(positive) - 1, "return_info": False}
+        options["eta"] = eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0  # float32 makes NaN of lower ones
     options = {name: value for name, value in options.items() if sampler.takes_any or name in named}
     context = contextvars.copy_context()
     context.run(STEP_BEGINS.set, begin)
     if "sigma_min" not in named:
-        return context.run(function, evaluate, x, sigmas if own else sigmas.to(x.device), **options)
-    end = context.run(function, evaluate, x, **options) if len(positive) > 1 else x
+        return context.run(function, model, x, sigmas if own else sigmas.to(x.device), **options)
+    end = context.run(function, model, x, **options) if len(positive) > 1 else x
     begin()
-    return end if sigmas[-1] > 0 else model(end, positive[-1] * x.new_ones([x.shape[0]]))
+    return end if sigmas[-1] > 0 else network(end, positive[-1] * x.new_ones([x.shape[0]]))
 
 
 # --- the block's part for flow models ---
 
 
 def uses_ve(parameterization: str, sampler: Sampler, ts: torch.Tensor) -> bool:
-    """Whether the sampler sees "ve", sigma = t / (1 - t), or "flow", sigma = t.
-
-    "auto": "ve" for one that may add noise or places its own levels. One step to zero is x0 either way.
-    """
-    if parameterization not in ("auto", "flow", "ve"):
+    """Whether the sampler's sigma is t / (1 - t), "ve", or t, "flow". "auto": "ve" for noise and for own levels."""
+    if parameterization == "auto":
+        one_step = len(ts) == 2 and ts[1] == 0 and sampler.is_k_diffusions
+        named = sampler.arguments
+        return not one_step and bool("noise_sampler" in named or "sigma_min" in named or named.get("s_churn"))
+    if parameterization not in ("flow", "ve"):
         raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
-    if parameterization != "auto":
-        return parameterization == "ve"
-    if sampler.arguments.get("s_churn"):
-        return True
-    single = len(ts) == 2 and ts[1] == 0 and sampler.is_k_diffusions
-    return not single and ("noise_sampler" in sampler.arguments or "sigma_min" in sampler.arguments)
+    return parameterization == "ve"
 
 
 def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
-    """sigma = t / (1 - t). At t = 1, where it is infinite, the first one continues the ratio of the next two.
-
-    It is at least 15, SDXL's highest: noise of a lower sigma would hide less of the picture than pure noise does.
-    """
+    """sigma = t / (1 - t). At t = 1, where it is infinite, the first one continues the ratio of the next two."""
     sigmas = ts / (1 - ts)
-    if ts[0] > 0.9999:
+    if ts[0] > 0.9999:  # at least 15, SDXL's highest: noise of a lower sigma would hide too little of the picture
         second, third = sigmas[1].item(), sigmas[2].item() if len(sigmas) > 2 else 0.0
         sigmas[0] = max(second * (second / third if third > 0 else 4.0), 15.0)
     return sigmas

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -23,7 +22,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -94,28 +93,21 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
 
         Args:
-            sampler: one of k-diffusion's by name (`sampler_names()`), with or without `sample_`, or a callable with the
-                same signature, `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`. The noise
-                that it draws, by a `noise_sampler(sigma, sigma_next)` or by itself, follows the generator.
-                `model(x, sigma, with_uncond=True)` stacks x0 with guidance and x0 without the prompt.
-            sampler_kwargs: its options: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, `rtol`, ...
-            schedule: noise levels by name, k-diffusion's "karras", "exponential" and "polyexponential", between the
-                lowest and the highest that the network was trained with. Or the levels themselves, falling sigmas:
-                latents, in and out, are x0 + sigma noise then. None: the scheduler's own.
-            quantize_timesteps: give the network the nearest trained timestep, as DPMSolverMultistepScheduler does, and
-                not an interpolated one, as EulerDiscreteScheduler does.
+            sampler: one of k-diffusion's by name (`sampler_names()`), or a callable with the same signature,
+                `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`. All noise that it draws
+                follows the generator. `model(x, sigma, with_uncond=True)` stacks x0 with guidance and x0 without it.
+            sampler_kwargs: its options: `eta`, `s_noise`, `s_churn`, `noise_sampler`, `solver_type`, `order`, ...
+            schedule: "karras", "exponential" or "polyexponential" between the lowest and the highest trained level, or
+                the levels themselves, falling sigmas: latents, in and out, are x0 + sigma noise then.
+            quantize_timesteps: give the network the nearest trained timestep, and not an interpolated one.
 
         `sigmas` are levels of x = x0 + sigma noise, `timesteps` trained ones. Without levels in `schedule`, latents
-        have the scheduler's scale, in and out, as in the parent (see `latents_scale`), and given ones are noise for
-        the first level. The state is float32 or more whatever the network's dtype.
+        have the scheduler's scale (see `latents_scale`), and given ones are noise for the first level.
+        ValueError, TypeError: for arguments that do not fit, before any network runs.
 
-        `callback_on_step_end` gets, once per step, the latents that the step ended with and the timestep that it began
-        at; by name also `sigma`, the level there, and `denoised`, the x0 predicted there. The next step starts from the
-        latents that it returns. With `s_churn` they include the noise that the next step adds first. A user-supplied
-        sampler that does not loop over this module's `sampling.trange` shows its latest evaluation where it calls back;
-        to change the latents is an error then.
-
-        Raises ValueError or TypeError for arguments that do not fit, before any network runs.
+        `callback_on_step_end` gets, once per step, the latents that it ended with and the timestep that it began at; by
+        name also `sigma`, that level, and `denoised`, the x0 predicted there. It may return other latents, but for a
+        user-supplied sampler only if that loops over this module's `sampling.trange`.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -145,22 +137,22 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         state_dtype = torch.promote_types(dtype, torch.float32)
 
         try:
-            # prompt, sizes, images -> conditioning
-            texts = (prompt, prompt_2, num_images_per_prompt, negative_prompt, negative_prompt_2)
+            # prompts, images, sizes -> conditioning
+            texts = (prompt, prompt_2, device, num_images_per_prompt, self.do_classifier_free_guidance)
+            texts += (negative_prompt, negative_prompt_2, *embeds)
             sizes = (original_size or (height, width), crops_coords_top_left, target_size or (height, width))
             negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
             if negative_original_size is None or negative_target_size is None:
                 negative_sizes = sizes
-            noise_dtype, conditioning = self._encode(*texts, embeds, (sizes, negative_sizes), batch_size)
-            image_embeds = {}
-            if any(image is not None for image in images):
-                rest = (device, batch_size, self.do_classifier_free_guidance)
-                image_embeds["image_embeds"] = self.prepare_ip_adapter_image_embeds(*images, *rest)
+            noise_dtype, conditioning, image_embeds = self._encode(texts, images, (sizes, negative_sizes), batch_size)
             denoiser = self._denoiser(conditioning, image_embeds, quantize_timesteps)
 
             # generator -> noise, the stock pipeline's own -> x at the first level
-            explicit = schedule is not None and not isinstance(schedule, str)
-            start = self._first_scale(levels, schedule, latents)
+            explicit = schedule is not None and not isinstance(schedule, str)  # latents are x0 + sigma noise then
+            plain = schedule or self.scheduler.config.get("timestep_spacing") in ("linspace", "trailing")
+            start = math.hypot(1, levels[0])  # this and the next as the schedulers' init_noise_sigma
+            if explicit or (plain and self.latents_scale(levels[0]) == 1):
+                start = float(levels[0]) if latents is None or not explicit else 1.0
             if latents is None:
                 shape = (self.unet.config.in_channels, *(side // self.vae_scale_factor for side in (height, width)))
                 latents = randn_tensor((batch_size, *shape), generator, device, noise_dtype)
@@ -175,11 +167,10 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 scale = 1.0 if explicit else self.latents_scale(sigma)
                 tensors = {"latents": x / scale, "sigma": began.clone(), "denoised": denoised.clone(), **conditioning}
                 shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, i, timestep, shown) or {}  # type: ignore
-                for name in conditioning.keys() & returned.keys():
-                    conditioning[name] = returned[name].to(device, dtype)
-                changed = returned.get("latents", tensors["latents"])
-                return x + (changed - x / scale) * scale if torch.is_tensor(scale) else changed  # x if unchanged
+                changed = tensors | (callback_on_step_end(self, i, timestep, shown) or {})
+                conditioning.update({name: changed[name].to(device, dtype) for name in conditioning})
+                back = changed["latents"]
+                return x + (back - x / scale) * scale if torch.is_tensor(scale) else back  # x if unchanged
 
             with self.progress_bar(total=math.inf if "sigma_min" in resolved.arguments else len(levels) - 1) as bar:
                 hooks = (after_step, lambda: self.interrupt)
@@ -192,18 +183,18 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             self.maybe_free_model_hooks()
         return StableDiffusionXLPipelineOutput(images=image) if return_dict else (image,)
 
-    def _encode(
-        self, prompt, prompt_2, num_images, negative_prompt, negative_prompt_2, embeds, sizes, batch_size
-    ) -> tuple[torch.dtype, dict[str, torch.Tensor]]:
-        """The text encoders' dtype, and the U-Net's conditioning, its negative half first where there is guidance."""
+    def _encode(self, texts: tuple, images: tuple, sizes: tuple, batch_size: int) -> tuple[torch.dtype, dict, dict]:
+        """The text encoders' dtype, and the U-Net's text and image conditioning, its negative half first."""
         guided, device, dtype = self.do_classifier_free_guidance, self._execution_device, self.unet.dtype
-        texts = (prompt, prompt_2, device, num_images, guided, negative_prompt, negative_prompt_2, *embeds)
         lora_scale = (self.cross_attention_kwargs or {}).get("scale")
         embeds = self.encode_prompt(*texts, lora_scale=lora_scale, clip_skip=self.clip_skip)
         time_ids = [self._get_add_time_ids(*size, dtype, embeds[2].shape[-1]).repeat(batch_size, 1) for size in sizes]
         pairs = {"prompt_embeds": embeds[:2], "add_text_embeds": embeds[2:], "add_time_ids": time_ids}
         halves = {name: torch.cat([pair[1], pair[0]]) if guided else pair[0] for name, pair in pairs.items()}
-        return embeds[0].dtype, {name: value.to(device, dtype) for name, value in halves.items()}
+        image_embeds = {}
+        if any(image is not None for image in images):
+            image_embeds["image_embeds"] = self.prepare_ip_adapter_image_embeds(*images, device, batch_size, guided)
+        return embeds[0].dtype, {name: value.to(device, dtype) for name, value in halves.items()}, image_embeds
 
     def _denoiser(self, conditioning: dict[str, torch.Tensor], image_embeds: dict[str, Any], quantize: bool) -> Any:
         """k-diffusion's wrapper of the network, the only place that knows it: x0 of x and sigma of shape (b,)."""
@@ -211,9 +202,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         state_dtype = torch.promote_types(dtype, torch.float32)
         if (dim := self.unet.config.time_cond_proj_dim) is not None:
             pooled = conditioning["add_text_embeds"]
-            scales = torch.full(
-                [len(pooled) // (2 if self.do_classifier_free_guidance else 1)], self.guidance_scale - 1.0
-            )
+            scales = torch.full([len(pooled)], self.guidance_scale - 1.0)
             timestep_cond = self.get_guidance_scale_embedding(scales, dim).to(pooled)
 
         def predict(x: torch.Tensor, timestep: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
@@ -239,20 +228,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         wrapper, alphas_cumprod = self._trained_with()
         return wrapper(predict, alphas_cumprod.to(self._execution_device, state_dtype), quantize)
 
-    def _first_scale(self, levels: torch.Tensor, schedule: Any, latents: torch.Tensor | None) -> float:
-        """What the first latents, noise if they are not given, are multiplied by to be x at the first level."""
-        first, spacing = float(levels[0]), self.scheduler.config.get("timestep_spacing")
-        if schedule is not None and not isinstance(schedule, str):  # x0 + sigma noise, in and out
-            return first if latents is None else 1.0
-        if self.latents_scale(levels[0]) == 1 and (schedule or spacing in ("linspace", "trailing")):
-            return first  # as the schedulers' init_noise_sigma
-        return math.hypot(1, first)
-
     def latents_scale(self, sigma: torch.Tensor) -> torch.Tensor | float:
-        """What latents of the scheduler have to be multiplied by to be x0 + sigma noise.
-
-        1 for those that keep that, as Euler's. DDIM, DPM-Solver, UniPC and others keep it divided by sqrt(1 + sigma^2).
-        """
+        """sqrt(1 + sigma^2) for schedulers that divide x0 + sigma noise by that, as DDIM's does. Otherwise 1."""
         return (1 + sigma**2).sqrt() if float(self.scheduler.init_noise_sigma) == 1 else 1.0
 
     def _trained_with(self) -> tuple[type, torch.Tensor]:
@@ -273,10 +250,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         schedule: str | Sequence[float] | torch.Tensor | None = None,
         denoising_end: float | None = None,
     ) -> torch.Tensor:
-        """The noise levels of a call with these arguments: sigmas, falling, of shape (steps + 1,), float64, on the CPU.
-
-        `denoising_end` gives fewer steps than asked for, and may end above zero, as levels in `schedule` may.
-        """
+        """The noise levels of a call with these arguments: sigmas, falling, float64, on the CPU."""
         alphas_cumprod = self._trained_with()[1]
         trained = external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
         given = [f"`{name}`" for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None]
@@ -307,7 +281,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 levels = torch.cat([levels, levels.new_zeros(1)])
             levels = levels.unique_consecutive()  # Heun's and KDPM2's schedulers list a level twice
             if not given and len(levels) <= n:
-                made = f"the scheduler makes {len(levels) - 1} of {num_inference_steps} steps"
+                made = f"the scheduler makes {len(levels) - 1} of {n} steps"
                 raise ValueError(f"`num_inference_steps`: {made}; name a `schedule` or ask for fewer")
             check_sigmas(levels, f"{type(scheduler).__name__}.sigmas")
         if denoising_end is not None and 0 < denoising_end < 1:
@@ -341,21 +315,18 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
 
 # --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
 
-
-def _k_diffusion(name: str) -> Any:
-    """k-diffusion's submodule, in a package of another name: the `__init__` of its own imports the training code."""
-    if (spec := importlib.util.find_spec("k_diffusion")) is None:
-        raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
-    package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
-    package.__path__ = spec.submodule_search_locations or []
-    return importlib.import_module(f"k_diffusion_alone.{name}")
-
-
-utils, sampling, external = _k_diffusion("utils"), _k_diffusion("sampling"), _k_diffusion("external")
+# k-diffusion's submodules, in a package of another name: the `__init__` of its own imports the training code
+if (spec := importlib.util.find_spec("k_diffusion")) is None:
+    raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
+package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
+package.__path__ = spec.submodule_search_locations or []
+modules: Any = (importlib.import_module(f"k_diffusion_alone.{name}") for name in ("utils", "sampling", "external"))
+utils, sampling, external = modules
 CODE = sampling.__spec__.loader.get_code(sampling.__name__)
 SCHEDULES = ("karras", "exponential", "polyexponential")
 GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
 STEP_BEGINS = vars(sampling).setdefault("step_begins", contextvars.ContextVar("step_begins", default=lambda: None))
+GLOBAL_GENERATORS = vars(sampling).setdefault("global_generators", threading.RLock())  # all copies share it
 
 
 def trange(n: int, disable: bool | None = None) -> Iterator[int]:
@@ -369,22 +340,22 @@ sampling.trange = trange  # user-supplied samplers that loop over it are followe
 
 def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     """k-diffusion's `sampling`, executed again as a module of its own, with these functions in place of torch's."""
+    module: Any = importlib.util.module_from_spec(sampling.__spec__)
+    exec(CODE, vars(module))
+    evaluate = module.DPMSolver.eps
+
+    def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
+        if not cache and t is not getattr(solver, "began", None):  # dpm_adaptive repeats a step that it rejects
+            solver.began = t
+            STEP_BEGINS.get()()
+        return evaluate(solver, cache, key, x, t)
+
     # levels on the CPU are Python numbers to latents on any device, and do not depend on torch's defaults
     functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
     functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
-
-    def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
-        if not cache and t is not vars(solver).get("t_began"):  # dpm_adaptive repeats a step that it rejects
-            solver.t_began = t
-            STEP_BEGINS.get()()
-        return original(solver, cache, key, x, t)
-
-    module: Any = ModuleType(sampling.__name__)
-    module.__package__ = sampling.__package__
-    exec(CODE, vars(module))
     module.torch, module.trange = SimpleNamespace(**{**vars(torch), **functions}), trange
     module.utils = SimpleNamespace(append_dims=lambda x, n: utils.append_dims(x, n) if x.ndim else x)
-    original, module.DPMSolver.eps = module.DPMSolver.eps, eps
+    module.DPMSolver.eps = eps
     return module
 
 
@@ -393,8 +364,7 @@ def sampler_names() -> list[str]:
     return [name[7:] for name in vars(sampling) if name.startswith("sample_")]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sampler:
+class Sampler(NamedTuple):
     """A function of k-diffusion, or a user-supplied callable with such a signature, and its options."""
 
     function: Callable
@@ -408,36 +378,34 @@ class Sampler:
 def find_sampler(sampler: Any, sampler_kwargs: dict[str, Any] | None = None) -> Sampler:
     """A sampler by name, or a callable, with its options. ValueError, TypeError: there is none, or not these."""
     signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
-    function: Any = sampler
     options, names = dict(sampler_kwargs or {}), sampler_names()
     if isinstance(sampler, str):
         if (name := sampler.removeprefix("sample_")) not in names:  # as "Euler a", "DPM++ 2M"; "lcm" is not near "lms"
             plain = re.sub(r"[ _]a\b", "_ancestral", sampler.lower().removeprefix("k_").replace("++", "pp"))
             near = difflib.get_close_matches(plain.replace(" ", "_"), names, n=1, cutoff=0.7)
-            others = f"there are {', '.join(names)}; comfy_ksampler.py has ComfyUI's; or pass {signature}"
+            others = f"there are {', '.join(names)} (comfy_ksampler.py has ComfyUI's), or pass {signature}"
             raise ValueError(f"`sampler`: there is no {sampler!r}; {f'did you mean {near[0]}?' if near else others}")
-        function = getattr(sampling, f"sample_{name}")
-    while isinstance(function, functools.partial) and not function.args:
-        function, options = function.func, {**function.keywords, **options}
+        sampler = getattr(sampling, f"sample_{name}")
+    while isinstance(sampler, functools.partial) and not sampler.args:
+        options, sampler = {**sampler.keywords, **options}, sampler.func
     try:
-        parameters = [*inspect.signature(function).parameters.values()]
-        inspect.signature(function).bind_partial("model", "x", "sigmas")
+        parameters = [*inspect.signature(sampler).parameters.values()]
+        inspect.signature(sampler).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
-    name, takes_any = getattr(function, "__name__", repr(function)), any(p.kind is p.VAR_KEYWORD for p in parameters)
-    empty: Any = inspect.Parameter.empty
-    defaults = {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    named = [p.name for p in parameters[3:] if p.name in defaults.keys() - GIVEN]
-    wrong = [f"needs {name}" for name in named if defaults[name] is empty and name not in options]
-    wrong += [f"takes no {name}" for name in sampler_kwargs or {} if name not in named and not takes_any]
+    name, takes_any = getattr(sampler, "__name__", repr(sampler)), any(p.kind is p.VAR_KEYWORD for p in parameters)
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    named = [p.name for p in parameters[3:] if p in by_name and p.name not in GIVEN]
+    wrong = [f"needs {p.name}" for p in by_name if p.name in named and p.default is p.empty and p.name not in options]
+    wrong += [f"takes no {option}" for option in sampler_kwargs or {} if option not in named and not takes_any]
     if wrong:
         raise ValueError(f"`sampler_kwargs`: {name} {', '.join(wrong)}; it takes {', '.join(named) or 'none'}")
-    extra = {key: value for key, value in options.items() if key not in GIVEN}
-    arguments: dict[str, Any] = {k: None if v is empty else v for k, v in defaults.items()} | extra
-    own = any(function is one for one in vars(sampling).values())
-    if own and "rtol" in arguments and not arguments["rtol"] + arguments["atol"] > 0:
+    arguments: dict[str, Any] = {p.name: None if p.default is p.empty else p.default for p in by_name}
+    arguments |= {key: value for key, value in options.items() if key not in GIVEN}
+    is_k_diffusions = any(sampler is one for one in vars(sampling).values())
+    if is_k_diffusions and "rtol" in arguments and not arguments["rtol"] + arguments["atol"] > 0:
         raise ValueError("`sampler_kwargs`: rtol or atol has to be above 0, or the steps never end")
-    return Sampler(function, name, options, arguments, takes_any, own)
+    return Sampler(sampler, name, options, arguments, takes_any, is_k_diffusions)
 
 
 def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.Tensor:
@@ -446,9 +414,8 @@ def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.
     single = levels.float()  # in which a sampler may get them
     falling = single.isfinite().all() and (single.diff() < 0).all() and (single[:1] > 0).all() and (levels >= 0).all()
     if len(levels) < at_least or not falling:
-        raise ValueError(
-            f"`{name}` have to be {at_least} or more, finite and falling (as float32) from above 0: {sigmas}"
-        )
+        rule = f"finite and fall from a positive number to zero or above (as float32), {at_least} of them at least"
+        raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
     return levels
 
 
@@ -494,9 +461,8 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
         total = normal(0) * ((sigma - low) / math.sqrt(high - low))
         for _ in range(20):
             middle = math.sqrt(low * high)
-            weight = math.sqrt((middle - low) * (high - middle) / (high - low))
-            weight *= (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
-            total.add_(normal(node), alpha=weight)
+            hat = min((sigma - low) / (middle - low), (high - sigma) / (high - middle))  # 1 in the middle
+            total.add_(normal(node), alpha=math.sqrt((middle - low) * (high - middle) / (high - low)) * hat)
             low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
         return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
 
@@ -519,20 +485,22 @@ def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
 
 
 @contextlib.contextmanager
-def exchanged(states: dict[torch.device, torch.Tensor]) -> Iterator[None]:
-    """torch's global generators, of these devices, change places with these states, and back. Decorates functions."""
+def exchanged(states: dict[torch.device, torch.Tensor], enter: bool) -> Iterator[None]:
+    """torch's global generators change places with these states, and back. `enter`: for one thread at a time."""
 
-    def exchange() -> None:
-        for device, state in states.items():
-            where = () if device.type in ("cpu", "mps") else (device,)
-            module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
-            states[device], _ = module.get_rng_state(*where), module.set_rng_state(state, *where)
+    def exchange(enter: bool) -> None:
+        with GLOBAL_GENERATORS:
+            for device, state in states.items():
+                where = () if device.type in ("cpu", "mps") else (device,)
+                module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+                states[device], _ = module.get_rng_state(*where), module.set_rng_state(state, *where)
+            (GLOBAL_GENERATORS.acquire if enter else GLOBAL_GENERATORS.release)()
 
-    exchange()
+    exchange(enter)
     try:
         yield
     finally:
-        exchange()
+        exchange(not enter)
 
 
 def call_sampler(
@@ -540,11 +508,11 @@ def call_sampler(
 ) -> torch.Tensor:
     """`sampler(model, x, sigmas)`, with the `callback` or `noise_sampler` in `given`. `begin()`: a step begins.
 
-    A function of k-diffusion runs unchanged in a module of its own, whose `torch.randn_like` draws from the generator.
-    For user-supplied code the generator seeds torch's global ones, but not for the network and callbacks. All of
-    k-diffusion's take one step to zero as Euler's method does. It also takes the last step, to zero, of dpm_fast's n.
+    A function of k-diffusion runs in a module of its own, whose `torch.randn_like` draws from the generator. For other
+    code the generator seeds torch's global ones, but not for the network and callbacks. All of k-diffusion's take one
+    step to zero as Euler's method does, which also takes the last one, to zero, of those that place their own levels.
     """
-    own, positive, evaluate = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
+    own, positive, network = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
     sampler = find_sampler("euler") if own and len(sigmas) == 2 and sigmas[1] == 0 else sampler
     function, named = sampler.function, sampler.arguments
     if own:  # it calls randn_like even where s_churn is 0
@@ -554,23 +522,22 @@ def call_sampler(
         first = generator[0] if isinstance(generator, list) else generator  # its clone: perhaps nothing will be drawn
         seed = int(torch.randint(2**63 - 1, (), generator=first.clone_state(), device=first.device))
         states = {d: torch.Generator(d).manual_seed(seed).get_state() for d in {torch.device("cpu"), x.device}}
-        function, evaluate = exchanged(states)(function), exchanged(states)(model)
-        given = {name: exchanged(states)(outside) for name, outside in given.items()}
+        inside, outside = exchanged(states, enter=True), exchanged(states, enter=False)
+        function, model, given = inside(function), outside(model), {name: outside(f) for name, f in given.items()}
     options = {"extra_args": {}, **sampler.options, "disable": True, **given}
     if "noise_sampler" in named and options.get("noise_sampler") is None:
         options["noise_sampler"] = step_noise(sampler, x, generator)
     if "sigma_min" in named:
-        ends = {"sigma_min": positive[-1], "sigma_max": positive[0], "n": len(positive) - 1, "return_info": False}
-        # their noise is a difference that float32 loses, with NaN for its root
-        options |= ends | {"eta": eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0}
+        options |= {"sigma_min": positive[-1], "sigma_max": positive[0], "n": len(positive) - 1, "return_info": False}
+        options["eta"] = eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0  # float32 makes NaN of lower ones
     options = {name: value for name, value in options.items() if sampler.takes_any or name in named}
     context = contextvars.copy_context()
     context.run(STEP_BEGINS.set, begin)
     if "sigma_min" not in named:
-        return context.run(function, evaluate, x, sigmas if own else sigmas.to(x.device), **options)
-    end = context.run(function, evaluate, x, **options) if len(positive) > 1 else x
+        return context.run(function, model, x, sigmas if own else sigmas.to(x.device), **options)
+    end = context.run(function, model, x, **options) if len(positive) > 1 else x
     begin()
-    return end if sigmas[-1] > 0 else model(end, positive[-1] * x.new_ones([x.shape[0]]))
+    return end if sigmas[-1] > 0 else network(end, positive[-1] * x.new_ones([x.shape[0]]))
 
 
 # --- the block's last part, for the pipelines alone ---
@@ -585,23 +552,21 @@ def run_sampler(
     after_step: Callable[..., torch.Tensor] = lambda i, x, *rest: x,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sampler(denoiser, x, sigmas)` with the caller's randomness and callbacks: the last state, and its sigma.
+    """`sampler(denoiser, x, sigmas)`, sigmas on the CPU, with the caller's randomness: the last state, and its sigma.
 
-    `denoiser(x, sigma)` gets x of shape (b, ...) and sigma of (b,). `sigmas` on a GPU would make the sampler wait.
-    `after_step(i, x, sigma, began, denoised)` gets the sampler's own tensors: the state that step i ended with, its
-    sigma, the step's first sigma and the prediction there. It returns the state to go on from. Where callbacks alone
-    show a user-supplied sampler's steps, it gets the latest evaluation, and another state is a ValueError.
+    `after_step(i, x, sigma, began, denoised)` gets the state that step i ended with, its sigma, the step's first sigma
+    and the prediction there. It returns the state to go on from: the same where only callbacks show the steps.
     """
 
     class Interrupted(Exception): ...  # with the state and its sigma
 
-    steps, begin, follows = itertools.count(), threading.Event(), True
+    steps, step_begins, followed = itertools.count(), threading.Event(), True
     latest, began = (x, sigmas[0], x), ()  # the latest evaluation; sigma and denoised of the step's first one
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal latest, began
-        first = begin.is_set() and follows
-        begin.clear()
+        first = step_begins.is_set() and followed
+        step_begins.clear()
         if first and began:
             x.copy_(after_step(next(steps), x, sigma[0], *began))
         if interrupted():
@@ -612,22 +577,24 @@ def run_sampler(
         return predicted
 
     def callback(info: dict[str, Any]) -> None:  # of a user-supplied sampler
-        nonlocal follows
+        nonlocal followed
         x, sigma, denoised = latest
-        follows = follows and bool(began) and info.get("x") is x  # on another tensor, a change would be lost
-        after = x if follows else after_step(next(steps), x, sigma, sigma, denoised)
+        followed = followed and bool(began) and info.get("x") is x  # on another tensor, a change would be lost
+        after = x if followed else after_step(next(steps), x, sigma, sigma, denoised)
         if after is not x and not torch.allclose(after.to(x), x, rtol=0, atol=0, equal_nan=True):
             raise ValueError(f"a callback can't change the latents: {sampler.name} does not say where its steps begin")
 
     try:
         given = {} if sampler.is_k_diffusions else {"callback": callback}
-        end = call_sampler(sampler, model, x, sigmas, generator, begin.set, **given)
+        end = call_sampler(sampler, model, x, sigmas, generator, step_begins.set, **given)
     except Interrupted as stopped:
         return stopped.args
-    if not isinstance(end, torch.Tensor) or end.shape != x.shape:
-        what = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
-        raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {what}")
-    return after_step(next(steps), end, sigmas[-1], *began) if follows and began else end, sigmas[-1]
+    shape = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
+    if shape != list(x.shape):
+        raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {shape}")
+    if followed and began:
+        end = after_step(next(steps), end, sigmas[-1], *began)
+    return end, sigmas[-1]
 
 
 # --- end of the shared block ---

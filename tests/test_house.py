@@ -34,7 +34,7 @@ def imported(path: Path) -> list[tuple[str, str]]:
 
 
 # not met yet; a file that comes within its budget leaves this list, which is seen since the mark is strict
-OVER = {"comfy_ksampler.py", "sdxl_comfy_pipeline.py", "flux_comfy_pipeline.py", "scheduling_k_diffusion.py"}
+OVER = {"comfy_ksampler.py", "scheduling_k_diffusion.py"}
 over = pytest.mark.xfail(reason="over its budget", strict=True)
 
 
