@@ -328,10 +328,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             if i != self._begun and self._remembers(i):
                 changed = [name for name, value in place.items() if run is not None and run.place[name] != value]
                 where = (changed or ["a copy of its run"])[0]
-                why = (
-                    "it is in the middle of a step, or has a history or a path of noise. euler and euler_ancestral can"
-                )
-                raise ValueError(f"`sampler`: {self.sampler.name} can't go on with {where}: {why}")
+                raise ValueError(f"`sampler`: {self.sampler.name} can't go on with {where}: {REMEMBERS}")
             run = self._begin(i, y, generator)
             run.place = place
         run.parent = getcurrent()
@@ -359,22 +356,21 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         named = self.sampler.arguments
         return bool(not self.sampler.is_k_diffusions or named.get("s_churn") or named.get("eta"))
 
-    def _part(self, i: int, known: bool = False) -> tuple[int, Sampler, torch.Tensor]:
+    def _part(self, i: int) -> tuple[int, Sampler, torch.Tensor]:
         """For a run from evaluation i on: where its first whole step begins, and the sampler and the levels from there.
 
         ValueError: it is not k-diffusion's, and would ask for other sigmas than in the whole run.
         """
-        sampler, asked = self.sampler, self._tried[2]
-        own, named = sampler.is_k_diffusions, sampler.arguments
+        sampler, asked, named = self.sampler, self._tried[2], self.sampler.arguments
         # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
         first = min((one for one in self._starts if one >= i), default=len(asked))
         rest = self._levels[self._starts.get(first, len(self._levels)) :]
         if "sigma_min" in named and len(rest):  # it has a level for each evaluation
             rest = torch.cat([rest.new_tensor(asked[first : first + 1]), self._levels[first + 1 :]])
-        if own and (churn := named.get("s_churn")):  # it is spread over the steps
+        if sampler.is_k_diffusions and (churn := named.get("s_churn")):  # it is spread over the steps
             churn *= (len(rest) - 1) / (len(self._levels) - 1)
             sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
-        if not own and i > 0:
+        if not sampler.is_k_diffusions and i > 0:
             rises = any(a < b for a, b in zip(asked[i:first], asked[i + 1 : first + 1]))
             if rises or not len(rest) or not close(try_out(sampler, rest)[0], asked[first:]):
                 raise ValueError(PART_WAY)
@@ -417,6 +413,9 @@ PART_WAY = (
     "`sampler`: a run can't start part-way here (`strength`, `denoising_start`): this callable's evaluations vary from "
     "step to step, or it would ask for other sigmas. Pass all levels, `schedule=levels[i:]`, and `latents` of the first"
 )
+
+
+REMEMBERS = "it is in the middle of a step, or has a history or a path of noise. euler and euler_ancestral can"
 
 
 class Order(int):

@@ -749,25 +749,6 @@ def test_a_sample_that_is_differentiated():
         assert scheduler.step(x * 0.1, scheduler.timesteps[0], x).prev_sample.isfinite().all()
 
 
-def test_named_and_given_levels():
-    scheduler = KDiffusionScheduler.from_scheduler(EULER, schedule="karras")
-    scheduler.set_timesteps(5)
-    expected = sampling.get_sigmas_karras(5, 0.029167532920837402, 14.614642143249512)
-    assert relative(scheduler.sigmas, expected) < CLOSE
-    assert float(scheduler.init_noise_sigma) == pytest.approx(expected[0].item())  # x0 + sigma noise begins at them
-    scheduler = KDiffusionScheduler.from_scheduler(FLOW, schedule="karras")
-    scheduler.set_timesteps(5)
-    lowest = 1 / 10_000  # FLUX is trained with 1/10,000 ... 1, shifted: t becomes 3 t / (1 + 2 t)
-    assert float(scheduler.sigmas[0]) == 1
-    assert float(scheduler.sigmas[-2]) == pytest.approx(3 * lowest / (1 + 2 * lowest))
-    scheduler = KDiffusionScheduler.from_scheduler(FLOW, schedule=[0.9, 0.5, 0.1])
-    scheduler.set_timesteps(2)
-    assert scheduler.timesteps.tolist() == [900.0, 500.0]
-    seen, end = loop(scheduler, steps=2)
-    # ends at t = 0.1: Euler's two steps of a velocity that is half of x
-    assert relative(end, seen[0] * (1 - 0.2) * (1 - 0.2)) < CLOSE
-
-
 def test_quantized_timesteps_are_whole():
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="dpm_2", quantize_timesteps=True)
     scheduler.set_timesteps(5)
