@@ -206,8 +206,8 @@ class FluxComfyPipeline(FluxPipeline):
                 named["joint_attention_kwargs"] = {**self.joint_attention_kwargs, **adapters.get(side, {})}
                 with self.transformer.cache_context(side):
                     velocities[side] = self.transformer(**named, **text, return_dict=False)[0].to(y.dtype)
-            v, negative = velocities["cond"], velocities.get("uncond")
-            if negative is not None:
+            v, negative = velocities["cond"], velocities.get("uncond", velocities["cond"])
+            if "uncond" in velocities:
                 v = negative + true_cfg_scale * (v - negative)
             return x - t * (torch.stack([v, negative]) if with_uncond else v)
 

@@ -149,9 +149,9 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
 
             # generator -> noise, the stock pipeline's own -> x at the first level
             explicit = schedule is not None and not isinstance(schedule, str)  # latents are x0 + sigma noise then
-            plain = schedule or self.scheduler.config.get("timestep_spacing") in ("linspace", "trailing")
+            spacing = self.scheduler.config.get("timestep_spacing")
             start = math.hypot(1, levels[0])  # this and the next as the schedulers' init_noise_sigma
-            if explicit or (plain and self.latents_scale(levels[0]) == 1):
+            if explicit or ((schedule or spacing in ("linspace", "trailing")) and self.latents_scale(levels[0]) == 1):
                 start = float(levels[0]) if latents is None or not explicit else 1.0
             if latents is None:
                 shape = (self.unet.config.in_channels, *(side // self.vae_scale_factor for side in (height, width)))

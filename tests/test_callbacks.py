@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import threading
 
 import pytest
 import torch
@@ -296,29 +295,6 @@ def test_cpu_generator_on_a_gpu(family, sampler):
     expected = draw(pipe, name, sampler=sampler)
     on_gpu = draw(copy.deepcopy(pipe).to("cuda"), name, sampler=sampler)
     assert on_gpu.is_cuda and relative(on_gpu.cpu(), expected) < 0.05
-
-
-def test_two_threads_with_two_pipelines(sdxl, flux):
-    """Side by side they draw what they draw alone: s_churn and ancestral noise, patched nowhere."""
-    pipes = {"sdxl": sdxl, "flux": flux}
-    options = {
-        "sdxl": {"sampler": "heun", "sampler_kwargs": {"s_churn": 4.0}},
-        "flux": {"sampler": "euler_ancestral"},
-    }
-
-    def run(name):
-        return [draw(pipes[name], name, num_inference_steps=8, **options[name]) for _ in range(2)]
-
-    alone = {name: run(name) for name in pipes}
-    together, threads = {}, []
-    for name in pipes:
-        threads.append(threading.Thread(target=lambda name=name: together.update({name: run(name)})))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for name in pipes:
-        assert all(one.equal(other) for one, other in zip(together[name], alone[name]))
 
 
 # --- exceptions ------------------------------------------------------------------------------------------------------

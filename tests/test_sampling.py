@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import threading
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -127,14 +130,6 @@ def test_a_noise_sampler_of_ones_own_draws_from_the_generator(options):
     assert run(0).equal(run(1))
 
 
-def test_randn_like_keeps_its_arguments():
-    def drawing(model, x, sigmas):
-        assert torch.randn_like(x, dtype=torch.float64).dtype == torch.float64
-        return torch.randn_like(input=x)
-
-    assert run_sampler(drawing, gaussian, noise(), SIGMAS)[0].shape == noise().shape
-
-
 def test_an_option_that_a_callable_needs():
     def needy(model, x, sigmas, order, *, extra_args=None, callback=None, disable=None, power):
         return x
@@ -144,19 +139,6 @@ def test_an_option_that_a_callable_needs():
         find_sampler(needy, {"power": 1})
     with pytest.raises(ValueError, match="needy takes no x; it takes order, power"):
         find_sampler(needy, {"order": 2, "power": 1, "x": 3})
-
-
-def test_callable_indexes_a_sigma():
-    """A sigma is spread over dimensions as k-diffusion's `append_dims` does it; any other indexing is torch's."""
-
-    def joining(model, x, sigmas):
-        levels = torch.cat([sigma[None] for sigma in sigmas])
-        assert levels.equal(sigmas) and sigmas[0][...].shape == () and sigmas[0][None, None].shape == (1, 1)
-        return model(x, levels[0] * x.new_ones([x.shape[0]]))
-
-    x = noise()
-    y, _ = run_sampler(joining, gaussian, x, SIGMAS)
-    assert y.equal(gaussian(x, SIGMAS[0].expand(2)))
 
 
 @pytest.mark.parametrize("name", THIRTEEN)
@@ -402,11 +384,102 @@ def on_another_tensor(model, x, sigmas, extra_args=None, callback=None, disable=
     return x
 
 
-@pytest.mark.parametrize("sampler", [before_its_evaluation, on_another_tensor])
+def with_the_first_x(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """As some samplers that are written for other programs."""
+    first = x
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]))
+        callback({"x": first, "i": i, "sigma": sigmas[i], "denoised": denoised})
+        x = denoised + sigmas[i + 1] / sigmas[i] * (x - denoised)
+    return x
+
+
+@pytest.mark.parametrize("sampler", [before_its_evaluation, on_another_tensor, with_the_first_x])
 def test_changed_latents_are_refused_where_they_would_be_lost(sampler):
     """Its steps don't begin at the evaluation before the callback, or not with the tensor that it hands over."""
     with pytest.raises(ValueError, match=f"{sampler.__name__} does not say"):
         run_sampler(sampler, gaussian, noise(), SIGMAS, None, lambda i, x, *_: x * 2)
+
+
+def test_latents_that_are_not_finite_are_not_changed_latents():
+    y, _ = run_sampler(
+        with_the_first_x, lambda x, sigma: x * float("nan"), noise(), SIGMAS, None, lambda i, x, *_: x * 1
+    )
+    assert y.isnan().all()
+
+
+def ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0):
+    """User-supplied: it loops over `sampling.trange`, and draws from torch's global generator."""
+    for i in sampling.trange(len(sigmas) - 1, disable=disable):
+        denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]))
+        callback({"x": x, "i": i, "sigma": sigmas[i], "denoised": denoised})
+        time.sleep(1e-3)  # another thread goes on here, if it may
+        down, up = sampling.get_ancestral_step(sigmas[i], sigmas[i + 1], eta)
+        x = x + (x - denoised) / sigmas[i] * (down - sigmas[i]) + up * torch.randn_like(x)
+    return x
+
+
+def test_a_callable_that_loops_over_trange_is_followed():
+    """Its callback sees what the one of k-diffusion's function sees, and latents that it changes take effect."""
+
+    def run(sampler):
+        seen, generator = [], torch.Generator().manual_seed(0)
+
+        def after_step(i, x, sigma, began, denoised):
+            seen.append(torch.cat([x, sigma.expand(x.shape), began.expand(x.shape), denoised]))
+            return x * 0.5 if i == 3 else x
+
+        return run_sampler(sampler, gaussian, noise(), SIGMAS, generator, after_step)[0], torch.stack(seen)
+
+    for found, expected in zip(run(find_sampler(ancestral, {"eta": 0.0})), run("euler"), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+CHURNING = functools.partial(sampling.sample_heun, s_churn=5.0)
+
+
+@pytest.mark.parametrize("sampler", [ancestral, CHURNING, "dpmpp_sde"], ids=["user-supplied", "s_churn", "brownian"])
+def test_threads_draw_what_they_draw_alone(sampler):
+    meeting = threading.Barrier(2, timeout=60)
+
+    def run(seed, meet=lambda: None):
+        def denoiser(x, sigma):
+            meet()  # both threads are within their runs
+            return gaussian(x, sigma)
+
+        return run_sampler(sampler, denoiser, noise(), SIGMAS, torch.Generator().manual_seed(seed))[0]
+
+    alone = [run(seed) for seed in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        together = pool.map(lambda seed: run(seed, meeting.wait), range(2))
+    assert all(one.equal(other) for one, other in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("sampler", [ancestral, CHURNING], ids=["user-supplied", "s_churn"])
+@pytest.mark.parametrize("module", [pipeline_file, flux_comfy_pipeline], ids=["the same file", "another copy"])
+def test_a_callback_may_sample(sampler, module):
+    """Each run, the one within the other too, counts its own steps and draws what it draws alone."""
+
+    def run(seed, after_step):
+        seen = []
+
+        def count(i, x, *rest):
+            seen.append(i)
+            return after_step(i, x, *rest)
+
+        generator = torch.Generator().manual_seed(seed)
+        found = module.find_sampler(sampler), gaussian, noise(), SIGMAS, generator, count
+        end = (pipeline_file if seed else module).run_sampler(*found)[0]
+        assert seen == list(range(len(SIGMAS) - 1))
+        return end
+
+    inner, outer = (run(seed, lambda i, x, *rest: x) for seed in range(2))
+
+    def sample(i, x, *rest):
+        assert run(0, lambda i, x, *rest: x).equal(inner)
+        return x
+
+    assert run(1, sample).equal(outer)
 
 
 @pytest.mark.parametrize("name", THIRTEEN)
@@ -522,21 +595,6 @@ def test_named_sigmas(schedule, steps):
 # --- callables -------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_mode_inside_a_sampler_stays_its_own():
-    """The model is called inside `with torch.device(...)`, which is in force there, and after that no longer."""
-
-    def sampler(model, x, sigmas):
-        level = sigmas[0] * x.new_ones([x.shape[0]])
-        with torch.device("meta"):
-            denoised = model(x, level)
-            assert torch.empty(1).device.type == "meta"
-        assert torch.empty(1).device.type == "cpu"
-        return denoised
-
-    x = noise()
-    assert run_sampler(sampler, gaussian, x, SIGMAS)[0].equal(gaussian(x, SIGMAS[:1].expand(2)))
-
-
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
 @pytest.mark.parametrize("sigmas", [SIGMAS, SIGMAS[[0, -1]]], ids=["steps", "one step"])
 @pytest.mark.parametrize("draw", [torch.randn_like, lambda x: torch.randn(x.shape)], ids=["randn_like", "randn"])
@@ -573,23 +631,13 @@ def test_what_a_wrapper_draws_follows_the_generator(name, sigmas, draw):
 
 
 def test_a_callback_gets_the_steps_state_whatever_the_sampler_calls_back_with():
-    """Some samplers written for other programs call back with the first x in every step."""
-
-    def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        first = x
-        for i in range(len(sigmas) - 1):
-            denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]))
-            callback({"x": first, "i": i, "sigma": sigmas[i], "denoised": denoised})
-            x = denoised + sigmas[i + 1] / sigmas[i] * (x - denoised)
-        return x
-
     seen = []
 
     def look(i, x, sigma, began, denoised):
         seen.append((x, sigma, denoised))
         return x
 
-    run_sampler(sampler, gaussian, noise(), SIGMAS, None, look)
+    run_sampler(with_the_first_x, gaussian, noise(), SIGMAS, None, look)
     x = noise()
     assert len(seen) == len(SIGMAS) - 1
     for (state, sigma, predicted), now, then in zip(seen, SIGMAS, SIGMAS[1:]):
