@@ -101,9 +101,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 the levels themselves, falling sigmas: latents, in and out, are x0 + sigma noise then.
             quantize_timesteps: give the network the nearest trained timestep, and not an interpolated one.
 
-        `sigmas` are levels of x = x0 + sigma noise, `timesteps` trained ones. Without levels in `schedule`, latents
-        have the scheduler's scale (see `latents_scale`), and given ones are noise for the first level.
-        ValueError, TypeError: for arguments that do not fit, before any network runs.
+        Without levels in `schedule`, latents have the scheduler's scale (see `latents_scale`), and given ones are noise
+        for the first level. ValueError, TypeError: for arguments that do not fit, before any network runs.
 
         `callback_on_step_end` gets, once per step, the latents that it ended with and the timestep that it began at; by
         name also `sigma`, that level, and `denoised`, the x0 predicted there. It may return other latents, but for a
@@ -173,8 +172,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 return x + (back - x / scale) * scale if torch.is_tensor(scale) else back  # x if unchanged
 
             with self.progress_bar(total=math.inf if "sigma_min" in resolved.arguments else len(levels) - 1) as bar:
-                hooks = (after_step, lambda: self.interrupt)
-                x, sigma = run_sampler(resolved, denoiser, x, levels.to(state_dtype), generator, *hooks)
+                rest = (levels.to(state_dtype), generator, after_step, lambda: self.interrupt)
+                x, sigma = run_sampler(resolved, denoiser, x, *rest)
             latents = x / (1.0 if explicit else self.latents_scale(sigma))
 
             # latents -> images
@@ -186,8 +185,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
     def _encode(self, texts: tuple, images: tuple, sizes: tuple, batch_size: int) -> tuple[torch.dtype, dict, dict]:
         """The text encoders' dtype, and the U-Net's text and image conditioning, its negative half first."""
         guided, device, dtype = self.do_classifier_free_guidance, self._execution_device, self.unet.dtype
-        lora_scale = (self.cross_attention_kwargs or {}).get("scale")
-        embeds = self.encode_prompt(*texts, lora_scale=lora_scale, clip_skip=self.clip_skip)
+        embeds = self.encode_prompt(*texts, (self.cross_attention_kwargs or {}).get("scale"), self.clip_skip)
         time_ids = [self._get_add_time_ids(*size, dtype, embeds[2].shape[-1]).repeat(batch_size, 1) for size in sizes]
         pairs = {"prompt_embeds": embeds[:2], "add_text_embeds": embeds[2:], "add_time_ids": time_ids}
         halves = {name: torch.cat([pair[1], pair[0]]) if guided else pair[0] for name, pair in pairs.items()}
@@ -226,7 +224,10 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             return torch.stack([prediction, unconditional]) if with_uncond else prediction
 
         wrapper, alphas_cumprod = self._trained_with()
-        return wrapper(predict, alphas_cumprod.to(self._execution_device, state_dtype), quantize)
+        denoiser = wrapper(predict, alphas_cumprod.to(self._execution_device, state_dtype), quantize)
+        if self.scheduler.config.get("timestep_type") == "continuous" and wrapper is external.DiscreteVDDPMDenoiser:
+            denoiser.sigma_to_t = lambda sigma, quantize=None: 0.25 * sigma.log()
+        return denoiser
 
     def latents_scale(self, sigma: torch.Tensor) -> torch.Tensor | float:
         """sqrt(1 + sigma^2) for schedulers that divide x0 + sigma noise by that, as DDIM's does. Otherwise 1."""
@@ -240,7 +241,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             name = f"{type(self.scheduler).__name__} with {kind!r}"
             raise ValueError(f"`scheduler`: needs betas and 'epsilon' or 'v_prediction', but is {name}")
         # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
-        return wrappers[kind], self.scheduler.alphas_cumprod.double().cpu().clamp(min=2**-24)
+        return wrappers[kind], self.scheduler.alphas_cumprod.cpu().double().clamp(min=2**-24)
 
     def noise_levels(
         self,
@@ -260,7 +261,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}")
         n = num_inference_steps or 0  # 0 where the levels are given
         if isinstance(schedule, str):
-            levels = named_sigmas(schedule, n, trained.sigma_min.item(), trained.sigma_max.item())
+            ends = [self.scheduler.config.get(s) or getattr(trained, s).item() for s in ("sigma_min", "sigma_max")]
+            levels = named_sigmas(schedule, n, *ends)
         elif schedule is not None:
             levels = check_sigmas(schedule, "schedule", at_least=2)
         else:
@@ -268,8 +270,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             if sigmas is not None:
                 check_sigmas(sigmas)
                 if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
-                    name = type(scheduler).__name__
-                    raise ValueError(f"`sigmas`: {name} takes none; schedule=[...] takes levels whatever the scheduler")
+                    raise ValueError(f"`sigmas`: {type(scheduler).__name__} takes none; pass them as `schedule`")
             with torch.device("cpu"):  # whatever the default device
                 retrieve_timesteps(scheduler, num_inference_steps, "cpu", timesteps, sigmas)
             if hasattr(scheduler, "sigmas"):
@@ -281,8 +282,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 levels = torch.cat([levels, levels.new_zeros(1)])
             levels = levels.unique_consecutive()  # Heun's and KDPM2's schedulers list a level twice
             if not given and len(levels) <= n:
-                made = f"the scheduler makes {len(levels) - 1} of {n} steps"
-                raise ValueError(f"`num_inference_steps`: {made}; name a `schedule` or ask for fewer")
+                raise ValueError(f"`num_inference_steps`: the scheduler makes {len(levels) - 1} of {n} steps")
             check_sigmas(levels, f"{type(scheduler).__name__}.sigmas")
         if denoising_end is not None and 0 < denoising_end < 1:
             count = self.scheduler.config.num_train_timesteps

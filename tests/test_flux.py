@@ -260,7 +260,7 @@ BAD = [
     ({"sigmas": [0.5, 0.8]}, ValueError, "`sigmas` have to be"),
     ({"sigmas": [14.6, 1.0]}, ValueError, "lies in 0..1"),
     ({"sigmas": [1.0, float("nan")]}, ValueError, "finite"),
-    ({"schedule": [1.0]}, ValueError, "`schedule` have to be 2 or more"),
+    ({"schedule": [1.0]}, ValueError, "2 of them at least"),
     ({"generator": [seeded()], "latents": torch.zeros(2, 64, 64), "num_images_per_prompt": 2}, ValueError, "one or 2"),
     ({"schedule": "karras", "sigmas": [1.0, 0.5]}, ValueError, "pass one of them"),
     ({"schedule": "exponental"}, ValueError, "there are karras, exponential"),

@@ -21,6 +21,7 @@ from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline, sampler_names, s
 # rounding alone: the scheduler keeps its sigmas and timesteps in float32
 EXACT = 1e-6
 SMALL = {"height": 64, "width": 64, "output_type": "latent"}
+CONTINUOUS = {"prediction_type": "v_prediction", "timestep_type": "continuous"}  # the timestep is 0.25 ln sigma
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,7 @@ def quiet(pipe):
         {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
         {"timestep_spacing": "trailing"},
         {"beta_schedule": "linear", "beta_end": 0.02},
+        CONTINUOUS | {"use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0},  # as CosXL's
     ],
     ids=str,
 )
@@ -262,15 +264,15 @@ BAD = [
     ({"eta": 0.5}, ValueError, "sampler_kwargs"),
     ({"sigmas": [1.0, 2.0]}, ValueError, "`sigmas` have to be"),
     ({"sigmas": [3.0, float("nan"), 1.0]}, ValueError, "finite"),
-    ({"sigmas": []}, ValueError, "from above 0"),
-    ({"sigmas": [3.0, 1.0, 1.0]}, ValueError, "falling"),
-    ({"sigmas": [3.0, 1.0, -1.0]}, ValueError, "falling"),
-    ({"schedule": [14.6]}, ValueError, "`schedule` have to be 2 or more"),
+    ({"sigmas": []}, ValueError, "and fall from a positive number"),
+    ({"sigmas": [3.0, 1.0, 1.0]}, ValueError, "to zero or above"),
+    ({"sigmas": [3.0, 1.0, -1.0]}, ValueError, "to zero or above"),
+    ({"schedule": [14.6]}, ValueError, "2 of them at least"),
     ({"schedule": "karras", "sigmas": [3.0, 1.0]}, ValueError, "pass one of them"),
     ({"schedule": "karras", "timesteps": [900, 1]}, ValueError, "pass one of them"),
     ({"schedule": "karas"}, ValueError, "there are karras, exponential, polyexponential; "),
     ({"num_inference_steps": 0}, ValueError, "at least 1"),
-    ({"sampler": "lcm"}, ValueError, "no 'lcm'; there are euler, .*; or pass sampler\\(model, x, sigmas"),
+    ({"sampler": "lcm"}, ValueError, "no 'lcm'; there are euler, .*, or pass sampler\\(model, x, sigmas"),
     (
         {"sampler": "dpm_adaptive", "sampler_kwargs": {"rtol": 0, "atol": 0}},
         ValueError,

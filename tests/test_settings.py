@@ -129,7 +129,7 @@ def test_own_levels_of_flux(flux):
 def test_levels_whatever_the_scheduler(sdxl):
     """`sigmas` are the parent's, for schedulers that take some; `schedule` takes levels for any."""
     pipe = with_scheduler(sdxl, DDIMScheduler)
-    with pytest.raises(ValueError, match=r"DDIMScheduler takes none; schedule=\[\.\.\.\] takes levels"):
+    with pytest.raises(ValueError, match="DDIMScheduler takes none; pass them as `schedule`"):
         pipe(sigmas=[10.0, 3.0], **CALL)
     assert pipe.noise_levels(schedule=[10.0, 3.0, 0.0]).tolist() == [10, 3, 0]
     low, high = pipe.noise_levels(2, schedule="karras")[:2].flip(0).tolist()
