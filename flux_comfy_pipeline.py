@@ -112,9 +112,7 @@ class FluxComfyPipeline(FluxPipeline):
         self.check_inputs(prompt, prompt_2, height, width, *rest)
         guided = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
         if guided and len({one.shape for one in embeds[:2] if one is not None}) > 1:
-            raise ValueError(
-                "`negative_prompt_embeds` and `prompt_embeds` must have the same shape when passed directly"
-            )
+            raise ValueError("`negative_prompt_embeds`, `prompt_embeds` must have the same shape when passed directly")
         chosen = find_sampler(sampler, sampler_kwargs)
         levels = self.noise_levels(rows * columns, num_inference_steps, sigmas, schedule)
         ve = uses_ve(parameterization, chosen, levels)
