@@ -117,7 +117,7 @@ def read_pairs(text: str) -> tuple[list[str], dict[str, str]]:
 
 
 def _prompts(lines: list[str]) -> tuple[str, str]:
-    """The prompt and the negative one, as the web UI separates them: at the first line that begins with "Negative prompt:"."""
+    """The prompt and the negative one, divided as in the web UI: by the first line that says so."""
     stripped = [line.strip() for line in lines]
     first = next((i for i, line in enumerate(stripped) if line.startswith(_NEGATIVE)), len(lines))
     negative = [line.removeprefix(_NEGATIVE).strip() for line in stripped[first:]]
