@@ -9,28 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
-# Nodes that are understood, or change no setting. Whatever else leads to the picture is told as unused.
+# Nodes that are understood, or change no setting. Any other that leads to the picture is reported as unused.
 PLAIN = set(
     """CheckpointLoaderSimple CheckpointLoader UNETLoader VAELoader CLIPLoader DualCLIPLoader VAEDecode CLIPTextEncode
     CLIPTextEncodeSDXL CLIPTextEncodeFlux ConditioningZeroOut FluxGuidance ModelSamplingFlux KSamplerSelect
     BasicScheduler RandomNoise CFGGuider BasicGuider EmptyLatentImage EmptySD3LatentImage PrimitiveNode PrimitiveInt
     PrimitiveFloat PrimitiveString PrimitiveStringMultiline Note MarkdownNote Reroute""".split()
 ) | {*SAMPLERS}
-# The inputs by which nodes pass a thing on, the preferred ones first.
-PASSED = {
-    "conditioning": ("conditioning", "positive", "conditioning_to", "conditioning_1"),
-    "latent": ("latent_image", "latent", "samples", "images", "image", "pixels"),
-    "model": ("model",),
-    "sigmas": ("sigmas",),
-    "sampler": ("sampler",),
-    "noise": ("noise",),
-    "guider": ("guider",),
-}
+LATENT = ("latent_image", "latent", "samples", "images", "image", "pixels")
+# The inputs by which nodes pass a thing on, the preferred ones first. Any other thing has its own name.
+PASSED = {"latent": LATENT, "conditioning": ("conditioning", "positive", "conditioning_to", "conditioning_1")}
 TEXTS = ("populated_text", "text", "text_g", "text_l", "prompt", "t5xxl", "clip_l", "clip_g")  # of encoders
-SETTINGS = {"noise_seed", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise", "width", "height"}
-SETTINGS |= {"batch_size", "guidance", "positive", "negative", "latent_image", "model"}
-PIPE = re.compile("pipe|tuple|context|ctx")  # inputs that carry several of these
-DRAWS = ("model", "guider", "latent_image", "latent", "samples")  # of which a sampler takes one
+SETTINGS = {*"noise_seed seed steps cfg sampler_name scheduler denoise width height batch_size guidance".split()}
+DRAWS = re.compile("model|guider|latent|samples|pipe|tuple|context|ctx")  # a sampler is linked to one of them
 # A text or a number passes a node that has one input beside these, unless the node's name says that it changes it.
 KNOB = re.compile("control_(after|before)_generate|Update inputs|preview|decode")
 CHANGES = re.compile(
@@ -38,16 +29,13 @@ CHANGES = re.compile(
     "|expan|llm|gpt|gemini|ollama|caption|interrog|descri|tagger|wildcard|length|count|math|expr|calc|round|clamp|nary",
     re.IGNORECASE,
 )
-SHOWS = re.compile("^(easy )?(show|preview|display)", re.IGNORECASE)  # what they keep is of an earlier run
+SHOWS = re.compile("^(easy )?(show|preview|display)", re.IGNORECASE)  # their own texts are of an earlier run
 TEXT = re.compile("text|str|prompt|value|positive|negative|content|input|line|any|word|tag", re.IGNORECASE)
-# Nodes that join texts: their parts, what stands between, and how they are told to.
+# Nodes that join texts, their parts, and what stands between the parts
 JOINS = re.compile("join|concat|combine|append|merge", re.IGNORECASE)
 PART = re.compile(r"(\w+\.)?(text|string|str|prompt|input|value|any|line)?[ _]?([a-z]|[0-9]{1,2})", re.IGNORECASE)
 BETWEEN = re.compile("delim|separat|^sep$", re.IGNORECASE)
-JOINED = ("inputcount", "return_list", "clean_whitespace", "action", "tidy_tags", "result")
 LONGEST = 100_000  # letters: a graph can join a text to itself, again and again
-KEEP_EMPTY = ("StringConcatenate", "JoinStrings", "CR Text Concatenate")
-SKIP_EMPTY = ("Text Concatenate", "JoinStringMulti", "StringFunction|pysssss")
 
 
 class Unread(Exception):
@@ -62,9 +50,12 @@ def linked(value: Any) -> str:
 
 def is_sampler(inputs: dict[str, Any]) -> bool:
     """By its inputs: a sampler, how many steps or how guided, and what it draws on."""
-    counts = inputs.keys() & {"steps", "sigmas", "cfg", "steps_to_run"}
-    draws = any(linked(value) and (name in DRAWS or PIPE.search(name)) for name, value in inputs.items())
-    return bool(inputs.keys() & {"sampler_name", "sampler"} and counts and draws)
+    parts = ({"sampler_name", "sampler"}, {"steps", "sigmas", "cfg", "steps_to_run"})
+    return all(inputs.keys() & part for part in parts) and any(DRAWS.search(key) for key in links_of(inputs))
+
+
+def links_of(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if linked(value)}
 
 
 @dataclass
@@ -76,18 +67,17 @@ class Graph:
     def way(self, value: Any, kind: str, preferred: str = "") -> Iterator[str]:
         """The ids of the nodes from a link up, each once, through those that pass things of a `kind` on.
 
-        They do it by the inputs that `PASSED` names, `preferred` first (ControlNets pass two), or by their only link.
+        They do it by the inputs in `PASSED`, `preferred` first (ControlNets pass two), or by their only link.
         """
         met: set[str] = set()
         while (name := linked(value)) in self.nodes and name not in met:
             met.add(name)
             yield name
             kind_of_node, inputs = self.nodes[name]
-            links = [key for key in (preferred, *PASSED[kind]) if linked(inputs.get(key)) in self.nodes]
-            if not links and (kind_of_node not in PLAIN or kind_of_node == "Reroute"):
-                links = [key for key in inputs if linked(inputs[key]) in self.nodes]
-                links = links if len(links) == 1 else []
-            value = inputs[links[0]] if links else None
+            links = {key: link for key, link in links_of(inputs).items() if linked(link) in self.nodes}
+            only = [*links] if len(links) == 1 and kind_of_node not in PLAIN - {"Reroute"} else []
+            keys = (preferred, *PASSED.get(kind, (kind,)), *only)
+            value = next((links[key] for key in keys if key in links), None)
 
     def value(self, given: Any, setting: str) -> Any:
         """What an input gets for a setting: its value, or the one that its link leads to; None if it leads nowhere.
@@ -102,16 +92,15 @@ class Graph:
             kind, inputs = self.nodes[name]
             plain = {key: value for key, value in inputs.items() if not KNOB.search(key)}
             own = {key: value for key, value in plain.items() if not idle(value)} or dict([*plain.items()][:1])
-            if SHOWS.search(kind):
-                own = {key: value for key, value in inputs.items() if linked(value)}
+            own = links_of(inputs) if SHOWS.search(kind) else own
             if "populated_text" in inputs:
                 given = inputs["populated_text"]
-            elif JOINS.search(kind) or inputs.get("action") == "append":
+            elif JOINS.search(kind):
                 given = self._joined(name, kind, plain)
             elif len(own) == 1 and ({*own} & {setting, "noise_seed"} or not CHANGES.search(kind)):
                 ((key, given),) = own.items()
                 name_of_file = "prompt" in setting and isinstance(given, str) and not TEXT.search(key)
-                if name_of_file or key in PASSED["latent"]:
+                if name_of_file or key in LATENT:
                     raise Unread(kind)
             else:
                 raise Unread(kind)
@@ -119,29 +108,26 @@ class Graph:
         return given
 
     def _joined(self, name: str, kind: str, inputs: dict[str, Any]) -> Any:
-        """The texts of a node that joins them."""
+        """The texts of a node that joins them. Raises `Unread` for one that may do more."""
         if name in self.joined:
             return self.joined[name]
         self.joined[name] = None  # until it is known: a node may join its own text
         between, parts = [key for key in inputs if BETWEEN.search(key)], [key for key in inputs if PART.fullmatch(key)]
-        others = {key for key, value in inputs.items() if not idle(value)} - {*between, *parts, *JOINED}
-        if not parts or others or len(between) > 1 or not idle(inputs.get("return_list")):
+        others = {key for key, value in inputs.items() if not idle(value)} - {*between, *parts}
+        if not parts or others - {"inputcount", "clean_whitespace"} or len(between) > 1:
             raise Unread(kind)
         parts.sort(key=lambda key: [(piece.isdigit(), piece.zfill(2)) for piece in re.split("([0-9]+)", key)])
         count = self.number(inputs.get("inputcount"), "inputcount", int)
         texts = ["" if inputs[key] is None else self.value(inputs[key], "prompt") for key in parts[:count]]
-        tidy = not idle(inputs.get("tidy_tags"))
-        delimiter = ", " if tidy else self.value(inputs[between[0]], "prompt") if between else ""
+        delimiter = self.value(inputs[between[0]], "prompt") if between else ""
         if not all(isinstance(text, str) for text in (*texts, delimiter)):
             raise Unread(kind)
-        if kind == "Text Concatenate":
-            delimiter = delimiter.replace("\\n", "\n")
-            texts = [text.strip() for text in texts] if not idle(inputs.get("clean_whitespace")) else texts
-        if kind in SKIP_EMPTY and (texts[0] or kind != "JoinStringMulti"):
-            texts = [text for text in texts if text]
+        if kind == "Text Concatenate":  # of WAS, which reads \\n in its delimiter and leaves empty texts out
+            delimiter, clean = delimiter.replace("\\n", "\n"), not idle(inputs.get("clean_whitespace"))
+            texts = [text for text in (text.strip() if clean else text for text in texts) if text]
         joined = self.joined[name] = delimiter.join(texts)
-        unsure = "" in texts and delimiter and kind not in KEEP_EMPTY
-        if unsure or (tidy and re.search("  | ,|,,", joined)) or len(joined) > LONGEST:
+        unsure = "" in texts and delimiter and kind != "StringConcatenate"  # other nodes may leave empty texts out
+        if unsure or len(joined) > LONGEST:
             raise Unread(kind)
         return joined
 
@@ -158,14 +144,13 @@ class Graph:
 
     def before(self, names: list[str]) -> list[str]:
         """The ids of these nodes and of all that lead to them, the nearest first."""
-        found = list(names)
-        met = set(found)
-        for name in found:
-            for link in map(linked, self.nodes[name][1].values()):
-                if link in self.nodes and link not in met:
-                    met.add(link)
-                    found.append(link)
-        return found
+        found = dict.fromkeys(names)
+        new = names
+        while new:
+            links = (linked(value) for name in new for value in self.nodes[name][1].values())
+            new = [name for name in dict.fromkeys(links) if name in self.nodes and name not in found]
+            found |= dict.fromkeys(new)
+        return list(found)
 
 
 def idle(value: Any) -> bool:

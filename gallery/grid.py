@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import importlib
@@ -12,10 +11,16 @@ import sys
 import time
 import warnings
 import zlib
+from argparse import Namespace
 from datetime import timedelta
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
 from comfy_ksampler import SAMPLERS, SCHEDULERS, ksampler, levels, load_custom_nodes
 from comfy_ksampler import names as comfy_names
@@ -37,7 +42,7 @@ COMFY = "since 0.7"  # the versions whose noise --comfy draws
 NOT_FINITE = "the picture is not finite: a number overflowed; try a lower --guidance, or --dtype bfloat16 or float32"
 
 
-def run(family: Family, options: argparse.Namespace) -> int:
+def run(family: Family, options: Namespace) -> int:
     """Draws the grid. Exit status: 0 if all was drawn, 1 if something failed, 130 after Ctrl-C.
 
     Raises Refused where nothing can start.
@@ -49,19 +54,14 @@ def run(family: Family, options: argparse.Namespace) -> int:
         return 130
 
 
-def _run(family: Family, options: argparse.Namespace) -> int:
+def _run(family: Family, options: Namespace) -> int:
     check_output(options.output)
     try:
         module = importlib.import_module(family.module)
     except ImportError as error:
         raise Refused(str(error)) from error
-    columns = [argparse.Namespace(**{**vars(options), **values}) for values in options.columns]
+    columns = [Namespace(**{**vars(options), **values}) for values in options.columns]
     samplers = _check_names(module, options, columns)
-
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-    from tqdm.auto import tqdm
 
     device = device_of(options)
     model = options.model or (family.hub_model if torch.cuda.is_available() else "demo")
@@ -77,10 +77,9 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     pipe, dtype = load(family, module, model, device, columns[0]), columns[0].dtype
     raise_on_ctrl_c()
     name = short_name(family, model)
+    of_one = functools.partial(_settings, family, pipe, module, model)
     try:
-        settings = [
-            {one: _settings(family, pipe, module, model, column, one) for one in samplers} for column in columns
-        ]
+        settings = [{one: of_one(column, one) for one in samplers} for column in columns]
         if options.comfy and not options.samplers:
             samplers = _runnable(pipe, samplers, settings)
     except ValueError as error:
@@ -130,33 +129,25 @@ def _run(family: Family, options: argparse.Namespace) -> int:
     return int(any(one.error for one in drawn))
 
 
-def units_of(
-    name: str, module: Any, samplers: list[str], options: argparse.Namespace
-) -> list[tuple[int, int, list[Picture]]]:
+def units_of(name: str, module: Any, samplers: list[str], options: Namespace) -> list[tuple[int, int, list[Picture]]]:
     """In the order of drawing: the share, modulo their number that of a process; the column; what is one batch.
 
-    Always the same batches, whatever is there already and however many processes share them: a picture depends on its
-    batch by the rounding. A sampler that chooses its steps by their error would choose them for all of a batch;
-    and ComfyUI's noise is one stream for a batch.
+    The batches do not depend on what is drawn already or on the number of processes: a picture depends on its batch by
+    the rounding. A sampler that chooses its steps by their error draws alone; so does ComfyUI's stream of noise.
     """
-    prompts = options.prompts or [options.prompt]
     seeds = range(options.seed, options.seed + options.seeds)
-    places = []
-    for number, prompt in enumerate(prompts, 1):
-        for seed in seeds:
-            tags = [f"{number:03}"] * (options.prompts is not None) + [f"seed{seed}"] * (len(seeds) > 1)
-            places.append(("-".join([name, *tags]), prompt, seed))
-    units = []
+    places: list[tuple[str, str, int]] = []
+    units: list[tuple[int, int, list[Picture]]] = []
+    for (number, prompt), seed in itertools.product(enumerate(options.prompts or [options.prompt], 1), seeds):
+        tags = [f"{number:03}"] * (options.prompts is not None) + [f"seed{seed}"] * (len(seeds) > 1)
+        places.append(("-".join([name, *tags]), prompt, seed))
     blocks = [places[first : first + options.batch] for first in range(0, len(places), options.batch)]
     labels = [f"{options.axis} {_shown(one[options.axis])}" if one else "" for one in options.columns]
     for (block, its_places), (column, label), (number, sampler) in itertools.product(
         enumerate(blocks), enumerate(labels), enumerate(samplers)
     ):
         file = f"sample_{sampler}{'-' * bool(label)}{label.replace(' ', '')}.png"
-        pictures = [
-            Picture(place, prompt, seed, sampler, label, options.output / f"{place}-{file}")
-            for place, prompt, seed in its_places
-        ]
+        pictures = [Picture(*place, sampler, label, options.output / f"{place[0]}-{file}") for place in its_places]
         alone = options.comfy or "rtol" in module.find_sampler(_variant(sampler)[0]).arguments
         share = number + block + column  # a slow sampler is not always the same process's
         units += [(share, column, unit) for unit in ([[one] for one in pictures] if alone else [pictures])]
@@ -167,9 +158,8 @@ def units_of(
 def _shown(value: Any) -> str:
     """A value of an option as it is written on the command line."""
     text = "scheduler" if value is None else str(value).removesuffix(".0")
-    return (
-        text if len(text) <= 40 else f"{text[:24]}~{zlib.crc32(text.encode()):08x}"
-    )  # a list of levels in a file's name
+    # a list of levels is too long for the name of a file
+    return text if len(text) <= 40 else f"{text[:24]}~{zlib.crc32(text.encode()):08x}"
 
 
 def title_of(count: int, axis: str | None, place: str, settings: dict[str, str]) -> list[str]:
@@ -188,7 +178,7 @@ def title_of(count: int, axis: str | None, place: str, settings: dict[str, str])
 # --- before anything runs --------------------------------------------------------------------------------------------
 
 
-def _check_names(module: Any, options: argparse.Namespace, columns: list[argparse.Namespace]) -> list[str]:
+def _check_names(module: Any, options: Namespace, columns: list[Namespace]) -> list[str]:
     """The samplers to draw, without `sample_`, each once; with --comfy all of ComfyUI's by default."""
     try:
         load_custom_nodes(*options.custom_nodes) if options.custom_nodes else None
@@ -225,9 +215,7 @@ def _runnable(pipe: Any, samplers: list[str], settings: list[dict[str, dict[str,
     return runs
 
 
-def _settings(
-    family: Family, pipe: Any, module: Any, model: str, options: argparse.Namespace, sampler: str
-) -> dict[str, str]:
+def _settings(family: Family, pipe: Any, module: Any, model: str, options: Namespace, sampler: str) -> dict[str, str]:
     """What a picture depends on, as text for the PNG. `sigmas` are t on FLUX. Raises ValueError for what can't be."""
     flux = family.name == "flux"
     distilled = flux and not pipe.transformer.config.guidance_embeds
@@ -236,11 +224,9 @@ def _settings(
         steps = len(given) - 1
     width, height = size_of(family, pipe, options)
     sigmas = _levels(pipe, options.schedule, steps, width, height, options.discard, sampler if options.comfy else "")
-    sampler_options = {}
     name, given_options = (sampler, {}) if options.comfy else _variant(sampler)
-    if name in module.sampler_names():  # not ComfyUI's own
-        arguments = module.find_sampler(name).arguments
-        sampler_options = {key: arguments[key] for key in arguments if key not in module.GIVEN | {"noise_sampler"}}
+    arguments = module.find_sampler(name).arguments if name in module.sampler_names() else {}  # or ComfyUI's own
+    sampler_options = {key: arguments[key] for key in arguments if key not in module.GIVEN | {"noise_sampler"}}
     return {
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt or "",
@@ -287,7 +273,6 @@ def _levels(
 @functools.cache
 def _versions() -> str:
     import diffusers
-    import torch
 
     found = {one.name: one.version for one in distributions(name="k-diffusion")}
     return json.dumps({"diffusers": diffusers.__version__, "torch": torch.__version__, **found})
@@ -297,18 +282,14 @@ def _versions() -> str:
 
 
 def _encode_all(
-    family: Family, pipe: Any, unit: list[Picture], encoded: dict[Any, dict[str, Any]], options: argparse.Namespace
+    family: Family, pipe: Any, unit: list[Picture], encoded: dict[Any, dict[str, Any]], options: Namespace
 ) -> dict[str, Any]:
     """The arguments that carry the unit's prompts. The last few stay in `encoded`, since all samplers draw them."""
-    import torch
-
     keys = [(one.prompt, options.guidance, options.dtype) for one in unit]
-    for key in keys:
-        if key not in encoded:
-            try:
-                encoded[key] = encode(family, pipe, key[0], options)
-            except Exception as error:
-                raise Refused(reason(error)) from error
+    try:
+        encoded |= {key: encode(family, pipe, key[0], options) for key in keys if key not in encoded}
+    except Exception as error:
+        raise Refused(reason(error)) from error
     each = [encoded[key] for key in keys]
     for key in list(encoded)[: -options.batch]:
         del encoded[key]
@@ -320,27 +301,20 @@ def _draw(
     pipe: Any, unit: list[Picture], kept: list[Drawn | None], settings: list[dict[str, str]], prompts: dict[str, Any]
 ) -> list[Drawn]:
     """Draws a unit in one batch and writes what is not kept. A failure is noted, not raised: the others go on."""
-    import torch
-
     drawn = [Drawn(one, None) for one in unit]
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    hook = (getattr(pipe, "unet", None) or pipe.transformer).register_forward_pre_hook(count)
+    calls: list[bool] = []
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    hook = network.register_forward_pre_hook(lambda *_: calls.append(True))
     start = time.perf_counter()
     try:
         comfy = settings[0]["comfy"] != "False"
         arguments = (_comfy_arguments if comfy else _plain_arguments)(pipe, settings[0])
         if not comfy:  # the same noise for every sampler
             arguments["generator"] = [torch.Generator("cpu").manual_seed(one.seed) for one in unit]
-        images = pipe(
-            **{"guidance_scale": float(settings[0]["guidance"]), **prompts, **arguments}, output_type="pt"
-        ).images
+        arguments = {"guidance_scale": float(settings[0]["guidance"]), **prompts, **arguments}
+        images = pipe(**arguments, output_type="pt").images
         seconds = (time.perf_counter() - start) / len(unit)
-        evaluations = calls // (1 + (float(settings[0].get("true_cfg", 1)) > 1))  # FLUX: a call for each prompt
+        evaluations = len(calls) // (1 + (float(settings[0].get("true_cfg", 1)) > 1))  # FLUX: a call for each prompt
         pictures = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(images.nan_to_num()))
         for one, image, values, wanted, there in zip(drawn, pictures, images, settings, kept):
             if not values.isfinite().all():

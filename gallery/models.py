@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gallery.options import FLUX, SDXL, Family
 from gallery.refused import Refused
@@ -25,10 +27,8 @@ def check_output(folder: Path) -> None:
         raise Refused(f"can't write to {folder}: {error.strerror}. Name another folder with --output") from None
 
 
-def device_of(options: argparse.Namespace) -> str:
+def device_of(options: Namespace) -> str:
     """The device to draw on. Raises Refused where this machine has none of that name."""
-    import torch
-
     default = "cuda" if torch.cuda.is_available() else "cpu"
     device = options.device or default
     try:
@@ -41,9 +41,8 @@ def device_of(options: argparse.Namespace) -> str:
     return device
 
 
-def load(family: Family, module: Any, model: str, device: str, options: argparse.Namespace) -> Any:
+def load(family: Family, module: Any, model: str, device: str, options: Namespace) -> Any:
     """The pipeline on its device, from the demo folder, a folder, a .safetensors file or the hub."""
-    import torch
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
@@ -59,8 +58,14 @@ def load(family: Family, module: Any, model: str, device: str, options: argparse
     try:
         if single:
             pipe = pipeline.from_single_file(source, torch_dtype=dtype)
-        else:
-            pipe = _from_pretrained(pipeline, source, dtype)
+        else:  # for float16 the hub's files of float16, if any: half as much to fetch
+            half = "fp16" if dtype == torch.float16 and not Path(source).is_dir() else None
+            try:
+                pipe = pipeline.from_pretrained(source, dtype=dtype, variant=half)
+            except ValueError as error:
+                if "variant=fp16" not in str(error):
+                    raise
+                pipe = pipeline.from_pretrained(source, dtype=dtype)
         offload = offload_of(family, pipe, device, options)
         if offload == "model":
             pipe.enable_model_cpu_offload(device=device)
@@ -81,41 +86,21 @@ def load(family: Family, module: Any, model: str, device: str, options: argparse
     return pipe
 
 
-def _from_pretrained(pipeline: Any, source: str, dtype: Any) -> Any:
-    """A model of a folder or the hub; for float16 the hub's files of float16, if any: half as much to fetch."""
-    import torch
-
-    if dtype == torch.float16 and not Path(source).is_dir():
-        try:
-            return pipeline.from_pretrained(source, dtype=dtype, variant="fp16")
-        except ValueError as error:
-            if "variant=fp16" not in str(error):
-                raise
-    return pipeline.from_pretrained(source, dtype=dtype)
-
-
 # --- what a model is, before it is loaded -----------------------------------------------------------------------------
 
 
 def _check_kind(family: Family, source: str) -> None:
     """Refuses another family's model by its index, if that is on this machine, and a path that is no model."""
     import diffusers
-    from huggingface_hub import try_to_load_from_cache
 
     if Path(source).is_file():
         raise Refused(f"--model: {source} is a file, but neither a .safetensors nor a .ckpt")
-    if Path(source).is_dir():
-        index: Any = Path(source, "model_index.json")
-        if not index.is_file():
-            raise Refused(f"--model: {source} has no model_index.json, so it is no folder of a diffusers pipeline")
-    else:
-        try:
-            index = try_to_load_from_cache(source, "model_index.json")
-        except ValueError:  # no name that the hub could have
-            return
-        if not isinstance(index, str):
-            return  # what loads the model says why
-    kind = _read_json(Path(index)).get("_class_name")
+    index = _index_of(source)
+    if index is None:
+        return  # what loads the model says why
+    if not index.is_file():
+        raise Refused(f"--model: {source} has no model_index.json, so it is no folder of a diffusers pipeline")
+    kind = _read_json(index).get("_class_name")
     if not isinstance(kind, str):
         raise Refused(f"--model: {index} names no _class_name, so it is no index of a diffusers pipeline")
     for other in (SDXL, FLUX):
@@ -124,6 +109,19 @@ def _check_kind(family: Family, source: str) -> None:
             raise Refused(f"--model: {source} is a model of {other.name.upper()}: {scripts}")
     if kind in dir(diffusers) and family.stock.removesuffix("Pipeline") not in kind:
         raise Refused(f"--model: {source} is a model of {kind}, not of {family.stock}")
+
+
+def _index_of(source: str) -> Path | None:
+    """The model_index.json of a folder, or of a hub's model where it is on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return Path(source, "model_index.json")
+    try:
+        cached = try_to_load_from_cache(source, "model_index.json")
+    except ValueError:  # no name that the hub could have
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _check_file(family: Family, source: str) -> None:
@@ -156,15 +154,8 @@ def _check_file(family: Family, source: str) -> None:
 
 def _check_parts(source: str) -> None:
     """Refuses a folder, or the hub's copy of one, with a JSON or .safetensors file that is broken, and names it."""
-    from huggingface_hub import try_to_load_from_cache
-
-    index = Path(source) / "model_index.json"
-    if not Path(source).is_dir():
-        try:
-            index = Path(str(try_to_load_from_cache(source, "model_index.json")))
-        except ValueError:
-            return
-    for path in sorted(index.parent.glob("**/*")) if index.is_file() else ():
+    index = _index_of(source)
+    for path in sorted(index.parent.glob("**/*")) if index and index.is_file() else ():
         if path.name in ("model_index.json", "config.json", "scheduler_config.json"):
             _read_json(path)
         elif path.suffix == ".safetensors":
@@ -185,7 +176,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _tensors(path: Path) -> dict[str, Any]:
     """The tensors of a .safetensors file by its header, or of a .ckpt, on the meta device: no values are read."""
-    import torch
+    from safetensors import SafetensorError, safe_open
 
     if path.suffix == ".ckpt":
         try:
@@ -193,25 +184,18 @@ def _tensors(path: Path) -> dict[str, Any]:
             return found.get("state_dict", found)
         except Exception as error:
             raise Refused(f"--model: {path} is no .ckpt of tensors, or cut off ({type(error).__name__})") from None
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")  # of the header
-        try:
-            header: Any = json.loads(file.read(length)) if 8 + length <= size else None
-            header.pop("__metadata__", None)
-            end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-            tensors = {name: torch.empty(tensor["shape"], device="meta") for name, tensor in header.items()}
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
-            raise Refused(f"--model: {path} is no .safetensors file, or one that is cut off in its header") from None
-    if size < end:
-        raise Refused(f"--model: {path} is cut off: it has {size} bytes of {end}; copy or download it again")
-    return tensors
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
+    except SafetensorError as error:
+        cut = f"no .safetensors file, or is cut off ({error}); copy or download it again"
+        raise Refused(f"--model: {path} is {cut}") from None
 
 
 # --- sizes and memory -------------------------------------------------------------------------------------------------
 
 
-def size_of(family: Family, pipe: Any, options: argparse.Namespace) -> tuple[int, int]:
+def size_of(family: Family, pipe: Any, options: Namespace) -> tuple[int, int]:
     """Width and height to draw, in pixels: the model's own where none is named."""
     side = pipe.vae.config.sample_size
     if family is SDXL:
@@ -221,31 +205,24 @@ def size_of(family: Family, pipe: Any, options: argparse.Namespace) -> tuple[int
 
 def free_memory(device: str) -> int | None:
     """Bytes that are free on a CUDA device; None on any other."""
-    import torch
-
     return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else None
 
 
-def needed_memory(family: Family, pipe: Any, options: argparse.Namespace) -> int:
+def needed_memory(family: Family, pipe: Any, options: Namespace) -> int:
     """Bytes of the weights and of what is in memory beside them at the worst moment: in the VAE's decoder.
 
     There, four feature maps of the picture's size and of the last but one block's channels exist at once: the profiler
     counts 3.76 for SDXL's decoder.
     """
-    weights = sum(
-        tensor.numel() * tensor.element_size()
-        for part in pipe.components.values()
-        if hasattr(part, "parameters")
-        for tensor in part.parameters()
-    )
+    parts = [part for part in pipe.components.values() if hasattr(part, "parameters")]
+    weights = sum(tensor.nbytes for part in parts for tensor in part.parameters())
     width, height = size_of(family, pipe, options)
-    config = pipe.vae.config
+    config, batch = pipe.vae.config, getattr(options, "batch", 1)
     itemsize = 4 if config.force_upcast else pipe.vae.dtype.itemsize
-    batch = getattr(options, "batch", 1)
     return weights + 4 * batch * width * height * config.block_out_channels[:2][-1] * itemsize
 
 
-def offload_of(family: Family, pipe: Any, device: str, options: argparse.Namespace) -> str:
+def offload_of(family: Family, pipe: Any, device: str, options: Namespace) -> str:
     """How the model is kept: as --offload says, or for "auto" by the free memory of a CUDA device."""
     if options.offload != "auto":
         return options.offload
@@ -273,9 +250,8 @@ def reason(error: BaseException, source: str = "") -> str:
         return f"{source} is not on this machine and the hub can't be reached: check the network, or use --model demo"
     nowhere = ("not a valid model identifier", "neither a valid local path")
     if "RepositoryNotFoundError" in seen or any(words in text for words in nowhere):
-        return (
-            f"--model: {source} is neither a folder here nor a model on the hub (a private one needs `hf auth login`)"
-        )
+        where = "neither a folder here nor a model on the hub"
+        return f"--model: {source} is {where} (a private one needs `hf auth login`)"
     return f"{type(error).__name__}: {text[:400]}"
 
 
@@ -293,27 +269,20 @@ def short_name(family: Family, model: str) -> str:
     if model == "demo":
         return f"{family.name}-demo"
     last = re.sub(r"\.(safetensors|ckpt)$", "", model.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1])
-    last = {"stable-diffusion-xl-base-1.0": "sdxl", "FLUX.1-dev": "flux-dev", "FLUX.1-schnell": "flux-schnell"}.get(
-        last, last
-    )
-    slug = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")
+    known = {"stable-diffusion-xl-base-1.0": "sdxl", "FLUX.1-dev": "flux-dev", "FLUX.1-schnell": "flux-schnell"}
+    slug = re.sub(r"[^a-z0-9]+", "-", known.get(last, last).lower()).strip("-")
     return slug if slug.startswith(family.name) else f"{family.name}-{slug}"
 
 
-def encode(
-    family: Family, pipe: Any, text: str, options: argparse.Namespace, length: int | None = None
-) -> dict[str, Any]:
+def encode(family: Family, pipe: Any, text: str, options: Namespace, length: int | None = None) -> dict[str, Any]:
     """The arguments that carry one prompt, encoded once for all samplers; FLUX's of `length` tokens."""
-    import torch
-
     with torch.no_grad():
-        if family.name == "sdxl":
+        if family is SDXL:
             names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-            embeds = pipe.encode_prompt(
-                text,
-                negative_prompt=_negative_prompt(options),
-                do_classifier_free_guidance=options.guidance > 1,
-            )
+            # ComfyUI encodes an empty negative prompt; diffusers takes zeros where there is none
+            negative = options.negative_prompt or ("" if options.comfy else None)
+            guided = options.guidance > 1
+            embeds = pipe.encode_prompt(text, negative_prompt=negative, do_classifier_free_guidance=guided)
             return dict(zip(names, embeds))
         length = length or (512 if pipe.transformer.config.guidance_embeds else 256)  # schnell was trained with 256
         prompt_embeds, pooled, _ = pipe.encode_prompt(text, max_sequence_length=length)
@@ -323,8 +292,3 @@ def encode(
             encoded |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": pooled}
             encoded["true_cfg_scale"] = options.true_cfg
         return encoded
-
-
-def _negative_prompt(options: argparse.Namespace) -> str | None:
-    """ComfyUI encodes an empty one; diffusers takes zeros where there is none."""
-    return options.negative_prompt or ("" if options.comfy else None)

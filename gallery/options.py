@@ -39,7 +39,6 @@ class Family:
     steps: int
     guidance: float
     schedule: str | None
-    schedule_help: str
     comfy_schedule: str
 
     @property
@@ -59,7 +58,6 @@ SDXL = Family(
     steps=25,
     guidance=5.0,
     schedule="karras",  # dpmpp_3m_sde needs small last steps, which the scheduler's own levels lack
-    schedule_help=f"karras (default), exponential, polyexponential, {COMFY_SCHEDULES}, 'scheduler' for its own",
     comfy_schedule="normal",
 )
 FLUX = Family(
@@ -74,7 +72,6 @@ FLUX = Family(
     steps=28,
     guidance=3.5,
     schedule=None,
-    schedule_help=f"'scheduler' for its own (default), karras, exponential, polyexponential, {COMFY_SCHEDULES}",
     comfy_schedule="simple",
 )
 
@@ -90,14 +87,11 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     model = f"hub id, folder, .safetensors file, or 'demo' (default: {family.hub_model}, or demo)"
     add("--model", type=text, help=model)
     add("--samplers", nargs="+", metavar="NAME", help="these only (default: all), with or without 'sample_'")
-    add(
-        "--steps",
-        type=steps,
-        nargs="+",
-        metavar="N",
-        help=f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})",
-    )
-    add("--schedule", type=text, nargs="+", metavar="NAME", help=f"noise levels: {family.schedule_help}")
+    default = f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})"
+    add("--steps", type=steps, nargs="+", metavar="N", help=default)
+    schedule = f"noise levels (default: {family.schedule or 'scheduler'}): karras, exponential, polyexponential,"
+    schedule += f" {COMFY_SCHEDULES}, 'scheduler' for its own"
+    add("--schedule", type=text, nargs="+", metavar="NAME", help=schedule)
     discard = "drop the last level but one, as the web UI does for DPM2, DPM2 a and DPM++ 3M SDE"
     add("--discard-penultimate", dest="discard", action="store_true", help=discard)
     add("--width", type=side, help="pixels (default: the model's)")
@@ -138,8 +132,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     check_size(parser, family, options)
     if options.prompt is not None and options.prompts is not None:
         parser.error("argument --prompts: goes without --prompt, its lines are the prompts")
-    if options.prompt is None:
-        options.prompt = PROMPT
+    options.prompt = PROMPT if options.prompt is None else options.prompt
     if family is FLUX:
         if not options.comfy:  # ComfyUI guides away from an empty text too
             options.negative_prompt = options.negative_prompt or None
@@ -177,12 +170,12 @@ def _split_columns(parser: argparse.ArgumentParser, options: argparse.Namespace)
     options.axis, options.columns = None, [{}]
     for name in AXES:
         given = getattr(options, name)
-        values = [None if value == "scheduler" else value for value in (given if isinstance(given, list) else [given])]
-        values = list(dict.fromkeys(values))
-        setattr(options, name, values[0])
-        if len(values) > 1 and options.axis:
+        given = given if isinstance(given, list) else [given]
+        first, *others = values = list(dict.fromkeys(None if value == "scheduler" else value for value in given))
+        setattr(options, name, first)
+        if others and options.axis:
             parser.error(f"argument --{name}: has several values, and so has --{options.axis}; only one option may")
-        if len(values) > 1:
+        if others:
             options.axis, options.columns = name, [{name: value} for value in values]
 
 
@@ -201,9 +194,9 @@ def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool])
 def _of_picture(
     parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of `--from` as defaults of the options, and why some can't be known: their default is None.
+    """The settings of `--from` as defaults of the options, None for those that can't be known, and why they can't.
 
-    One line reports what is not used of them.
+    Prints in one line what is not used of them.
     """
     from gallery.workflow import import_settings
 
@@ -218,16 +211,14 @@ def _of_picture(
         unused.append(f"the model {values['model']}: name it with --model")
     if unused:
         print(f"{options.picture}: not used: {', '.join(unused)}", file=sys.stderr)
-    cfg = "true_cfg" if family is FLUX else "guidance"
-    names = {"prompt": "prompt", "negative_prompt": "negative_prompt", "seed": "seed", "steps": "steps"}
-    names |= {"guidance": "guidance", "width": "width", "height": "height", "scheduler": "schedule", "cfg": cfg}
-    # as text, so that each value is checked like one of the command line
-    defaults: dict[str, Any] = {new: str(values[old]) for old, new in names.items() if old in values}
+    names = {"cfg": "true_cfg" if family is FLUX else "guidance", "scheduler": "schedule", "sampler_name": "samplers"}
+    names |= {name: name for name in ("prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height")}
+    # as text, so that each value is checked like one of the command line; `cfg` goes before SDXL's `guidance`
+    defaults: dict[str, Any] = {names[name]: str(values[name]) for name in reversed(names) if name in values}
     if options.prompts is not None:
         defaults.pop("prompt", None)
-    if "sampler_name" in values:
-        defaults["samplers"] = [values["sampler_name"]]
-    names |= {"sampler_name": "samplers"}
+    if "samplers" in defaults:
+        defaults["samplers"] = [defaults["samplers"]]
     unread = {names[name]: f"{name.replace('_', ' ')} could not be read ({node})"
               for name, node in read.unread.items() if name in names}  # fmt: skip
     discard = options.discard or ("discard" in values and options.samplers is None)
@@ -245,9 +236,8 @@ def unknown(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is none of the known ones: the nearest of them, or all."""
     lower = {one.lower(): one for one in known}  # whatever the case
     near = difflib.get_close_matches(name.lower(), lower, n=1 if name.lower() in lower else 3, cutoff=0.75)
-    return f"there is no {name!r}; " + (
-        f"did you mean {' or '.join(lower[one] for one in near)}?" if near else f"there are {', '.join(lower.values())}"
-    )
+    meant = f"did you mean {' or '.join(lower[one] for one in near)}?"
+    return f"there is no {name!r}; {meant if near else 'there are ' + ', '.join(lower.values())}"
 
 
 def check_size(parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace) -> None:
@@ -255,9 +245,8 @@ def check_size(parser: argparse.ArgumentParser, family: Family, options: argpars
     for name in ("width", "height"):
         side = getattr(options, name)
         if side is not None and side % family.multiple:
-            parser.error(
-                f"argument --{name}: has to be divisible by {family.multiple} for {family.name.upper()}, but is {side}"
-            )
+            wanted = f"divisible by {family.multiple} for {family.name.upper()}"
+            parser.error(f"argument --{name}: has to be {wanted}, but is {side}")
 
 
 def text(value: str) -> str:

@@ -14,60 +14,36 @@ from __future__ import annotations
 import json
 import re
 
+# fmt: off
 SAMPLERS = {
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "dpm_2": "DPM2",
-    "dpm_2_ancestral": "DPM2 a",
-    "lms": "LMS",
-    "dpm_fast": "DPM fast",
-    "dpm_adaptive": "DPM adaptive",
-    "dpmpp_2s_ancestral": "DPM++ 2S a",
-    "dpmpp_sde": "DPM++ SDE",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "dpm_2": "DPM2", "dpm_2_ancestral": "DPM2 a",
+    "lms": "LMS", "dpm_fast": "DPM fast", "dpm_adaptive": "DPM adaptive", "dpmpp_2s_ancestral": "DPM++ 2S a",
+    "dpmpp_sde": "DPM++ SDE", "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m_sde": "DPM++ 3M SDE",
 }
+SCHEDULES = {
+    "karras": "Karras", "exponential": "Exponential", "polyexponential": "Polyexponential", "simple": "Simple",
+    "normal": "Normal", "sgm_uniform": "SGM Uniform", "ddim_uniform": "DDIM", "beta": "Beta",
+    "kl_optimal": "KL Optimal",
+}
+# the text's names, and those of the settings beside them in the picture
+NAMES = {
+    "Steps": "steps", "Sampler": "sampler", "Schedule type": "schedule", "Discard penultimate sigma": "discard",
+    "CFG scale": "guidance", "Distilled CFG Scale": "distilled", "Seed": "seed", "Size": "size", "Model": "model",
+    "ComfyUI": "comfy", "ComfyUI sampler": "alias", "Precision": "dtype", "Exact prompt": "exact_prompt",
+    "Exact negative prompt": "exact_negative_prompt",
+}
+# fmt: on
 ALIASES = {"ddim": "DDIM"} | {f"dpmpp_{sde}_gpu": SAMPLERS[f"dpmpp_{sde}"] for sde in ("sde", "2m_sde", "3m_sde")}
 # ComfyUI's name for a sampler of k-diffusion with an option, which has a label of its own in the web UI
 VARIANTS = {"dpmpp_2m_sde_heun": ("dpmpp_2m_sde", {"solver_type": "heun"})}
 LABELS = SAMPLERS | ALIASES | {"dpmpp_2m_sde_heun": "DPM++ 2M SDE Heun"}
 # For these the web UI makes one level more and drops the last but one. ComfyUI does the same for the first two.
 DISCARDING = ("dpm_2", "dpm_2_ancestral", "dpmpp_3m_sde")
-SCHEDULES = {
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "polyexponential": "Polyexponential",
-    "simple": "Simple",
-    "normal": "Normal",
-    "sgm_uniform": "SGM Uniform",
-    "ddim_uniform": "DDIM",
-    "beta": "Beta",
-    "kl_optimal": "KL Optimal",
-}
 # The web UI's "Automatic" is the sampler's own schedule. All other samplers have levels even in the trained timesteps,
 # which the web UI calls "Uniform" and ComfyUI "normal". So has a sampler's name without a schedule before version 1.9.
 AUTOMATIC = dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_ancestral", "dpm_2", "dpm_2_ancestral"), "karras")
 AUTOMATIC |= dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"), "exponential")
 EVEN = "normal"
-# the text's names, and those of the settings beside them in the picture
-NAMES = {
-    "Steps": "steps",
-    "Sampler": "sampler",
-    "Schedule type": "schedule",
-    "Discard penultimate sigma": "discard",
-    "CFG scale": "guidance",
-    "Distilled CFG Scale": "distilled",
-    "Seed": "seed",
-    "Size": "size",
-    "Model": "model",
-    "ComfyUI": "comfy",
-    "ComfyUI sampler": "alias",
-    "Precision": "dtype",
-    "Exact prompt": "exact_prompt",
-    "Exact negative prompt": "exact_negative_prompt",
-}
 _NEGATIVE = "Negative prompt:"
 # a sampler and a schedule, of which a node or an old version made one name; "rk_beta" of RES4LYF's is a sampler
 _IN_ONE = r"(.{3,}?)[ _](karras|(?:poly)?exponential|simple|normal|(?:sgm|ddim)[ _]?uniform|beta57|beta|kl[ _]optimal"
@@ -141,14 +117,11 @@ def read_pairs(text: str) -> tuple[list[str], dict[str, str]]:
 
 
 def _prompts(lines: list[str]) -> tuple[str, str]:
-    """The prompt and the negative one, as the web UI parts them: the latter's first line says so."""
-    texts: tuple[list[str], list[str]] = ([], [])
-    negative = False
-    for line in map(str.strip, lines):
-        if line.startswith(_NEGATIVE):
-            negative, line = True, line.removeprefix(_NEGATIVE).strip()
-        texts[negative].append(line)
-    return "\n".join(texts[False]).strip(), "\n".join(texts[True]).strip()
+    """The prompt and the negative one, divided as in the web UI: by the first line that says so."""
+    stripped = [line.strip() for line in lines]
+    first = next((i for i, line in enumerate(stripped) if line.startswith(_NEGATIVE)), len(lines))
+    negative = [line.removeprefix(_NEGATIVE).strip() for line in stripped[first:]]
+    return "\n".join(stripped[:first]).strip(), "\n".join(negative).strip()
 
 
 def _form(name: str) -> str:

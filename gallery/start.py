@@ -55,23 +55,20 @@ def _leave(*_: Any) -> None:
 def set_wait_policy(options: argparse.Namespace) -> None:
     """Before torch is imported: beside a busy process, torch's OpenMP threads sleep while they wait for each other.
 
-    By default they spin. That is the fastest between the short operations of a demo model while the cores are free, and
-    several times the slowest where another process wants the same cores (benchmarks/scripts.py). What the user has
-    set stays, and so does all for a real model where there is a GPU. Other systems than Linux are left as they are.
+    By default they spin, which is several times slower where another process wants the same cores
+    (benchmarks/scripts.py). What the user has set stays, and so do a real model's threads where there is a GPU.
     """
     gpu = any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg"))  # NVIDIA's, AMD's, in WSL
-    if (options.model == "demo" or options.device == "cpu" or not gpu) and not os.environ.keys() & WAITING:
-        if _running_processes() > 1:
-            os.environ["OMP_WAIT_POLICY"] = "passive"
-
-
-WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+    named = os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+    on_cpu = options.model == "demo" or options.device == "cpu" or not gpu
+    if on_cpu and not named and _running_processes() > 1:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def _running_processes() -> int:
-    """How many threads of this machine's processes run or are ready to, this one included: the median of five moments.
+    """The threads on this machine that run or are ready to, this one included: the median of five moments.
 
-    Not the load average, which takes a minute to follow. 0 where the system does not say.
+    The load average takes a minute to follow. 0 on other systems than Linux.
     """
     found = [0] * 5
     with contextlib.suppress(OSError):

@@ -15,22 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gallery.graph import (
-    KNOB,
-    LONGEST,
-    PASSED,
-    PIPE,
-    PLAIN,
-    SAMPLERS,
-    SETTINGS,
-    TEXTS,
-    Graph,
-    Unread,
-    idle,
-    is_sampler,
-    linked,
-    number_of,
-)
+from gallery import graph as graphs
+from gallery.graph import Graph, Unread, idle, linked, number_of
 from gallery.parameters import ALIASES, NAMES, read_pairs, read_parameters, schedule_name, split_sampler
 from gallery.pictures import read_settings
 
@@ -108,27 +94,20 @@ def _graph(text: str) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def _read_graph(graph: Graph, settings: Settings) -> None:
     nodes = graph.nodes
-    samplers = {name for name, (_, inputs) in nodes.items() if is_sampler(inputs)}
+    samplers = {name for name, (_, inputs) in nodes.items() if graphs.is_sampler(inputs)}
     sources = {linked(value) for _, inputs in nodes.values() for value in inputs.values()}
-    ends = [name for name in nodes if name not in sources and {*nodes[name][1]} & {*PASSED["latent"]}]
+    ends = [name for name in nodes if name not in sources and {*nodes[name][1]} & {*graphs.LATENT}]
     ends.sort(key=lambda name: ("preview" in nodes[name][0].lower(), "save" not in nodes[name][0].lower()))
     used = graph.before(ends)
     passes = [name for name in used if name in samplers] or sorted(samplers)
     if not passes:
         return
-    first = next((name for end in ends for name in graph.way([end, 0], "latent") if name in samplers), passes[0])
-    later = []
-    while True:  # to the pass whose latent no other made
-        way = graph.way([first, 0], "latent")
-        sampler = next((name for name in way if name in samplers and name != first), None)
-        if sampler is None or sampler in later:
-            break
-        later.append(first)
-        settings.unused.append(f"a later {nodes[first][0]}")
-        first = sampler
+    ways = ([name for name in graph.way([end, 0], "latent") if name in samplers] for end in [*ends, *passes])
+    *later, first = next(filter(None, ways))  # the last on the way up is the pass whose latent no other made
+    settings.unused += [f"a later {nodes[name][0]}" for name in later]
     settings.unused += [f"another {nodes[name][0]}" for name in passes if name not in (first, *later)]
     _read_sampler(graph, first, settings)
-    known, plain = samplers | graph.read | {*ends}, PLAIN | {*settings.unread.values()}
+    known, plain = samplers | graph.read | {*ends}, graphs.PLAIN | {*settings.unread.values()}
     for name in graph.before([first]) + used:
         kind, inputs = nodes[name]
         files = [value for key, value in inputs.items() if key.endswith("_name") and isinstance(value, str)]
@@ -147,15 +126,11 @@ def _family_of(model: str) -> str | None:
 
 def _read_sampler(graph: Graph, name: str, settings: Settings) -> None:
     """A sampler's own fields, and what its links lead to."""
-    kind, fields = graph.nodes[name]
-    values, links = settings.values, {key: value for key, value in fields.items() if linked(value)}
-    for part in links.keys() & {"guider", "noise", "sampler"}:
-        for node in graph.way(links[part], part):
-            fields = {**graph.nodes[node][1], **fields}
-    pipes = [linked(links[key]) for key in links if PIPE.search(key)]
-    piped = graph.before([node for node in pipes if node in graph.nodes])
-    for node in piped:
-        fields = {key: value for key, value in graph.nodes[node][1].items() if key in SETTINGS} | fields
+    kind, own = graph.nodes[name]
+    values, links, fields = settings.values, graphs.links_of(own), own
+    for part in ("guider", "noise", "sampler"):
+        for node in graph.way(own.get(part), part):
+            fields = graph.nodes[node][1] | fields
 
     def miss(setting: str, node: str) -> None:
         settings.unused.append(f"the {setting.replace('_', ' ')} could not be read ({node})")
@@ -205,36 +180,35 @@ def _read_sampler(graph: Graph, name: str, settings: Settings) -> None:
     for node in graph.way(fields.get("positive"), "conditioning", "positive"):
         if "guidance" not in values.keys() | settings.unread.keys():  # FLUX's, on the way to the text
             read("guidance", graph.number, graph.nodes[node][1].get("guidance"), "guidance", float)
-    for node in [*graph.way(fields.get("latent_image"), "latent"), *piped]:
+    for node in graph.way(fields.get("latent_image"), "latent"):
+        for key, value in graph.nodes[node][1].items():
+            side = key.removeprefix("empty_latent_")
+            if side in {"width", "height"} - {*values, *settings.unread}:
+                read(side, graph.number, value, side, int)
+    for node in graph.way(fields.get("model"), "model"):
         inputs = graph.nodes[node][1]
-        sides = next((s for s in ("", "empty_latent_") if {f"{s}width", f"{s}height"} <= inputs.keys()), None)
-        if sides is not None:
-            for side in ("width", "height"):
-                read(side, graph.number, inputs[sides + side], side, int)
-            break
-    for node in [*graph.way(fields.get("model"), "model"), *piped]:
-        for key in ("ckpt_name", "unet_name"):
-            if isinstance(file := graph.nodes[node][1].get(key), str):
-                values["model"] = file
-    own = {} if kind in SAMPLERS else graph.nodes[name][1]  # of others, what KSampler has not
-    for key, value in own.items():
-        if not (idle(value) or linked(value) or value in (0, -1) or key in SETTINGS or KNOB.search(key)):
+        if isinstance(file := inputs.get("ckpt_name", inputs.get("unet_name")), str):
+            values["model"] = file
+    for key, value in own.items() if kind not in graphs.SAMPLERS else ():  # what KSampler has not
+        plain = idle(value) or linked(value) or value in (0, -1) or graphs.KNOB.search(key)
+        if not plain and key not in graphs.SETTINGS | {"positive", "negative"}:
             settings.unused.append(f"{kind}'s {key} {str(value)[:40]}")
 
 
 def _levels(graph: Graph, node: str, inputs: dict[str, Any]) -> str:
-    """The levels of a node that makes them from numbers alone: KarrasScheduler and its kin, or a list of them."""
+    """The levels of a node that makes them from numbers alone, as KarrasScheduler does, or lists them."""
+    if isinstance(levels := inputs.get("sigmas"), str):
+        return ", ".join(re.findall(r"[0-9.]+(?:e[+-]?[0-9]+)?", levels))
     from sdxl_comfy_pipeline import sampling
 
-    if isinstance(listed := inputs.get("sigmas"), str):
-        levels = [float(level) for level in re.findall(r"[0-9.]+(?:e[+-]?[0-9]+)?", listed)]
-    else:
-        function = getattr(sampling, f"get_sigmas_{node.removesuffix('Scheduler').lower()}", None)
-        steps = graph.number(inputs.get("steps"), "steps", int)
-        if function is None or steps is None:
-            raise Unread(node)
-        names = inspect.signature(function).parameters.keys() & inputs.keys()
-        levels = function(min(steps, LONGEST), **{key: graph.number(inputs[key], key, float) for key in names}).tolist()
+    function = getattr(sampling, f"get_sigmas_{node.removesuffix('Scheduler').lower()}", None)
+    steps = graph.number(inputs.get("steps"), "steps", int)
+    if function is None or steps is None:
+        raise Unread(node)
+    numbers = {
+        key: graph.number(inputs[key], key, float) for key in inspect.signature(function).parameters if key in inputs
+    }
+    levels = function(min(steps, graphs.LONGEST), **numbers).tolist()
     return ", ".join(f"{level:.9g}" for level in levels)
 
 
@@ -247,11 +221,10 @@ def _read_prompt(graph: Graph, link: Any, side: str, settings: Settings) -> str 
         kind, inputs = graph.nodes[node]
         if kind == "ConditioningZeroOut":
             return ""
-        keys = [key for key in TEXTS if isinstance(inputs.get(key), str) or linked(inputs.get(key))]
+        keys = [key for key in graphs.TEXTS if isinstance(inputs.get(key), str) or linked(inputs.get(key))]
         keys += [side] * isinstance(inputs.get(side), str)
         if keys:
-            texts = [graph.text(inputs[key], "prompt") for key in keys]
-            if None in texts:
+            if None in (texts := [graph.text(inputs[key], "prompt") for key in keys]):
                 raise Unread(kind)
             first = next((text for text in texts if text), "")
             if "populated_text" not in keys:
@@ -261,23 +234,23 @@ def _read_prompt(graph: Graph, link: Any, side: str, settings: Settings) -> str 
 
 
 def _read_parameters(text: str, settings: Settings, whole: bool = False) -> None:
-    found, values = read_parameters(text), settings.values
+    """`whole`: the picture is of an older version of this project, which dropped no level and did not say so."""
+    found, others, values = read_parameters(text), read_pairs(text)[1], settings.values
     settings.comfy = "comfy" in found
-    names = {"prompt": "prompt", "negative_prompt": "negative_prompt", "model": "model"}
-    names |= {"sampler": "sampler_name", "schedule": "scheduler"}
-    values |= {name: found[old] for old, name in names.items() if old in found}
+    names = {"sampler": "sampler_name", "schedule": "scheduler"}
+    kept = {"prompt", "negative_prompt", "model", *names}
+    values |= {names.get(name, name): found[name] for name in kept & found.keys()}
     if values.get("scheduler") == "scheduler":
         del values["scheduler"]  # the pipeline's own
-    others = read_pairs(text)[1]
-    # `whole`: older versions of this project wrote no word of it, and dropped none
     if "discard" in found and not (whole and "Discard penultimate sigma" not in others):
         values["discard"] = True
-    settings.family = "flux" if "true_cfg" in found else _family_of(found.get("model", ""))
-    cfg, guidance = ("true_cfg", found.get("guidance")) if "true_cfg" in found else ("guidance", None)
-    numbers = {"seed": (found.get("seed"), int), "steps": (found.get("steps"), int), "cfg": (found.get(cfg), float)}
-    numbers |= {"denoise": (others.get("Denoising strength"), float), "guidance": (guidance, float)}
-    if any(name.startswith("Hires") for name in others):
-        del numbers["denoise"]  # of the second pass
+    flux = "true_cfg" in found
+    settings.family = "flux" if flux else _family_of(found.get("model", ""))
+    numbers: dict[str, Any] = {"seed": (found.get("seed"), int), "steps": (found.get("steps"), int)}
+    numbers["cfg"] = (found.get("true_cfg" if flux else "guidance"), float)
+    numbers["guidance"] = (found.get("guidance") if flux else None, float)
+    if not any(name.startswith("Hires") for name in others):  # or it is of the second pass
+        numbers["denoise"] = (others.get("Denoising strength"), float)
     values |= {name: read for name, given in numbers.items() if (read := number_of(*given)) is not None}
     if size := re.fullmatch(r"\s*(\d+)x(\d+)\s*", found.get("size", "")):
         values |= {"width": int(size[1]), "height": int(size[2])}

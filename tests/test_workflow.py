@@ -210,7 +210,7 @@ JOINED = [  # nodes that join texts, and what is drawn; None where that can't be
         "a fox, in snow",
     ),
     (node("JoinStringMulti", inputcount=2, string_1=FOX, string_2=SNOW, string_3="x", delimiter=""), "a foxin snow"),
-    (node("JoinStrings", string1=FOX, string2="", delimiter="-"), "a fox-"),
+    (node("JoinStrings", string1=FOX, string2="", delimiter="-"), None),  # other such nodes leave empty texts out
     (node("StringConcatenate", string_a=FOX, string_b=SNOW, delimiter=" "), "a fox in snow"),
     (node("StringConcatenate", string_b=SNOW, string_a="none", delimiter=""), "nonein snow"),
     (
@@ -218,10 +218,7 @@ JOINED = [  # nodes that join texts, and what is drawn; None where that can't be
         "x\na fox",
     ),
     (node("CR Text Concatenate", separator=" / ", text1=FOX, text2=SNOW), "a fox / in snow"),
-    (
-        node("StringFunction|pysssss", action="append", tidy_tags="yes", text_a=FOX, text_b="", text_c=SNOW),
-        "a fox, in snow",
-    ),
+    (node("StringFunction|pysssss", action="append", tidy_tags="yes", text_a=FOX, text_b="", text_c=SNOW), None),
     (
         node("ImpactWildcardProcessor", wildcard_text="a {fox|cat}", populated_text="a cat", mode="populate", seed=1),
         "a cat",
@@ -301,17 +298,6 @@ CUSTOM = {"noise": ["20", 0], "guider": ["21", 0], "sampler": ["22", 0], "sigmas
 EVEN = {"23": node("BasicScheduler", scheduler="beta", steps=9, denoise=1.0)}
 PARTS = {"20": node("RandomNoise", noise_seed=1), "22": node("KSamplerSelect", sampler_name="euler")}
 PARTS |= {"21": node("CFGGuider", model=["4", 0], positive=["6", 0], negative=["7", 0], cfg=3.0)}
-PIPED = {
-    "20": node(
-        "easy fullLoader",
-        ckpt_name="sd_xl_base_1.0.safetensors",
-        positive="a bottle",
-        negative="watermark",
-        empty_latent_width=832,
-        empty_latent_height=1216,
-        lora_name="None",
-    )
-}
 EXPONENTIAL = "10, 3.1623, 1, 0.31623, 0.1, 0"  # even in the logarithm, which "exponential" is
 DRAWN = [  # samplers' nodes and what they need, and how their settings differ from `SAMPLER`
     (node("KSampler (Efficient)", **SAMPLER, **LINKS, preview_method="auto", vae_decode="true"), {}, {}),
@@ -323,7 +309,6 @@ DRAWN = [  # samplers' nodes and what they need, and how their settings differ f
      {"sampler_name": "euler_ancestral"}),
     (node("KSampler", **SAMPLER | {"sampler_name": "res_multistep_sgm_uniform", "scheduler": None}, **LINKS), {},
      {"sampler_name": "res_multistep", "scheduler": "sgm_uniform"}),
-    (node("easy preSampling", **SAMPLER, pipe=["20", 0]), PIPED, {}),
     (node("SamplerCustomAdvanced", **CUSTOM), PARTS | EVEN, {}),
     (node("SamplerCustomAdvanced", **CUSTOM),
      PARTS | {"23": node("ExponentialScheduler", steps=5, sigma_max=10.0, sigma_min=0.1)},
