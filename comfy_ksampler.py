@@ -94,18 +94,18 @@ def ksampler(
         if not isinstance(comfy := _comfyui(), ImportError):
             theirs = comfy.samplers.sampler_object(sampler_name)
             function = functools.partial(theirs.sampler_function, **theirs.extra_options)
-            white_before = on_cpu and noise != "today" and sampler_name in SAMPLERS and not brownian
-            return call | {"sampler": comfy_sampler(function, pipe, width, height, seed - white_before, cfg)}
+            before = on_cpu and noise != "today" and sampler_name in SAMPLERS and not brownian
+            return call | {"sampler": comfy_sampler(function, pipe, width, height, seed - before, cfg)}
         if sampler_name in OWN:
             raise ImportError(f"`sampler_name`: {sampler_name!r} is ComfyUI's own, and {comfy}")
         warnings.warn(f"{sampler_name} is k-diffusion's, {FLUX_APART[sampler_name]} off, as {comfy}", stacklevel=2)
-    of_steps = torch.Generator(device).manual_seed((seed + (on_cpu and noise == "today")) % 2**64)
+    generator_of_steps = torch.Generator(device).manual_seed((seed + (on_cpu and noise == "today")) % 2**64)
 
-    def draw(*of_step: torch.Tensor) -> torch.Tensor:
-        return torch.randn(latents.shape, generator=of_steps, dtype=torch.float32, device=device)
+    def white(*of_step: torch.Tensor) -> torch.Tensor:
+        return torch.randn(latents.shape, generator=generator_of_steps, dtype=torch.float32, device=device)
 
-    if brownian:
-        draw = _brownian_noise(latents.shape, device, device if "_gpu" in sampler_name else "cpu", sigmas, seed)
+    on = device if sampler_name.endswith("_gpu") else "cpu"
+    draw = _brownian_noise(latents.shape, device, on, sigmas, seed) if brownian else white
     call |= {"sampler": sampler_name.removesuffix("_gpu"), "sampler_kwargs": {"noise_sampler": draw}}
     if flow:
         in_t = {"noise_sampler": lambda *sigmas: sampling.packed(draw(*(sigma / (1 + sigma) for sigma in sigmas)))}
@@ -126,8 +126,8 @@ def levels(
     if steps < 1 or not 0 < denoise <= 1:
         raise ValueError(f"`steps` has to be at least 1, `denoise` above 0 and at most 1: {steps}, {denoise}")
     part, sampling = denoise <= 0.9999, model_sampling(pipe, width, height)
-    loaded = getattr(sys.modules.get("comfy.samplers"), "KSampler", None)  # custom nodes add to it
-    skipping = sampler_name in getattr(loaded, "DISCARD_PENULTIMATE_SIGMA_SAMPLERS", SKIPPING)
+    loaded = getattr(sys.modules.get("comfy.samplers"), "KSampler", None)  # custom nodes add to its names
+    skipping = sampler_name in (*SKIPPING, *getattr(loaded, "DISCARD_PENULTIMATE_SIGMA_SAMPLERS", ()))
     count = skipping + (int(steps / denoise) if part else steps)
     with torch.device("cpu"):
         if scheduler in SCHEDULERS:

@@ -23,7 +23,7 @@ for config in (SDXL, Flux):
 
 functions = ON_BOTH | ON_FLUX
 KSampler = SimpleNamespace(SAMPLERS=["euler", *functions], SCHEDULERS=["simple"])
-KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS = {"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"}
+KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS = {"dpm_2"}
 SCHEDULER_HANDLERS = {}
 
 
