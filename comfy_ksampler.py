@@ -230,8 +230,8 @@ class _Model:
 
     def __init__(self, model: Callable, sampling: Any, cfg: Any):
         base = SimpleNamespace(model_sampling=sampling)
-        patcher = SimpleNamespace(model=base, get_model_object=functools.partial(getattr, base))
-        self.inner_model = SimpleNamespace(inner_model=base, model_patcher=patcher, cfg=cfg)
+        patcher = SimpleNamespace(model=base, model_options={}, get_model_object=functools.partial(getattr, base))
+        self.inner_model = SimpleNamespace(inner_model=base, model_patcher=patcher, model_options={}, cfg=cfg)
         self.model, self.sampling, self.cfg = model, sampling, cfg
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, model_options: Any = None, **kwargs: Any) -> torch.Tensor:
@@ -273,9 +273,9 @@ def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -
             return torch.cat([(sides or [guided])[side] for side in wanted])
 
     class Guider(comfy.samplers.CFGGuider):
-        def predict_noise(self, x, timestep, model_options, seed=None):
-            asked = {name for name, value in model_options.items() if value} - {"transformer_options"}
-            if not asked and not model_options.get("transformer_options", {}).get("wrappers"):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            asked = {name: value for name, value in (model_options or {}).items() if value}
+            if not asked.pop("transformer_options", {}).get("wrappers") and not asked:
                 return ours(x, timestep)
             ours.last = timestep[0], super().predict_noise(x, timestep, model_options, seed)
             return ours.last[-1]
@@ -496,7 +496,7 @@ def _sizes(pipe: Any, width: int, height: int) -> tuple[int, int, int, int]:
     if patch == 1:
         default = scale * pipe.unet.config.get("sample_size", 128)
     else:  # FLUX's autoencoder says; others draw 1024
-        default = getattr(getattr(pipe.vae, "config", None), "sample_size", 1024)
+        default = getattr(getattr(getattr(pipe, "vae", None), "config", None), "sample_size", 1024)
     width, height = width or default, height or default
     rows, columns = (patch * (side // (patch * scale)) for side in (height, width))
     return width, height, rows, columns
