@@ -233,6 +233,7 @@ class _Model:
         patcher = SimpleNamespace(model=base, model_options={}, get_model_object=functools.partial(getattr, base))
         self.inner_model = SimpleNamespace(inner_model=base, model_patcher=patcher, model_options={}, cfg=cfg)
         self.model, self.sampling, self.cfg = model, sampling, cfg
+        self.last: Any = None
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, model_options: Any = None, **kwargs: Any) -> torch.Tensor:
         functions = (model_options or {}).get("sampler_post_cfg_function", [])
@@ -255,8 +256,13 @@ class _Model:
         return [guided, *(one + (guided - one) / self.cfg for one in negative), *negative]
 
     def call_back(self, callback: Callable, info: dict[str, Any]) -> None:
-        """Packed, with the step's x where the function tells its first one (ipndm, deis), and with sigma (uni_pc)."""
-        (sigma, denoised), pack = self.last, self.sampling.packed
+        """Packed, with the step's x where the function tells its first one (ipndm, deis), and with sigma (uni_pc).
+
+        Once per evaluation: RES4LYF's functions report the last one twice.
+        """
+        if self.last is None:
+            return
+        (sigma, denoised), pack, self.last = self.last, self.sampling.packed, None
         x = self.packed if info["denoised"] is denoised else pack(info["x"])
         callback({"sigma": sigma, "sigma_hat": sigma, **info, "x": x, "denoised": pack(info["denoised"])})
 

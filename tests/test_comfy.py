@@ -607,7 +607,7 @@ def test_levels_fall_at_every_step_count(pipes, scheduler):
             assert len(sigmas) == steps + 1 or scheduler in ("beta", "ddim_uniform") or steps > 1000
 
 
-FLOWS = dict.fromkeys(["sd3_text", "wan", "z_image", "sana"], 3.0)
+FLOWS = dict.fromkeys(["sd3_text", "wan_text", "z_image", "sana"], 3.0)
 FLOWS |= {"chroma": 1.0, "qwen_text": math.exp(0.5), "ltx": 2.5}
 
 
