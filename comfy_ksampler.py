@@ -264,6 +264,7 @@ class _Model:
             return
         (sigma, denoised), pack, self.last = self.last, self.sampling.packed, None
         x = self.packed if info["denoised"] is denoised else pack(info["x"])
+        sigma = info.get("sigma", sigma)  # of the step's beginning, which a function of more evaluations reports
         callback({"sigma": sigma, "sigma_hat": sigma, **info, "x": x, "denoised": pack(info["denoised"])})
 
 
