@@ -4,7 +4,7 @@
     settings = {"seed": 42, "steps": 20, "cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
     image = pipe("an astronaut", negative_prompt="", **ksampler(pipe, **settings)).images[0]
 
-This file works alone beside a pipeline's: it needs torch, scipy and k-diffusion, and ComfyUI for what it alone has.
+It works alone beside a pipeline's file, and needs ComfyUI for what ComfyUI alone has.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ OWN = """euler_cfg_pp euler_ancestral_cfg_pp heunpp2 exp_heun_2_x0 exp_heun_2_x0
     res_multistep_cfg_pp res_multistep_ancestral res_multistep_ancestral_cfg_pp gradient_estimation
     gradient_estimation_cfg_pp er_sde seeds_2 seeds_3 sa_solver sa_solver_pece uni_pc uni_pc_bh2""".split()
 SAMPLERS = (*SAME, *FLUX_APART, *OWN)
-_EMPTY: dict[str, Any] = {}
-ON_PATH = "put ComfyUI's folder on the path, PYTHONPATH=..., and install its requirements"
 SKIPPING = ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2")  # one level more, without the last but one
 
 
@@ -60,9 +58,8 @@ def ksampler(
 ) -> dict[str, Any]:
     """The arguments of `pipe(prompt, negative_prompt="", **ksampler(pipe, ...))` for the fields of a KSampler node.
 
-    `cfg` is SDXL's guidance and FLUX's true CFG, whose distilled guidance is the call's `guidance_scale`. The function
-    is ComfyUI's where k-diffusion's differs. `denoise` is the share of the levels that is run over `latent_image`, by
-    default zeros: (b, channels, height / 8, width / 8), unpacked on FLUX, scaled and shifted as the network has them.
+    `cfg` is SDXL's guidance and FLUX's true CFG. `denoise` is the share of the levels that is run over `latent_image`,
+    zeros by default: (b, channels, height / 8, width / 8), unpacked on FLUX, scaled and shifted as the network has it.
     `noise` is "today", or "before 0.7", when ComfyUI drew a CPU's white step noise from the seed, not from seed + 1.
     ValueError: something is unknown or out of range. ImportError: ComfyUI is needed but absent.
     """
@@ -76,95 +73,96 @@ def ksampler(
     if latent_image is not None:
         height, width = (pipe.vae_scale_factor * side for side in latent_image.shape[-2:])
     width, height, *sides = _sizes(pipe, width, height)
-    flow = {"parameterization": "flow"} if hasattr(pipe, "transformer") else {}
-    channels = pipe.transformer.config.in_channels // 4 if flow else pipe.unet.config.in_channels
-    latent_image = torch.zeros(batch_size, channels, *sides, device="cpu") if latent_image is None else latent_image
-    model, device = model_sampling(pipe, width, height), pipe._execution_device
+    flow, sampling, device = hasattr(pipe, "transformer"), model_sampling(pipe, width, height), pipe._execution_device
+    if latent_image is None:
+        channels = pipe.transformer.config.in_channels // 4 if flow else pipe.unet.config.in_channels
+        latent_image = torch.zeros(batch_size, channels, *sides, device="cpu")
     sigmas = levels(pipe, scheduler, steps, denoise, width, height, sampler_name)
-    generator, highest = torch.Generator("cpu").manual_seed(seed), bool(sigmas[0] >= model.sigma_max * (1 - 1e-5))
+    generator = torch.Generator("cpu").manual_seed(seed)
     unit = torch.randn(latent_image.shape, generator=generator, dtype=torch.float32, device="cpu")
-    latents = model.noise_scaling(sigmas[0], unit, latent_image.float().cpu(), highest)
+    highest = bool(sigmas[0] >= sampling.sigma_max * (1 - 1e-5))
+    latents = sampling.noise_scaling(sigmas[0], unit, latent_image.float().cpu(), highest)
     call = {"schedule": sigmas, "num_inference_steps": len(sigmas) - 1, "num_images_per_prompt": len(latents)}
-    call |= {"latents": model.packed(latents), "generator": generator, "width": width, "height": height}
-    guidance = max(cfg, 1 + 2**-23) if "cfg_pp" in sampler_name else cfg  # these look at the negative prompt at 1 too
-    call |= {"true_cfg_scale": guidance} if flow else {"guidance_scale": guidance, "quantize_timesteps": True}
+    call |= {"latents": sampling.packed(latents), "generator": generator, "width": width, "height": height}
+    call |= {"parameterization": "flow"} if flow else {"quantize_timesteps": True}
+    # the cfg_pp samplers look at the negative prompt at 1, too
+    call["true_cfg_scale" if flow else "guidance_scale"] = max(cfg, 1 + 2**-23) if "cfg_pp" in sampler_name else cfg
     if sampler_name in SAME:
-        own_end = sampler_name in ("lms", "dpm_fast", "dpm_adaptive")
-        return call | flow | {"sampler": (_ending_as_there if own_end else str)(sampler_name.replace("ddim", "euler"))}
-    seed_of_steps = seed + (noise == "today" and device.type == "cpu")
-    step_generator = torch.Generator(device).manual_seed(seed_of_steps % 2**64)
+        return call | {"sampler": _ending_as_there(sampler_name.replace("ddim", "euler"))}
+    brownian, on_cpu = sampler_name.startswith("dpmpp") and "_sde" in sampler_name, device.type == "cpu"
+    if flow or sampler_name not in FLUX_APART:
+        if not isinstance(comfy := _comfyui(), ImportError):
+            theirs = comfy.samplers.sampler_object(sampler_name)
+            function = functools.partial(theirs.sampler_function, **theirs.extra_options)
+            before = on_cpu and noise != "today" and sampler_name in SAMPLERS and not brownian
+            return call | {"sampler": comfy_sampler(function, pipe, width, height, seed - before, cfg)}
+        if sampler_name in OWN:
+            raise ImportError(f"`sampler_name`: {sampler_name!r} is ComfyUI's own, and {comfy}")
+        warnings.warn(f"{sampler_name} is k-diffusion's, {FLUX_APART[sampler_name]} off, as {comfy}", stacklevel=2)
+    generator_of_steps = torch.Generator(device).manual_seed((seed + (on_cpu and noise == "today")) % 2**64)
 
-    def white(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        return torch.randn(latents.shape, generator=step_generator, dtype=torch.float32, device=device)
+    def white(*of_step: torch.Tensor) -> torch.Tensor:
+        return torch.randn(latents.shape, generator=generator_of_steps, dtype=torch.float32, device=device)
 
-    brownian = sampler_name.startswith("dpmpp") and "_sde" in sampler_name
-    comfy = _comfyui() if flow or sampler_name not in FLUX_APART else None
-    if isinstance(comfy, ModuleType):
-        theirs = comfy.samplers.sampler_object(sampler_name)
-        function = functools.partial(theirs.sampler_function, **theirs.extra_options)
-        if noise != "today" and not brownian and "noise_sampler" in inspect.signature(function).parameters:
-            function = functools.partial(function, noise_sampler=white)
-        return call | flow | {"sampler": comfy_sampler(function, pipe, width, height, seed, cfg)}
-    what_to_do = f"{comfy}: {ON_PATH}"
-    if sampler_name in OWN:
-        raise ImportError(f"`sampler_name`: {sampler_name!r} is ComfyUI's own, and {what_to_do}")
     on = device if sampler_name.endswith("_gpu") else "cpu"
     draw = _brownian_noise(latents.shape, device, on, sigmas, seed) if brownian else white
     call |= {"sampler": sampler_name.removesuffix("_gpu"), "sampler_kwargs": {"noise_sampler": draw}}
-    if not flow:
-        return call
-    warnings.warn(f"{sampler_name} is k-diffusion's, {FLUX_APART[sampler_name]} off, as {what_to_do}", stacklevel=2)
-    in_t = {"noise_sampler": lambda *sigmas: model.packed(draw(*(sigma / (1 + sigma) for sigma in sigmas)))}
-    return call | {"parameterization": "ve", "sampler_kwargs": in_t}
+    if flow:
+        in_t = {"noise_sampler": lambda *sigmas: sampling.packed(draw(*(sigma / (1 + sigma) for sigma in sigmas)))}
+        call |= {"parameterization": "ve", "sampler_kwargs": in_t}
+    return call
 
 
 def levels(
     pipe: Any, scheduler: Any, steps: int, denoise: float = 1.0, width: int = 0, height: int = 0, sampler_name: str = ""
 ) -> torch.Tensor:
-    """ComfyUI's noise levels by its nine names (`SCHEDULERS`) or a custom node's, for `schedule=` of a call.
+    """ComfyUI's levels by name, for `schedule=` of a call: float32, on the CPU, falling to zero; sigmas, a flow's t.
 
-    They are sigmas, a flow model's t: of shape (steps + 1,), falling to zero, float32, on the CPU. As in ComfyUI, some
-    have fewer or more steps than asked for. `pipe` is any that `model_sampling` knows; FLUX's size counts.
+    As in ComfyUI, some names make fewer or more than `steps` + 1. `pipe` is any that `model_sampling` knows.
     """
     if not isinstance(scheduler, str):  # the levels themselves, as ComfyUI's nodes make them from numbers
         return torch.tensor(scheduler, dtype=torch.float32, device="cpu")
     _check("scheduler", scheduler, SCHEDULERS)
     if steps < 1 or not 0 < denoise <= 1:
         raise ValueError(f"`steps` has to be at least 1, `denoise` above 0 and at most 1: {steps}, {denoise}")
-    part, sampling, own = denoise <= 0.9999, model_sampling(pipe, width, height), sampler_name in ("", *SAMPLERS)
-    skipping = sampler_name in (SKIPPING if own else _comfyui().samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS)
+    part, sampling = denoise <= 0.9999, model_sampling(pipe, width, height)
+    loaded = getattr(sys.modules.get("comfy.samplers"), "KSampler", None)  # custom nodes add to its names
+    skipping = sampler_name in (*SKIPPING, *getattr(loaded, "DISCARD_PENULTIMATE_SIGMA_SAMPLERS", ()))
     count = skipping + (int(steps / denoise) if part else steps)
     with torch.device("cpu"):
-        if ours := SCHEDULERS.get(scheduler):
-            falling = torch.nn.functional.pad(ours(count, sampling).unique_consecutive(), (0, 1))
+        if scheduler in SCHEDULERS:
+            falling = torch.nn.functional.pad(SCHEDULERS[scheduler](count, sampling).unique_consecutive(), (0, 1))
         else:
             falling = _comfyui().samplers.calculate_sigmas(sampling, scheduler, count).float().cpu()
         falling = torch.cat([falling[:-2], falling[-1:]]) if skipping else falling
-        return falling[-steps - 1 if part else 0 :]
+    return falling[-steps - 1 :] if part else falling
 
 
 def names() -> tuple[list[str], list[str]]:
     """All samplers and schedulers: `SAMPLERS` and `SCHEDULERS`, ComfyUI's, and those of the custom nodes loaded."""
-    theirs = getattr(_comfyui(), "samplers", SimpleNamespace(KSampler=SimpleNamespace(SAMPLERS=[], SCHEDULERS=[])))
-    schedulers = [*SCHEDULERS, *theirs.KSampler.SCHEDULERS, *getattr(theirs, "SCHEDULER_HANDLERS", [])]
-    return list(dict.fromkeys([*SAMPLERS, *theirs.KSampler.SAMPLERS])), list(dict.fromkeys(schedulers))
+    samplers, schedulers = [*SAMPLERS], [*SCHEDULERS]
+    if not isinstance(comfy := _comfyui(), ImportError):
+        samplers += comfy.samplers.KSampler.SAMPLERS
+        schedulers += [*comfy.samplers.KSampler.SCHEDULERS, *getattr(comfy.samplers, "SCHEDULER_HANDLERS", [])]
+    return list(dict.fromkeys(samplers)), list(dict.fromkeys(schedulers))
 
 
 def load_custom_nodes(*nodes: str | Path) -> None:
     """Loads custom nodes, names in ComfyUI's folder `custom_nodes` or paths, so that what they add has names here.
 
-    No server runs and no port is opened. What is loaded is a copy in a temporary folder, to which the nodes write, too.
+    No server runs, no port is opened, and a copy in a temporary folder is loaded, into which the nodes write.
     ImportError: ComfyUI or a node can't be imported, with its own message. ValueError: there is no such node.
     """
     if isinstance(comfy := _comfyui(), ImportError):
-        raise ImportError(f"custom nodes need ComfyUI, but {comfy}: {ON_PATH}")
+        raise ImportError(f"custom nodes need ComfyUI, but {comfy}")
     folder, scratch = _folders()
     for node in map(str, nodes):
         source = (folder / node if (folder / node).exists() else Path(node)).resolve()
         if not source.exists():
             there = ", ".join(sorted(path.name for path in folder.iterdir()))
             raise ValueError(f"custom node {node!r} is no path, and not in {folder}, which has {there}")
-        copy, name = Path(scratch.name, "custom_nodes", source.name), f"custom_nodes.{source.stem.replace('.', '_x_')}"
+        name = f"custom_nodes.{source.name.removesuffix('.py').replace('.', '_x_')}"  # as ComfyUI names it
+        copy = Path(scratch.name, "custom_nodes", source.name)
         if name in sys.modules:
             continue
         if source.is_dir():
@@ -187,8 +185,7 @@ def _folders() -> tuple[Path, Any]:
     args, scratch = _comfyui().cli_args.args, tempfile.TemporaryDirectory(prefix="comfy_ksampler-")
     folder = Path(args.base_directory or Path(_comfyui().samplers.__file__).parents[1], "custom_nodes")
     args.base_directory = args.front_end_root = scratch.name
-    for name in ("custom_nodes", "user"):
-        Path(scratch.name, name).mkdir()
+    Path(scratch.name, "custom_nodes").mkdir()
     if importlib.util.find_spec("server"):
         server = importlib.import_module("server").PromptServer
         server.instance = getattr(server, "instance", None) or server(None)
@@ -200,34 +197,27 @@ def comfy_sampler(
 ) -> Callable:
     """A sampler for `pipe(sampler=...)` of a function written for ComfyUI, its own or a custom node's, run as it is.
 
-    Where ComfyUI can be imported, the function's `model` is made of its classes around the pipeline's denoiser;
-    elsewhere it has what ComfyUI's own functions look up. On FLUX the function sees unpacked latents, of this width and
-    height, and t for sigma: call with parameterization="flow". With a seed it makes its own noise; without one its
-    `noise_sampler` is the pipeline's. `cfg` is the call's, for functions that ask for the prediction without guidance.
+    `model` is made of ComfyUI's classes around the pipeline's denoiser, or without ComfyUI of what its own functions
+    look up. On FLUX they see t, latents unpacked to this width and height: call with parameterization="flow". With a
+    seed the function makes its own noise, without one its `noise_sampler` is the pipeline's. The call's `cfg` is for
+    functions that ask for the prediction without guidance.
     """
     comfy, sampling = _comfyui(), model_sampling(pipe, width, height)
+    flow = isinstance(sampling, Flow)
 
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        ours = _Model(model, sampling, cfg or (None if flow else getattr(pipe, "_guidance_scale", None)))
+        x, at = sampling.unpacked(x), sigmas.to(x.device, copy=True)  # uni_pc writes into the levels
+        surface, given = (ours, {}) if isinstance(comfy, ImportError) else _comfyuis(comfy, ours, x, at)
         if draw := options.get("noise_sampler"):
             options["noise_sampler"] = lambda *sigmas: sampling.unpacked(draw(*sigmas))
-        ours = _Model(
-            model, sampling, cfg or (not isinstance(sampling, Flow) and getattr(pipe, "_guidance_scale", None))
-        )
-        surface, given, at = (
-            ours,
-            {"model_options": {}},
-            sigmas.to(x.device, copy=True),
-        )  # uni_pc writes into the levels
-        if not isinstance(comfy, ImportError):
-            surface, given = _comfyuis(comfy, ours, sampling.unpacked(x), at)
-        options |= {"extra_args": {**given, "seed": seed, **(extra_args or {})}, "disable": disable}
         options["callback"] = callback and functools.partial(ours.call_back, callback)
+        given = {"model_options": {}, "seed": seed, **given, **(extra_args or {})}
         with torch.random.fork_rng(range(torch.cuda.device_count()), seed is not None):
             if seed is not None:  # as ComfyUI leaves torch's generators: seeded, and past the initial noise
                 torch.randn(x.numel(), generator=torch.manual_seed(seed), dtype=torch.float32, device="cpu")
-            x = function(surface, sampling.unpacked(x), at, **options).to(x.dtype)
-        whole = isinstance(sampling, Flow) and sigmas[-1] == 0
-        return sampling.packed(x / (1 - at[-1]) if whole else x)  # as in ComfyUI: by 0.999 after uni_pc
+            x = function(surface, x, at, extra_args=given, disable=disable, **options).to(x.dtype)
+        return sampling.packed(x / (1 - at[-1]) if flow and sigmas[-1] == 0 else x)  # by 0.999 after uni_pc, as there
 
     sampler.__name__ = getattr(getattr(function, "func", function), "__name__", "sampler")
     taken = [p for p in inspect.signature(function).parameters.values() if seed is None or p.name != "noise_sampler"]
@@ -240,9 +230,10 @@ class _Model:
 
     def __init__(self, model: Callable, sampling: Any, cfg: Any):
         base = SimpleNamespace(model_sampling=sampling)
-        patcher = SimpleNamespace(model=base, model_options={}, get_model_object=lambda name: getattr(base, name))
+        patcher = SimpleNamespace(model=base, model_options={}, get_model_object=functools.partial(getattr, base))
         self.inner_model = SimpleNamespace(inner_model=base, model_patcher=patcher, model_options={}, cfg=cfg)
         self.model, self.sampling, self.cfg = model, sampling, cfg
+        self.last: Any = None
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, model_options: Any = None, **kwargs: Any) -> torch.Tensor:
         functions = (model_options or {}).get("sampler_post_cfg_function", [])
@@ -265,9 +256,15 @@ class _Model:
         return [guided, *(one + (guided - one) / self.cfg for one in negative), *negative]
 
     def call_back(self, callback: Callable, info: dict[str, Any]) -> None:
-        """Packed, with the step's x where the function tells its first one (ipndm, deis), and with sigma (uni_pc)."""
-        (sigma, denoised), pack = self.last, self.sampling.packed
+        """Packed, with the step's x where the function tells its first one (ipndm, deis), and with sigma (uni_pc).
+
+        Once per evaluation: RES4LYF's functions report the last one twice.
+        """
+        if self.last is None:
+            return
+        (sigma, denoised), pack, self.last = self.last, self.sampling.packed, None
         x = self.packed if info["denoised"] is denoised else pack(info["x"])
+        sigma = info.get("sigma", sigma)  # of the step's beginning, which a function of more evaluations reports
         callback({"sigma": sigma, "sigma_hat": sigma, **info, "x": x, "denoised": pack(info["denoised"])})
 
 
@@ -276,16 +273,16 @@ def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -
     sampling, flow = ours.sampling, isinstance(ours.sampling, Flow)
 
     class Model(comfy.model_base.BaseModel):
-        def _apply_model(self, x, t, concat=None, context=None, control=None, transformer_options=_EMPTY, **kwargs):
+        def _apply_model(self, x, t, concat, context, control, transformer_options, **kwargs):
             wanted = transformer_options.get("cond_or_uncond", [0])  # 0 for the prompt, 1 for the negative prompt
             x, sigma = x.chunk(len(wanted))[0], t.chunk(len(wanted))[0]
-            sides = ours.predict(x, sigma, both=wanted != [0] or ours.cfg != 1)
-            return torch.cat([sides[-2:][side] for side in wanted])
+            guided, *sides = ours.predict(x, sigma, both=wanted != [0] or ours.cfg != 1)
+            return torch.cat([(sides or [guided])[side] for side in wanted])
 
     class Guider(comfy.samplers.CFGGuider):
-        def predict_noise(self, x, timestep, model_options=_EMPTY, seed=None):
-            asked = {name for name, value in model_options.items() if value} - {"transformer_options"}
-            if not asked and not model_options.get("transformer_options", {}).get("wrappers"):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            asked = {name: value for name, value in (model_options or {}).items() if value}
+            if not asked.pop("transformer_options", {}).get("wrappers") and not asked:
                 return ours(x, timestep)
             ours.last = timestep[0], super().predict_noise(x, timestep, model_options, seed)
             return ours.last[-1]
@@ -314,32 +311,34 @@ def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -
 
 
 def _comfyui() -> Any:
-    """ComfyUI's package `comfy`, or why it can't be imported. Without a GPU it needs its option --cpu."""
+    """ComfyUI's package `comfy`, or an ImportError that says what to do. Without a GPU it needs its option --cpu."""
     try:
         sys.dont_write_bytecode |= importlib.util.find_spec("comfy") is not None  # into ComfyUI's folder
         importlib.import_module("comfy.cli_args").args.cpu |= not torch.accelerator.is_available()
         importlib.import_module("comfy.samplers")
         return importlib.import_module("comfy.supported_models") and sys.modules["comfy"]
     except ImportError as error:
-        return error
+        return ImportError(f"{error}: put ComfyUI's folder on the path, PYTHONPATH=..., and install its requirements")
 
 
-def _ending_as_there(name: str) -> Callable:
-    """k-diffusion's lms with x0 for its last step, or dpm_fast, dpm_adaptive to the lowest positive level, as there."""
-    function = getattr(k_diffusion(), f"sample_{name}")
+def _ending_as_there(name: str) -> str | Callable:
+    """lms with x0 for its last step; dpm_fast and dpm_adaptive to the lowest positive level; the others as they are."""
 
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        options, sigma = {"extra_args": extra_args, "callback": callback, "disable": disable}, sigmas[-2]
+        function, positive = getattr(k_diffusion(), f"sample_{name}"), sigmas[sigmas > 0]
+        options = {"extra_args": extra_args, "callback": callback, "disable": disable}
         if name != "lms":
             steps = [len(sigmas) - 1] if name == "dpm_fast" else []
-            return function(model, x, sigma.item(), sigmas[0].item(), *steps, **options)
-        x = function(model, x, sigmas[:-1], **options)
+            return function(model, x, positive[-1].item(), positive[0].item(), *steps, **options)
+        x, sigma = function(model, x, positive, **options), positive[-1]
+        if len(positive) == len(sigmas):
+            return x
         denoised = model(x, sigma * x.new_ones([len(x)]))
         if callback is not None:
-            callback({"x": x, "i": len(sigmas) - 2, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+            callback({"x": x, "i": len(positive) - 1, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
         return denoised
 
-    return sampler
+    return sampler if name in ("lms", "dpm_fast", "dpm_adaptive") else name
 
 
 @functools.cache
@@ -357,12 +356,12 @@ def _brownian_noise(shape: tuple[int, ...], device: Any, on: Any, sigmas: torch.
     positive = sigmas[sigmas > 0]
     ends = positive[-1].to(on), positive[0].to(on)
     tree = k_diffusion().BrownianTreeNoiseSampler(torch.zeros(shape, device=on), *ends, seed)
-    rounded = [round(end.item(), 6) for end in ends]  # as torchsde does, which warns of times beyond
+    low, high = (round(end.item(), 6) for end in ends)  # as torchsde does, which warns of times beyond
 
     def noise_sampler(*of_step: torch.Tensor) -> torch.Tensor:
         # dpmpp_sde asks for exp(log(sigma)), ComfyUI's for sigma: the tree tells their last digits apart
         times = (next((s for s in positive if abs(s - sigma) < 1e-6 * s), sigma) for sigma in of_step)
-        return tree(*(torch.as_tensor(time).double().cpu().clamp(*rounded) for time in times)).to(device)
+        return tree(*(torch.as_tensor(time).double().cpu().clamp(low, high) for time in times)).to(device)
 
     return noise_sampler
 
@@ -380,9 +379,8 @@ class Discrete:
             alphas = alphas_cumprod.sqrt()
             alphas_cumprod = ((alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))) ** 2
             alphas_cumprod[-1] = 4.8973451890853435e-08  # ComfyUI's, in place of the zero: sigma is 4518.76
-        sigmas = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
-        self.exact, self.prediction_type = sigmas, config.get("prediction_type")
-        self.sigmas, self.log_sigmas = sigmas.float(), sigmas.log().float()
+        self.exact, self.prediction_type = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5, config.get("prediction_type")
+        self.sigmas, self.log_sigmas = self.exact.float(), self.exact.log().float()
         self.sigma_min, self.sigma_max = self.sigmas[0], self.sigmas[-1]
 
     def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
@@ -408,7 +406,7 @@ class Flow:
     """A flow as ComfyUI's `model_sampling` knows it: float32 levels in t. `shift` is exp(mu) of diffusers."""
 
     def __init__(self, shift: float, rows: int = 0, columns: int = 0, count: int = 10_000):
-        self.shift, self.sides = shift, (rows, columns)
+        self.shift, self.rows, self.columns = shift, rows, columns
         self.sigmas = self.sigma(torch.arange(1, count + 1) / count)
         self.sigma_min, self.sigma_max = self.sigmas[0], self.sigmas[-1]
 
@@ -429,12 +427,11 @@ class Flow:
         return latents if one else torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).mT.contiguous()
 
     def unpacked(self, tokens: torch.Tensor) -> torch.Tensor:
-        h, w = self.sides
         if tokens.numel() == 1:
             return tokens.view(1, 1, 1, 1)
-        if 4 * tokens.shape[1] != h * w:
-            raise ValueError(f"`latents` are not {h}x{w}: give comfy_sampler the picture's `width` and `height`")
-        return torch.nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (h // 2, w // 2)), 2)
+        if 4 * tokens.shape[1] != self.rows * self.columns:
+            raise ValueError("`latents` are of another size: give comfy_sampler the picture's `width` and `height`")
+        return torch.nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (self.rows // 2, self.columns // 2)), 2)
 
 
 def model_sampling(pipe: Any, width: int = 0, height: int = 0) -> Any:
@@ -443,13 +440,12 @@ def model_sampling(pipe: Any, width: int = 0, height: int = 0) -> Any:
     ValueError: the scheduler is of another kind, or its shift depends on more than the size of a picture.
     """
     base = getattr(pipe.scheduler, "base", pipe.scheduler)
-    config, kind, rows, columns = base.config, type(base).__name__, 0, 0
+    config, kind = base.config, type(base).__name__
     with torch.device("cpu"):  # whatever the default device
         if config.get("use_flow_sigmas") or "FlowMatch" in kind or config.get("prediction_type") == "flow_prediction":
+            rows, columns = _sizes(pipe, width, height)[2:] if hasattr(pipe, "vae_scale_factor") else (0, 0)
             kept = hasattr(type(base), "shift")  # `set_shift` leaves the config alone
             shift = base.shift if kept else config.get("flow_shift", config.get("shift", 1.0))
-            if hasattr(pipe, "vae_scale_factor"):
-                rows, columns = _sizes(pipe, width, height)[2:]
             if config.get("use_dynamic_shifting"):
                 if not rows:
                     what = f"{type(pipe).__name__} shifts by more than a width and a height"
@@ -469,27 +465,23 @@ def model_sampling(pipe: Any, width: int = 0, height: int = 0) -> Any:
     raise ValueError(f"`pipe`: {kind} is no scheduler of a known kind, which are betas, flow matching and EDM")
 
 
-def _linear_quadratic(n: int, model: Any, threshold: float = 0.025) -> torch.Tensor:
-    """A line from 1 to 1 - threshold in the first half of the steps, then the parabola that goes on smoothly to 0."""
+def _linear_quadratic(n: int, m: Any) -> torch.Tensor:
+    """A line from 1 to 0.975 in the first half of the steps, then the parabola that goes on smoothly to 0."""
     half, i = n // 2, torch.arange(n, dtype=torch.float64)
-    slope = threshold / max(half, 1)
+    slope = 0.025 / max(half, 1)
     share = 1 - slope * i - (1 - slope * n) * ((i - half).clamp(min=0) / (n - half)) ** 2
-    return share.float() * model.sigma_max
+    return share.float() * m.sigma_max
 
 
-def _evenly(n: int, m: Any) -> torch.Tensor:
-    return m.sigma(torch.linspace(m.timestep(m.sigma_max), m.timestep(m.sigma_min), n))  # FLUX's are shifted once more
-
-
-def _between(n: int, m: Any, function: Callable, inverse: Callable) -> torch.Tensor:
+def _kl_optimal(n: int, m: Any) -> torch.Tensor:
     share = torch.arange(n) / max(n - 1, 1)  # one step, for which ComfyUI has NaN, begins at the highest level
-    return inverse(share * function(m.sigma_min) + (1 - share) * function(m.sigma_max))
+    return (share * math.atan(m.sigma_min) + (1 - share) * math.atan(m.sigma_max)).tan()
 
 
 SCHEDULERS: dict[str, Callable[[int, Any], torch.Tensor]] = {  # n levels, falling, without the zero at their end
     # n of the table, at an even stride from the top
     "simple": lambda n, m: m.sigmas.flip(0)[[int(i * (len(m.sigmas) / n)) for i in range(n)]],
-    "sgm_uniform": lambda n, m: _evenly(n + 1, m)[:-1],
+    "sgm_uniform": lambda n, m: SCHEDULERS["normal"](n + 1, m)[:-1],
     "karras": lambda n, m: k_diffusion().get_sigmas_karras(n, m.sigma_min.item(), m.sigma_max.item())[:-1],
     "exponential": lambda n, m: k_diffusion().get_sigmas_exponential(n, m.sigma_min.item(), m.sigma_max.item())[:-1],
     # at an even stride from the second lowest up; more than n where n does not divide the table
@@ -498,18 +490,20 @@ SCHEDULERS: dict[str, Callable[[int, Any], torch.Tensor]] = {  # n levels, falli
     "beta": lambda n, m: m.sigmas[
         torch.tensor(betaincinv(0.6, 0.6, [1 - i / n for i in range(n)]) * (len(m.sigmas) - 1)).round().long()
     ],
-    "normal": _evenly,
+    # evenly in the network's time; FLUX's are shifted once more
+    "normal": lambda n, m: m.sigma(torch.linspace(m.timestep(m.sigma_max), m.timestep(m.sigma_min), n)),
     "linear_quadratic": _linear_quadratic,
-    "kl_optimal": lambda n, m: _between(n, m, math.atan, torch.tan),  # Sabour et al. 2024
+    "kl_optimal": _kl_optimal,  # Sabour et al. 2024
 }
 
 
 def _sizes(pipe: Any, width: int, height: int) -> tuple[int, int, int, int]:
     """Width and height, by default the pipeline's, and the latents' rows and columns, even for patches of 2x2."""
-    scale, patch, vae = pipe.vae_scale_factor, 2 if hasattr(pipe, "transformer") else 1, getattr(pipe, "vae", None)
-    network = pipe.unet if patch == 1 else pipe.transformer
-    default = getattr(getattr(vae, "config", None), "sample_size", None) if patch == 2 else None
-    default = default or scale * (getattr(pipe, "default_sample_size", None) or network.config.get("sample_size", 128))
+    scale, patch = pipe.vae_scale_factor, 2 if hasattr(pipe, "transformer") else 1
+    if patch == 1:
+        default = scale * pipe.unet.config.get("sample_size", 128)
+    else:  # FLUX's autoencoder says; others draw 1024
+        default = getattr(getattr(getattr(pipe, "vae", None), "config", None), "sample_size", 1024)
     width, height = width or default, height or default
     rows, columns = (patch * (side // (patch * scale)) for side in (height, width))
     return width, height, rows, columns

@@ -8,6 +8,7 @@ import math
 import sys
 import warnings
 
+import comfy_like
 import numpy as np
 import pytest
 import scipy.stats
@@ -30,7 +31,6 @@ from comfy_samplers import ON_BOTH, ON_FLUX
 from conftest import ROOT, parent_of, relative, seeded
 from diffusers import (
     DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     VQDiffusionScheduler,
@@ -120,18 +120,6 @@ def test_latents_are_those_of_before(pipes, key):
     assert relative(latents, BEFORE.get_tensor(key)) < 5e-6
 
 
-def test_noise_of_today_and_before(pipes):
-    """A seed's white step noise today is that of the next seed before; the start is the seed's own in both."""
-    fields = settings("sdxl/euler_ancestral/simple/6/3")
-    today, before, next_one = (
-        ksampler(pipes["sdxl"], **fields | changes)
-        for changes in ({}, {"noise": "before 0.7"}, {"noise": "before 0.7", "seed": 4})
-    )
-    assert today["latents"].equal(before["latents"]) and not today["latents"].equal(next_one["latents"])
-    noises = [call["sampler_kwargs"]["noise_sampler"](None, None) for call in (today, before, next_one)]
-    assert noises[0].equal(noises[2]) and not noises[0].equal(noises[1])
-
-
 def test_one_seed_draws_a_batch_at_once(pipes):
     """One draw of the whole shape, so that the first image is that of a batch of one."""
     for pipe in (pipes["sdxl"], pipes["flux"]):
@@ -139,13 +127,6 @@ def test_one_seed_draws_a_batch_at_once(pipes):
         batch = draw(pipe, **ksampler(pipe, **fields, batch_size=2))
         torch.testing.assert_close(batch[:1], draw(pipe, **ksampler(pipe, **fields)), rtol=1e-5, atol=1e-6)
         assert len(batch) == 2 and relative(batch[1:], batch[:1]) > 0.1
-
-
-def test_rounding_of_timesteps_is_needed(pipes):
-    """Without `quantize_timesteps` the network is shown other timesteps, and the latents are others."""
-    key = "sdxl/euler/karras/20/0/1/1"
-    latents = draw(pipes["sdxl"], **ksampler(pipes["sdxl"], **settings(key)) | {"quantize_timesteps": False})
-    assert relative(latents, LATENTS.get_tensor(key)) > 1e-4
 
 
 @pytest.mark.parametrize("scheduler", ["normal", "ddim_uniform"])
@@ -209,19 +190,6 @@ def test_churn_goes_on_where_the_initial_noise_ended(pipes):
     assert draw(pipes["sdxl"], **call).equal(expected)
 
 
-def test_brownian_noise_is_k_diffusions_with_the_seed(pipes):
-    """`dpmpp_*_sde` gets the tree between the lowest positive and the highest level."""
-    call = ksampler(pipes["sdxl"], **settings("sdxl/dpmpp_2m_sde/karras/6/11"))
-    sigmas, ours = call["schedule"], call["sampler_kwargs"]["noise_sampler"]
-    tree = k_diffusion().BrownianTreeNoiseSampler(torch.zeros(1, 4, 16, 16), sigmas[-2], sigmas[0], seed=11)
-    for sigma, sigma_next in zip(sigmas[:-2], sigmas[1:-1]):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            expected = tree(sigma, sigma_next)
-        # clamping a time to torchsde's ends moves it by up to 5e-7, of 0.06 that lie between the last two levels
-        torch.testing.assert_close(ours(sigma, sigma_next), expected, rtol=1e-5, atol=1e-7)
-
-
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 @pytest.mark.parametrize("sampler_name", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
 @pytest.mark.filterwarnings("ignore:.*is k-diffusion's")
@@ -262,12 +230,6 @@ def test_comfyuis_functions_give_its_latents(comfyui, pipes, record_property, mo
     assert worst < (1e-5 if "_sde" in name or "cfg_pp" in name else 1e-6)
 
 
-def test_comfyui_is_imported_for_a_cpu_where_there_is_no_gpu(comfyui, pipes):
-    """Importing it asks for a GPU else."""
-    ksampler(pipes["sdxl"], **settings("sdxl/lcm/simple/4/0"))
-    assert sys.modules["comfy.cli_args"].args.cpu == (not torch.accelerator.is_available())
-
-
 @pytest.mark.parametrize("name", ["lcm", "euler_ancestral"])
 def test_comfyuis_functions_with_the_noise_of_before(comfyui, pipes, name):
     """Their noise of today from one seed is that of before from the next."""
@@ -286,6 +248,9 @@ def test_custom_nodes(comfyui, pipes, tmp_path):
     pipe, fields = pipes["sdxl"], settings("sdxl/stand_in/halves/4/0")
     with pytest.raises(ValueError, match="no 'stand_in'.*ComfyUI was found, and loaded are no custom nodes"):
         ksampler(pipe, **fields)
+    assert sys.modules["comfy.cli_args"].args.cpu == (not torch.accelerator.is_available()), (
+        "ComfyUI asks for a GPU else"
+    )
     before = {path: path.stat().st_mtime_ns for path in STAND_IN.rglob("*") if "__pycache__" not in path.parts}
     for _ in range(2):
         load_custom_nodes("stand_in")
@@ -346,30 +311,12 @@ def test_a_scheduler_has_no_prediction_without_guidance(comfyui, pipes):
 # --- functions written for ComfyUI -----------------------------------------------------------------------------------
 
 
-def comfy_euler(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None, s_noise=0.0):
-    """Euler's method, which asks whatever ComfyUI's functions ask of a model."""
-    sampling = model.inner_model.inner_model.model_sampling
-    assert sampling is model.inner_model.model_patcher.get_model_object("model_sampling")
-    assert sampling.sigma_min < sigmas[0] <= sampling.sigma_max and x.ndim == 4 or x.numel() == 1
-    assert sampling.percent_to_sigma(0.0) >= sampling.sigma_max > sampling.percent_to_sigma(0.2)
-    assert sampling.percent_to_sigma(0.2) > sampling.percent_to_sigma(0.8) > sampling.percent_to_sigma(1.0) == 0
-    assert set(extra_args) >= {"seed", "model_options"}
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-        denoised = model(x, sigma * x.new_ones([len(x)]), **extra_args)
-        if callback is not None:
-            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
-        x = x + (x - denoised) / sigma * (sigma_next - sigma)
-        if sigma_next > 0 and s_noise:
-            x = x + s_noise * noise_sampler(sigma, sigma_next)
-    return x
-
-
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 def test_a_function_written_for_comfyui(pipes, model):
     """It is k-diffusion's `euler`, so its latents are the same, to float32; on FLUX it sees them unpacked."""
     pipe, fields = pipes[model], settings(f"{model}/euler/simple/6/0")
     call = ksampler(pipe, **fields)
-    ours = draw(pipe, **call | {"sampler": comfy_sampler(comfy_euler, pipe, **SIZE)})
+    ours = draw(pipe, **call | {"sampler": comfy_sampler(comfy_like.sample_euler, pipe, **SIZE)})
     assert relative(ours, draw(pipe, **call)) < 1e-6
 
 
@@ -378,7 +325,7 @@ def test_its_noise_is_the_pipelines_or_the_seeds(pipes, model):
     """Without a seed a `noise_sampler` comes from the caller's generator; with one the function makes its own."""
     pipe = pipes[model]
     call = ksampler(pipe, **settings(f"{model}/euler/simple/6/0"))
-    call |= {"sampler": comfy_sampler(comfy_euler, pipe, **SIZE), "sampler_kwargs": {"s_noise": 0.1}}
+    call |= {"sampler": comfy_sampler(comfy_like.sample_lcm, pipe, **SIZE), "sampler_kwargs": {"s_noise": 0.1}}
     one, same, other = (draw(pipe, **call | {"generator": seeded(seed)}) for seed in (1, 1, 2))
     assert one.equal(same) and not one.equal(other)
 
@@ -464,7 +411,7 @@ def test_levels_are_a_copy_and_the_last_one_counts(pipes):
 def test_flux_needs_the_pictures_size(pipes):
     call = ksampler(pipes["flux"], **settings("flux/euler/simple/4/0"))
     with pytest.raises(ValueError, match="give comfy_sampler the picture's `width` and `height`"):
-        draw(pipes["flux"], **call | {"sampler": comfy_sampler(comfy_euler, pipes["flux"], 256, 128)})
+        draw(pipes["flux"], **call | {"sampler": comfy_sampler(comfy_like.sample_euler, pipes["flux"], 256, 128)})
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -566,18 +513,13 @@ def test_four_samplers_skip_a_level(pipes, name):
 )
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 50])
 def test_levels_of_other_betas(betas, steps):
-    """By another road each: numpy on the trained sigmas, scipy's Beta, diffusers' own spacings."""
+    """By another road each: numpy on the trained sigmas, and scipy's Beta."""
     pipe = sdxl_pipeline(mixture(4), torch.float32, **betas)
     trained = ((1 - pipe.scheduler.betas.double()).cumprod(0).reciprocal() - 1).sqrt().numpy()
     last = len(trained) - 1
 
     def at(t):
         return np.exp(np.interp(t, np.arange(last + 1), np.log(trained)))
-
-    def spaced(name, **options):
-        scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing=name, **options)
-        scheduler.set_timesteps(steps)
-        return scheduler.sigmas[:-1].double().numpy()
 
     places = np.rint(scipy.stats.beta.ppf(1 - np.arange(steps) / steps, 0.6, 0.6) * last).astype(int)
     expected = {
@@ -587,28 +529,12 @@ def test_levels_of_other_betas(betas, steps):
         "kl_optimal": np.tan(np.linspace(np.arctan(trained[-1]), np.arctan(trained[0]), steps)),
         "karras": k_diffusion().get_sigmas_karras(steps, trained[0], trained[-1])[:-1].numpy(),
         "exponential": np.geomspace(trained[-1], trained[0], steps),
+        "simple": trained[[last - i * (last + 1) // steps for i in range(steps)]],
+        "ddim_uniform": trained[1 :: (last + 1) // steps][::-1],
     }
-    if (last + 1) % steps == 0:  # then the spacings round nothing, and are the same
-        expected |= {"simple": spaced("trailing"), "ddim_uniform": spaced("leading", steps_offset=1)}
     for scheduler, sigmas in expected.items():
         ours = levels(pipe, scheduler, steps).numpy()
-        # float32; diffusers loses 1 - alphas_cumprod, 2e-4 at the lowest, to the float32 of alphas_cumprod as well
-        rtol = 3e-4 if scheduler in ("simple", "ddim_uniform") else 3e-6
-        np.testing.assert_allclose(ours[:-1], sigmas, rtol=rtol, err_msg=scheduler)
-        assert ours[-1] == 0
-
-
-@pytest.mark.parametrize("steps", [2, 5, 20, 31])
-def test_linear_quadratic(pipes, steps):
-    """Half of the steps are even and end at 97.5 %; a parabola goes on from there at the same slope, to zero."""
-    share = levels(pipes["flux"], "linear_quadratic", steps).double().numpy()
-    half = steps // 2
-    np.testing.assert_allclose(share[: half + 1], np.linspace(1, 0.975, half + 1), rtol=1e-6)
-    np.testing.assert_allclose(np.diff(share[half:], 3), 0, atol=1e-6)  # the third difference of a parabola
-    parabola = np.polynomial.Polynomial.fit(np.arange(half, steps + 1), share[half:], min(2, steps - half))
-    if steps - half > 1:
-        np.testing.assert_allclose(parabola.deriv()(half), -0.025 / half, rtol=1e-3)
-    assert share[-1] == 0
+        np.testing.assert_allclose(ours, [*sigmas, 0], rtol=3e-6, err_msg=scheduler)  # float32
 
 
 @pytest.mark.parametrize(
@@ -644,18 +570,6 @@ def test_levels_of_other_shifts(flux, options, mu):
         torch.testing.assert_close(karras[[0, -2]], table[[0, -1]], **close)
 
 
-def test_the_shift_is_the_pictures(flux):
-    """mu grows evenly with the tokens, from 0.5 at 256 to 1.15 at 4096; t = 1/2 becomes exp(mu) / (1 + exp(mu))."""
-    pipe = type(flux)(
-        **{**flux.components, "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.15)}
-    )
-    per_token = 2 * pipe.vae_scale_factor
-    for columns, rows in ((16, 16), (64, 64), (32, 64)):
-        mu = 0.5 + (columns * rows - 256) / (4096 - 256) * (1.15 - 0.5)
-        middle = levels(pipe, "simple", 2, width=columns * per_token, height=rows * per_token)[1].item()
-        assert middle == pytest.approx(math.exp(mu) / (1 + math.exp(mu)))
-
-
 def test_shift_of_other_flow_schedulers(flux):
     """Wherever diffusers keeps it: half way, t = 1/2, a shift of 3 makes 3/4."""
     set_later = FlowMatchEulerDiscreteScheduler()
@@ -666,40 +580,35 @@ def test_shift_of_other_flow_schedulers(flux):
         assert levels(pipe, "simple", 2).tolist() == pytest.approx([1, 0.75, 0])
 
 
+def test_the_shift_is_the_pictures(flux):
+    """mu grows evenly with the tokens, from 0.5 at 256 to 1.15 at 4096; t = 1/2 becomes exp(mu) / (1 + exp(mu))."""
+    pipe = type(flux)(
+        **{**flux.components, "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.15)}
+    )
+    per_token = 2 * pipe.vae_scale_factor
+    for columns, rows in ((16, 16), (64, 64), (32, 64)):
+        mu = 0.5 + (columns * rows - 256) / (4096 - 256) * (1.15 - 0.5)
+        middle = levels(pipe, "simple", 2, width=columns * per_token, height=rows * per_token)[1].item()
+        assert middle == pytest.approx(math.exp(mu) / (1 + math.exp(mu)))
+    assert levels(flux, "simple", 4).equal(levels(flux, "simple", 4, width=128, height=128)), "the demo model's size"
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_levels_fall_at_every_step_count(pipes, scheduler):
-    """Strictly, to zero, from 1 step to more than there are trained levels; where levels coincide there are fewer."""
+    """Strictly, to zero, from 1 step to more than there are trained levels; where levels coincide there are fewer.
+
+    On the CPU whatever the default device: meta stands in for a GPU, since what is made there has no numbers.
+    """
     for pipe in (pipes["sdxl"], pipes["flux"]):
         for steps in (1, 2, 3, 9, 100, 1001):
-            sigmas = levels(pipe, scheduler, steps)
+            with torch.device("meta"):
+                sigmas = levels(pipe, scheduler, steps)
             assert sigmas[-1] == 0 and (sigmas.diff() < 0).all() and sigmas.isfinite().all(), steps
             assert len(sigmas) == steps + 1 or scheduler in ("beta", "ddim_uniform") or steps > 1000
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_levels_are_on_the_cpu_whatever_the_default_device(pipes, scheduler):
-    """The meta device stands in for a GPU: what is made there has no numbers."""
-    for pipe in (pipes["sdxl"], pipes["flux"]):
-        expected = levels(pipe, scheduler, 5)
-        with torch.device("meta"):
-            found = levels(pipe, scheduler, 5)
-        assert found.device.type == "cpu" and found.equal(expected)
-
-
-def test_sizes_are_by_default_the_pipelines(flux):
-    """The demo model's is 128, on which its shift depends."""
-    assert levels(flux, "simple", 4).equal(levels(flux, "simple", 4, width=128, height=128))
-
-
-FLOWS = {
-    "sd3_text": 3.0,
-    "wan": 3.0,
-    "z_image": 3.0,
-    "sana": 3.0,
-    "chroma": 1.0,
-    "qwen_text": math.exp(0.5),
-    "ltx": 2.5,
-}
+FLOWS = dict.fromkeys(["sd3_text", "wan_text", "z_image", "sana"], 3.0)
+FLOWS |= {"chroma": 1.0, "qwen_text": math.exp(0.5), "ltx": 2.5}
 
 
 @pytest.mark.parametrize("kind", ["sd_text", "animate_diff", "pixart_sigma", "stable_audio", *FLOWS])

@@ -27,7 +27,8 @@ def sample_stand_in(model, x, sigmas, extra_args=None, callback=None, disable=No
     for i, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:])):
         denoised = model(x, sigma * x.new_ones([len(x)]), **extra_args)
         if callback is not None:
-            callback({"x": x, "i": i, "sigma": sigma, "sigma_next": after, "denoised": denoised})
+            for _ in range(1 + (after == 0)):  # RES4LYF's report the last evaluation twice
+                callback({"x": x, "i": i, "sigma": sigma, "sigma_next": after, "denoised": denoised})
         x = euler(x, denoised, sigma, after) + eta * after * torch.randn(x.shape, generator=generator)
     return x
 
