@@ -177,7 +177,7 @@ class FluxComfyPipeline(FluxPipeline):
             *embeds, ids = self.encode_prompt(prompt, prompt_2, device, 1, *embeds, max_length, lora_scale=lora_scale)
             noise_dtype = embeds[0].dtype
             # for several images of a prompt, and one negative prompt for several
-            repeated = [one.repeat_interleave(batch_size // len(one), 0) for one in embeds]
+            repeated = [e if len(e) == batch_size else e.repeat_interleave(batch_size // len(e), 0) for e in embeds]
             named = zip(("encoder_hidden_states", "pooled_projections", "txt_ids"), (*repeated, ids), strict=True)
             conditioning[side] = {name: value.to(device, self.transformer.dtype) for name, value in named}
         if any(one is not None for pair in images.values() for one in pair):  # a side without an image gets a black one
