@@ -77,8 +77,8 @@ class Causes:
         kind = "last step" if last else "update"
         after = b.starts[i] + inner - 1 if inner else b.starts[i] + len(b.step_evaluations(i)) - 1
         target = b.evaluations[b.starts[i] + inner].x if inner else b.state(i + 1)
-        mine = a.evaluations[a.starts[i] + inner].x if inner else a.state(i + 1)
-        gap = relative(mine, target)
+        ours = a.evaluations[a.starts[i] + inner].x if inner else a.state(i + 1)
+        gap = relative(ours, target)
         past, name = max(self.tolerance, 1e-7) * 3, self.session.level_name
         if last and b.levels[-1] == level:
             what = f"its list repeats the last {name}, so that theirs stays at {level:.4g} where ours goes to 0"
@@ -89,7 +89,7 @@ class Causes:
         if dtype := b.rounded.get(after):
             if gap < 2 * {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}[dtype]:
                 return Cause("rounding", i + 1, level, f"theirs rounds its latents to {dtype}")
-        if (wrong := self._step_noise(i, a, b, setup, target, mine)) is not None:
+        if (wrong := self._step_noise(i, a, b, setup, target, ours)) is not None:
             return Cause("step noise", i + 1, level, wrong)
         if inner:
             one, other = (side.step_evaluations(i)[inner] for side in (a, b))
@@ -171,14 +171,14 @@ class Causes:
         return None
 
     def _step_noise(
-        self, i: int, a: Trajectory, b: Trajectory, setup: Ours, target: torch.Tensor, mine: torch.Tensor
+        self, i: int, a: Trajectory, b: Trajectory, setup: Ours, target: torch.Tensor, ours: torch.Tensor
     ) -> str | None:
         """What is wrong with the step noise, if the difference looks like noise."""
         evaluations = range(a.starts[i], a.starts[i] + len(a.step_evaluations(i)))
         draws = [draw for j in evaluations for draw in a.noise.get(j, [])]
         if not a.noise and i in {self._step_of(b, j) for j in b.noise}:
             return "theirs adds step noise, ours none"
-        rest = (target - mine).cpu().double().flatten()
+        rest = (target - ours).cpu().double().flatten()
         for draw in draws:
             draw = draw.cpu().double().flatten()
             factor = (rest @ draw) / (draw @ draw)
@@ -188,7 +188,7 @@ class Causes:
                 quiet = self.session.replay(
                     self.ours, replace(setup, noise=noise, noise_sampler=None), [e.denoised for e in b.evaluations]
                 ).state(i + 1)
-                amount = (mine - quiet).cpu().double().flatten() @ draw / (draw @ draw)
+                amount = (ours - quiet).cpu().double().flatten() @ draw / (draw @ draw)
                 if amount == 0:
                     return None
                 return f"theirs adds the step noise {((amount + factor) / amount).item():.6g} times"

@@ -1,4 +1,4 @@
-"""`compare.py`: one comparison, told as it is found, or all of them."""
+"""`compare.py`: one comparison, printed as it is found, or all of them. Each imports what it needs: that is slow."""
 
 from __future__ import annotations
 
@@ -11,28 +11,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
-from comfy_ksampler import SCHEDULERS
 from gallery.options import Family, unknown
 from gallery.refused import Refused
 from gallery.start import raise_on_ctrl_c
-from parity.diagnose import compare_sides
-from parity.follow import Session
-from parity.judge import judge
-from parity.page import page
-from parity.report import report
-from parity.result import Result
-from parity.sides import find_side
-from parity.subject import Function, Stock
-from parity.table import write_table, write_text
+from parity.result import Result, write_text
+from parity.sides import Side, find_side
 
 
 def run(options: argparse.Namespace, family: Family) -> int:
     """Exit status: 0 within the tolerance, 1 past it. Raises Refused for what the user can mend."""
     raise_on_ctrl_c()
-    return write_table(options) if options.all else _compare(options, family)
+    if options.all:
+        from parity.table import write_table
 
-
-def _compare(options: argparse.Namespace, family: Family) -> int:
+        return write_table(options)
     for path in (options.json, options.html):
         if path not in (None, "-") and not Path(path).resolve().parent.is_dir():
             raise Refused(f"can't write {path}: there is no folder {Path(path).resolve().parent}")
@@ -43,9 +35,17 @@ def _compare(options: argparse.Namespace, family: Family) -> int:
     except ImportError as error:
         raise Refused(str(error)) from error
     out = sys.stderr if options.json == "-" else sys.stdout
-    if options.against == "exact":
-        return _judge(options, family, module, out)
-    ours, theirs = find_side(options.sampler, module, "--sampler"), find_side(options.against, module, "--against")
+    ours = find_side(options.sampler, module, "--sampler")
+    return (_judge if options.against == "exact" else _compare)(options, family, module, out, ours)
+
+
+def _compare(options: argparse.Namespace, family: Family, module: ModuleType, out: TextIO, ours: Side) -> int:
+    from comfy_ksampler import SCHEDULERS
+    from parity.diagnose import compare_sides
+    from parity.follow import Session
+    from parity.report import report
+
+    theirs = find_side(options.against, module, "--against")
     if ours.is_scheduler:
         raise Refused("--sampler: has to be a sampler; name the scheduler with --against")
     theirs.check_family(family)
@@ -53,7 +53,7 @@ def _compare(options: argparse.Namespace, family: Family) -> int:
         raise Refused(f"--schedule: {unknown(options.schedule, known)}")
     session = Session.load(family, module, options)
 
-    def tell(result: Result, words: str) -> None:
+    def show(result: Result, words: str) -> None:
         """The table with the first words; a paragraph for the others."""
         if words == result.parting():
             print(f"ours    {result.ours}\ntheirs  {result.theirs}\n\n{result.table()}", file=out)
@@ -61,21 +61,29 @@ def _compare(options: argparse.Namespace, family: Family) -> int:
                 print(f"note: {note}", file=out)
         print(f"\n{words}", file=out, flush=True)
 
-    result, a, b = compare_sides(session, ours, theirs, truths={} if options.truth else None, tell=tell)
+    result, a, b = compare_sides(session, ours, theirs, truths={} if options.truth else None, show=show)
     _write(options, result.as_json(), lambda: report(session, result, a, b), out)
     return int(result.cause is not None)
 
 
-def _judge(options: argparse.Namespace, family: Family, module: ModuleType, out: TextIO) -> int:
+def _judge(options: argparse.Namespace, family: Family, module: ModuleType, out: TextIO, side: Side) -> int:
     """`--against exact`: a sampler by itself."""
-    side = find_side(options.sampler, module, "--sampler")
+    from parity.judge import judge
+    from parity.subject import Function, Stock
+
     side.check_family(family, "--sampler")
     if side.is_scheduler and options.schedule is not None:
         raise Refused("--schedule: a scheduler has its own levels; name them by its options, as use_karras_sigmas=True")
     choice = options.schedule, options.parameterization
     subject = Stock(side, family, module) if side.is_scheduler else Function(side, family, module, *choice)
     answer = judge(subject, lambda words: print(words, file=out, flush=True))
-    _write(options, answer.as_json(), lambda: page(answer), out)
+
+    def page() -> str:
+        from parity.page import page
+
+        return page(answer)
+
+    _write(options, answer.as_json(), page, out)
     return int(not answer.right)
 
 

@@ -28,25 +28,25 @@ def compare_sides(
     theirs: Side,
     tolerance: float | None = None,
     truths: dict[Any, Any] | None = None,
-    tell: Callable[[Result, str], None] = lambda result, words: None,
+    show: Callable[[Result, str], None] = lambda result, words: None,
 ) -> tuple[Result, Trajectory, Trajectory]:
     """The result and both trajectories.
 
     Args:
         tolerance: of relative differences; None: by the network's dtype.
         truths: solutions that were found before, by what they depend on; None: don't look for the truth.
-        tell: called with what is known so far and the words for what was just found: the cause first, then what the
+        show: called with what is known so far and the words for what was just found: the cause first, then what the
             switches did, then the truth.
     """
     pair = Pair(session, ours, theirs, tolerance or session.options.tolerance or tolerance_of(session.network.dtype))
     a, b, setup = pair.run()
     result = pair.compare(a, b, setup)
-    tell(result, result.parting())
+    show(result, result.parting())
     if result.cause is not None and session.options.switches:
         with tqdm(desc="trying switches", unit=" tried", leave=False, disable=None) as bar:
             result.switches = try_switches(pair, result.cause, b, bar.update)
-        tell(result, result.removal())
+        show(result, result.removal())
     if result.cause is not None and truths is not None:
         result.truth = solve(session, (ours, theirs), setup, a, b, truths)
-        tell(result, result.truth.words())
+        show(result, result.truth.words())
     return result, a, b

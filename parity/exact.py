@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.cache_utils import CacheMixin
 from scipy.integrate import solve_ivp
 
-from flux_comfy_pipeline import FluxComfyPipeline
-from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
+if TYPE_CHECKING:  # each takes a second or more to import: only the one that is asked for
+    from flux_comfy_pipeline import FluxComfyPipeline
+    from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
 
 SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -73,10 +74,10 @@ class Mixture:
         variance = alpha**2 * self.stds.square() + sigma**2  # (..., k)
         distance = x.square().sum(-1, keepdim=True) - 2 * alpha * (x @ self.means.T) + alpha**2 * self._squares
         weight = (-distance / (2 * variance) - variance.log() * self.dimensions / 2).softmax(-1)
-        mine = weight / variance  # (..., k)
-        inner = mine * self.stds.square()
+        precision = weight / variance  # (..., k)
+        inner = precision * self.stds.square()
         x0 = (weight - alpha**2 * inner) @ self.means + alpha * inner.sum(-1, keepdim=True) * x
-        return x0, sigma * (mine.sum(-1, keepdim=True) * x - alpha * (mine @ self.means))
+        return x0, sigma * (precision.sum(-1, keepdim=True) * x - alpha * (precision @ self.means))
 
     def denoised(self, y: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
         """E[x0 | y] for y = x0 + sigma noise, of shape (..., d); sigma is a number or of shape (..., 1)."""
@@ -199,6 +200,8 @@ def sdxl_pipeline(
     known: Mixture, dtype: torch.dtype = torch.float64, network: type[UNet] = UNet, **scheduler: Any
 ) -> StableDiffusionXLComfyPipeline:
     """The pipeline with SDXL's betas and a known network. Options go to EulerDiscreteScheduler."""
+    from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
+
     scheduler = EulerDiscreteScheduler(**{**SDXL_BETAS, **scheduler})
     unet = torch.nn.Module.to(network(), dtype).answering(known, scheduler)
     missing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
@@ -215,6 +218,8 @@ def flux_pipeline(
     channels: int = 16,
 ) -> FluxComfyPipeline:
     """The pipeline with FLUX's scheduler, shifted by exp(mu) at any size, and a known network."""
+    from flux_comfy_pipeline import FluxComfyPipeline
+
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=mu, max_shift=mu)
     transformer = torch.nn.Module.to(network(in_channels=channels), dtype).answering(known)
     missing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))

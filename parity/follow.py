@@ -1,6 +1,6 @@
 """Following a sampler: what it gave to the network and what became of the latents, in one coordinate system.
 
-Both sides are told in the same coordinates, whatever they keep themselves: `sigma` and x = x0 + sigma noise on SDXL,
+Both sides are in the same coordinates, whatever they keep themselves: `sigma` and x = x0 + sigma noise on SDXL,
 t and x = (1 - t) x0 + t noise on FLUX. Nothing is patched: the network is watched by hooks that are taken off again,
 the stock pipeline by its `callback_on_step_end`.
 """
@@ -175,7 +175,7 @@ class Session:
         except (Refused, KeyboardInterrupt):
             raise
         except Exception as error:
-            raise Refused(side.told(error)) from error
+            raise Refused(side.failure(error)) from error
 
     def picture(self, latents: torch.Tensor) -> Any:
         """A PIL image of latents at level 0, decoded by the pipeline."""
@@ -198,7 +198,7 @@ class Session:
         try:
             return side.target.from_config(self.pipe.scheduler.config, **options)
         except Exception as error:
-            raise Refused(side.told(error)) from error
+            raise Refused(side.failure(error)) from error
 
     def follow_scheduler(self, side: Side, **changes: Any) -> Trajectory:
         """One run of the stock pipeline with this scheduler."""

@@ -7,15 +7,17 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from gallery.options import Family
 from gallery.refused import Refused
 from parity.exact import KNOWN, sliced_wasserstein, solve
 from parity.rules import Rule, distance, rules
-from parity.subject import Function, Run, Stock, Subject, start
+from parity.subject import Function, Run, Stock, Subject, reference, start
 
 COUNTS, DRAWS = (5, 10, 20, 40, 80, 160), (10, 20, 50, 100)
 RTOLS = (0.4, 0.1, 0.025, 0.00625, 0.0016, 0.0004)
@@ -59,26 +61,26 @@ class Answer:
         return {"verdict": self.verdict, "right": self.right, **whole}
 
 
-def judge(subject: Subject, tell: Callable[[str], None] = lambda words: None) -> Answer:
-    """All that can be found out. `tell` gets each line as it is known."""
+def judge(subject: Subject, show: Callable[[str], None] = lambda words: None) -> Answer:
+    """All that can be found out. `show` gets each line as it is known."""
     answer = Answer(subject.side.text, subject.family.name)
     answer.stochastic = _adds_noise(subject)
     quiet = {"eta": 0.0} if answer.stochastic and subject.takes("eta") else {}
     with tqdm(total=10, desc="running", unit=" parts", leave=False, disable=None) as bar, torch.no_grad():
         if not answer.stochastic or quiet:
-            tell(("with eta=0, " if quiet else "") + "relative errors against the exact end of the ODE\n")
-            _deterministic(subject, quiet, answer, tell, bar.update)
+            show(("with eta=0, " if quiet else "") + "relative errors against the exact end of the ODE\n")
+            _deterministic(subject, quiet, answer, show, bar.update)
         if answer.stochastic:
-            _stochastic(subject, answer, tell, bar.update)
-        tell("")
+            _stochastic(subject, answer, show, bar.update)
+        show("")
         counts = {row["steps"]: row["evaluations"] for row in answer.rows or answer.draws[answer.name]}
         for rule in rules(subject, answer.stochastic, answer.own_steps, counts):
             answer.rules.append(rule)
             mark = {True: "ok   ", False: "WRONG", None: "-    "}[rule.kept]
-            tell(f"{mark}  {rule.name}{f': {rule.words}' if rule.words else ''}")
+            show(f"{mark}  {rule.name}{f': {rule.words}' if rule.words else ''}")
             if rule.kept is False:
                 answer.wrong.append(f"{rule.name}: no, {rule.words}")
-    tell(f"\n{answer.verdict[0].upper()}{answer.verdict[1:]}")
+    show(f"\n{answer.verdict[0].upper()}{answer.verdict[1:]}")
     return answer
 
 
@@ -95,7 +97,7 @@ def _adds_noise(subject: Subject) -> bool:
 
 
 def _deterministic(
-    subject: Subject, quiet: dict[str, Any], answer: Answer, tell: Callable[[str], None], tick: Callable[[], Any]
+    subject: Subject, quiet: dict[str, Any], answer: Answer, show: Callable[[str], None], tick: Callable[[], Any]
 ) -> None:
     others = ("euler", "heun", "dpmpp_2m")
     few, many = (len(subject.run(steps, **quiet).asked) for steps in (10, 40))
@@ -103,14 +105,9 @@ def _deterministic(
     answer.own_steps = by_rtol or many < 2 * few
     fixed = next(t for t in reversed(subject.ts(20).tolist()) if t > 0)  # a level that all finer runs come to
     heads = ("rtol" if by_rtol else "steps", "evaluations", "error", "above", "order", *others)
-    tell("".join(f"{head:>12}" for head in heads))
+    show("".join(f"{head:>12}" for head in heads))
     local = dict[int, tuple[torch.Tensor, torch.Tensor]]()
     floor = 0.0
-
-    @functools.cache
-    def reference(name: str, count: int) -> float:
-        run = subject.reference(name).run(0, levels=subject.levels((count + 1) // 2 if name == "heun" else count))
-        return distance(run.end, solve(KNOWN, run.begin, run.first, [0.0])[0])
 
     for i, steps in enumerate(COUNTS):
         extra = {"rtol": RTOLS[i], "atol": 0.15 * RTOLS[i]} if by_rtol else {}
@@ -125,17 +122,20 @@ def _deterministic(
         final = max(run.asked[-1][0], 1e-9)  # where the last step begins
         ends = sorted({t, final, run.last, 0.0}, reverse=True)
         exact = dict(zip(ends, solve(KNOWN, run.begin, run.first, [min(end, run.first) for end in ends])))
-        row = {"steps": steps, "evaluations": len(run.asked), "error": distance(run.end, exact[run.last])}
+        count = len(run.asked)
+        row = {"steps": steps, "evaluations": count, "error": distance(run.end, exact[run.last])}
         row |= {"above": distance(x, exact[t]), "order": math.nan}
         if by_rtol:
             row["rtol"] = RTOLS[i]
         if answer.rows and row["evaluations"] != (last := answer.rows[-1])["evaluations"] and row["above"] > 0:
             row["order"] = math.log(last["above"] / row["above"]) / math.log(row["evaluations"] / last["evaluations"])
         floor = distance(KNOWN.split(exact[final], 1 - final, final)[0], exact[0.0])
-        row |= {name: reference(name, row["evaluations"]) for name in others}
+        for name in others:
+            levels = subject.levels((count + 1) // 2 if name == "heun" else count)
+            row[name] = _reference_error(name, subject.family, subject.module, tuple(levels.tolist()))
         answer.rows.append(row)
         numbers = "".join(f"{row[name]:12.1e}" for name in others)
-        tell(
+        show(
             f"{row.get('rtol', steps):12}{row['evaluations']:12}{row['error']:12.1e}{row['above']:12.1e}"
             f"{'' if math.isnan(row['order']) else format(row['order'], '.2f'):>12}{numbers}"
         )
@@ -159,6 +159,19 @@ def _deterministic(
     words = "" if answer.own_steps else f"order {order:.1f}; "
     ratio = near["error"] / near["dpmpp_2m"]
     answer.found.append(f"{words}at {near['evaluations']} evaluations {ratio:.2g} times the error of dpmpp_2m")
+
+
+@functools.cache
+def _exact_end(first: float, begin: tuple[float, ...]) -> torch.Tensor:
+    """Of the default runs, most of which begin at the same x."""
+    return solve(KNOWN, torch.tensor(begin, dtype=torch.float64).view(1, 64, -1), first, [0.0])[0]
+
+
+@functools.cache
+def _reference_error(name: str, family: Family, module: ModuleType, levels: tuple[float, ...]) -> float:
+    """That of a sampler of k-diffusion over these levels."""
+    run = reference(name, family, module).run(0, levels=torch.tensor(levels, dtype=torch.float64))
+    return distance(run.end, _exact_end(run.first, tuple(run.begin.flatten().tolist())))
 
 
 def _judge_steps(
@@ -197,7 +210,7 @@ def _judge_steps(
         memory = _fit(run, at, at + 1, 0)[1].norm() / local[n][1][at]
         uses = "evaluates several times" if each > 1.5 else "uses earlier predictions"
         if (each > 1.5 and not (shares[n] - 1).abs().max() < 0.02) or each <= 1.5 and memory > 0.01:
-            answer.wrong.append(f"order {orders[-1]:.1f}, which Euler's method has, although it {uses} in a step")
+            answer.found.append(f"order {orders[-1]:.1f}, which Euler's method has, although it {uses} in a step")
 
 
 def _states(subject: Subject, run: Run, steps: int) -> list[int]:
@@ -255,59 +268,80 @@ def _defects(states: list[tuple[float, torch.Tensor, float]]) -> tuple[torch.Ten
 # --- with noise ------------------------------------------------------------------------------------------------------
 
 
-def _stochastic(subject: Subject, answer: Answer, tell: Callable[[str], None], tick: Callable[[], Any]) -> None:
-    true = KNOWN.sample(4000, torch.Generator().manual_seed(10**6))
-    pairs = [[KNOWN.sample(4000, torch.Generator().manual_seed(2 * i + j)) for j in (1, 2)] for i in range(8)]
-    apart = torch.tensor([sliced_wasserstein(pair[0], pair[1], 128) for pair in pairs])
-    mean, spread = answer.true = apart.mean().item(), apart.std().item()
-    tell(f"\n4,000 samples: sliced Wasserstein distance from true ones (two true sets {mean:.3f} +- {spread:.3f}), the")
-    tell("ratio of standard deviations, and that ratio about the nearest of the mixture's components\n")
-    last = dict[str, Run]()
+def _stochastic(subject: Subject, answer: Answer, show: Callable[[str], None], tick: Callable[[], Any]) -> None:
+    mean, spread = answer.true = _chance()
+    show(f"\n4,000 samples: sliced Wasserstein distance from true ones (two true sets {mean:.3f} +- {spread:.3f}), the")
+    show("ratio of standard deviations, and that ratio about the nearest of the mixture's components\n")
+    last = list[Run]()
 
-    def draws(name: str, one: Subject) -> list[dict[str, Any]]:
-        tell(f"{name}\n" + "".join(f"{head:>12}" for head in ("steps", "evaluations", "distance", "std", "within")))
+    def draws(name: str, row: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+        show(f"{name}\n" + "".join(f"{head:>12}" for head in ("steps", "evaluations", "distance", "std", "within")))
         rows = answer.draws[name] = []
         for steps in DRAWS:
             try:
-                levels = {} if one is subject else {"levels": subject.levels(steps)}
-                run = last[name] = one.run(steps, shape=LATTICE, **levels)
+                rows.append({"steps": steps, **row(steps)})
             except Refused as refused:
                 if len(rows) < 2:
                     raise
                 answer.found.append(str(refused))
                 break
-            end = run.end[0]
-            std = (torch.cov(end.T).trace() / KNOWN.covariance.trace()).sqrt().item()
-            row = {"distance": sliced_wasserstein(end, true, 128), "std": std, "within": KNOWN.within(end, run.last)}
-            rows.append({"steps": steps, "evaluations": len(run.asked), **row})
-            numbers = f"{row['distance']:12.3f}{row['std']:12.3f}{row['within']:12.3f}"
-            tell(f"{steps:12}{len(run.asked):12}{numbers}")
+            show("".join(f"{value:12}" if isinstance(value, int) else f"{value:12.3f}" for value in rows[-1].values()))
         tick()
         return rows
 
-    mine = draws(answer.name, subject)
-    answer.samples = last[answer.name].end[0]
-    theirs = [draws(name, subject.reference(name)) for name in ("euler_ancestral", "dpmpp_2m_sde")]
-    wrong = _judge_samples(mine, theirs, answer.true)
-    run = last[answer.name]
-    for where, factor, error in _noise_factors(subject, run) if len(run.asked) <= 1.2 * DRAWS[-1] else ():
+    def run(one: Subject, steps: int) -> dict[str, Any]:
+        last[:] = [one.run(steps, shape=LATTICE)]
+        return _sampled(last[0])
+
+    def other(name: str, steps: int) -> dict[str, Any]:
+        levels = tuple(subject.levels(steps).tolist())
+        return _reference_sampled(name, subject.family, subject.module, levels)
+
+    rows = draws(answer.name, functools.partial(run, subject))
+    (end,) = last
+    answer.samples = end.end[0]
+    theirs = [draws(name, functools.partial(other, name)) for name in ("euler_ancestral", "dpmpp_2m_sde")]
+    wrong = _judge_samples(rows, theirs, answer.true)
+    for where, factor, error in _noise_factors(subject, end) if len(end.asked) <= 1.2 * DRAWS[-1] else ():
         if abs(factor - 1) > 5 * error + 0.01:
             wrong.append(f"{factor:.2f} times the noise that its levels leave room for, {where}: too {_much(factor)}")
             break
-    t = run.asked[-1][0]
-    if run.last < t:
-        own, euler = (one.item() for one in _defects([run.asked[-1], (run.last, run.end, 0.0)]))
+    if end.last < end.asked[-1][0]:
+        own, euler = (one.item() for one in _defects([end.asked[-1], (end.last, end.end, 0.0)]))
         if own > 3 * euler:
             wrong.append(f"the last step has {own / euler:.2g} times the error of Euler's: noise is added after it")
     answer.wrong += wrong
-    first, final = mine[0]["distance"], mine[-1]["distance"]
+    first, final = rows[0]["distance"], rows[-1]["distance"]
     answer.found.append(f"distance {first:.3f} at {DRAWS[0]} steps, {final:.3f} at {DRAWS[-1]}")
     if isinstance(subject, Function) and subject.flux:
-        other = {"flow": "ve", "ve": "flow"}[subject.parameterization]
-        second = Function(subject.side, subject.family, subject.module, subject.schedule, other)
-        rows = draws(f"{answer.name}, parameterization {other}", second)
-        if wrong and other == "ve" and not _judge_samples(rows, theirs, answer.true):
+        way = {"flow": "ve", "ve": "flow"}[subject.parameterization]
+        second = Function(subject.side, subject.family, subject.module, subject.schedule, way)
+        rows = draws(f"{answer.name}, parameterization {way}", functools.partial(run, second))
+        if wrong and way == "ve" and not _judge_samples(rows, theirs, answer.true):
             answer.wrong.insert(0, 'parameterization "flow" adds its noise to the wrong process; with "ve" it is right')
+
+
+@functools.cache
+def _chance() -> tuple[float, float]:
+    """The distance of two true sets: the mean and the standard deviation over seeds."""
+    pairs = [[KNOWN.sample(4000, torch.Generator().manual_seed(2 * i + j)) for j in (1, 2)] for i in range(8)]
+    apart = torch.tensor([sliced_wasserstein(one, other, 128) for one, other in pairs])
+    return apart.mean().item(), apart.std().item()
+
+
+def _sampled(run: Run) -> dict[str, Any]:
+    """What the samples of a run show."""
+    end, true = run.end[0], KNOWN.sample(4000, torch.Generator().manual_seed(10**6))
+    std = (torch.cov(end.T).trace() / KNOWN.covariance.trace()).sqrt().item()
+    apart, within = sliced_wasserstein(end, true, 128), KNOWN.within(end, run.last)
+    return {"evaluations": len(run.asked), "distance": apart, "std": std, "within": within}
+
+
+@functools.cache
+def _reference_sampled(name: str, family: Family, module: ModuleType, levels: tuple[float, ...]) -> dict[str, Any]:
+    """The same of a sampler of k-diffusion over these levels."""
+    run = reference(name, family, module).run(0, levels=torch.tensor(levels, dtype=torch.float64), shape=LATTICE)
+    return _sampled(run)
 
 
 def _judge_samples(

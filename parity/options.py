@@ -79,7 +79,7 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
         type=above_zero,
         default=15.0,
         metavar="N",
-        help="CPU seconds for that (with --device cuda: seconds); what could be told by then is told (default: 15)",
+        help="CPU seconds for that (with --device cuda: seconds); what is found by then is reported (default: 15)",
     )
     add(
         "--json",

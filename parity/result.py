@@ -6,16 +6,28 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from gallery.pictures import write_whole
+from gallery.refused import Refused
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """||ours - theirs|| / ||theirs||. NaN where one of them is not finite."""
     ours, theirs = ours.cpu().double(), theirs.cpu().double()  # in this order: Apple's GPU has no float64
     return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)).item()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text`, whole or not at all."""
+    try:
+        write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise Refused(f"can't write {path}: {error.strerror}") from None
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -109,11 +121,11 @@ class Record:
             x, level = (x / (1 + sigma), sigma / (1 + sigma)) if ve else (x, sigma)
             evaluations.append(Evaluation(level, timestep, x, denoised))
         notes = []
-        told = len(self.starts) == len(levels) - 1
-        starts = self.starts if told else list(range(len(evaluations)))
+        complete = len(self.starts) == len(levels) - 1
+        starts = self.starts if complete else list(range(len(evaluations)))
         step_levels = [evaluations[i].level for i in starts] + [levels[-1].item()]
         # a sampler that says where its steps begin takes them over the levels; another may have placed its own
-        if told or (len(step_levels) == len(levels) and np.allclose(step_levels, levels, rtol=1e-4)):
+        if complete or (len(step_levels) == len(levels) and np.allclose(step_levels, levels, rtol=1e-4)):
             step_levels = levels.tolist()
         else:
             notes.append(
@@ -227,7 +239,7 @@ class Truth:
         """For the verdict."""
         if math.isnan(self.ours):
             return f"Distance from the truth: {self.equation}."
-        who = {"ours": "k-diffusion's", "theirs": "theirs", None: "neither, as far as can be told"}[self.nearer]
+        who = {"ours": "k-diffusion's", "theirs": "theirs", None: "neither, as far as can be complete"}[self.nearer]
         known = f"the solution is known to {self.error:.0e} after {self.evaluations} evaluations"
         if self.stopped and self.nearer is None:
             known += "; more of them take more --truth-seconds"
@@ -286,9 +298,11 @@ class Result:
             )
         if self.cause is None:
             return f"identical to rounding (largest difference {self.largest:.1e}, {tolerance})"
-        return " ".join([f"part {self._told(self.cause)}", *(f"Also {self._told(cause)}" for cause in self.others)])
+        return " ".join(
+            [f"part {self._describe(self.cause)}", *(f"Also {self._describe(cause)}" for cause in self.others)]
+        )
 
-    def _told(self, cause: Cause) -> str:
+    def _describe(self, cause: Cause) -> str:
         size = "" if math.isnan(cause.size) else f", {cause.size:.0e}"
         at = f"({self.level_name} {cause.level:.4g}{size}): {cause.kind}. {cause.what[0].upper()}{cause.what[1:]}."
         return f"at step {cause.step} of {self.steps} {at}" if cause.step else f"before the first step {at}"

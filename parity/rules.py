@@ -16,7 +16,7 @@ from gallery.models import reason
 from gallery.refused import Refused
 from parity.exact import KNOWN, solve
 from parity.result import relative
-from parity.subject import Function, Run, Stock, Subject, start
+from parity.subject import Function, Run, Stock, Subject, reference, start
 
 SMALL, SEVERAL = (1, 2, 2), (3, 2, 2)  # images, rows and columns of patches
 STEPS = 10
@@ -152,7 +152,7 @@ def _precision(subject: Subject, quiet: dict[str, Any], smooth: bool) -> tuple[b
     if smooth:
         apart, euler = (
             relative(one.run(STEPS, dtype=torch.float32, **more).end, one.run(STEPS, **more).end)
-            for one, more in ((subject, quiet), (subject.reference("euler"), {}))
+            for one, more in ((subject, quiet), (reference("euler", subject.family, subject.module), {}))
         )
         if not apart < 100 * max(euler, 1e-6):
             return False, f"{apart:.1e} apart, Euler's method {euler:.1e}"

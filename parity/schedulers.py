@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
 from gallery.models import reason
 from gallery.refused import Refused
@@ -16,6 +15,8 @@ from gallery.refused import Refused
 
 def prepared(scheduler: Any, steps: int, tokens: int | None = None) -> Any:
     """A copy with its timesteps set as the stock pipeline sets them; FLUX's for that many tokens of the picture."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps  # slow to import
+
     scheduler = copy.deepcopy(scheduler)
     arguments = {}
     if tokens is not None:

@@ -48,7 +48,7 @@ class Side:
             flows = "(use_flow_sigmas=True, prediction_type='flow_prediction')"
             raise Refused(f"{flag}: {name} {f'needs {flows} for FLUX' if takes else 'is not for flow models'}")
 
-    def told(self, error: Exception) -> str:
+    def failure(self, error: Exception) -> str:
         """What went wrong while this side ran, for one's own also in which line of its file."""
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
         return f"{self.text}: {reason(error)}" + (f" ({self.file}, line {lines[-1]})" if lines else "")

@@ -60,11 +60,6 @@ class Subject:
     def takes(self, option: str) -> bool:
         return option in self.parameters
 
-    @functools.cache  # noqa: B019
-    def reference(self, name: str) -> Function:
-        """A sampler of k-diffusion."""
-        return Function(Side(name, self.module.find_sampler(name).function, {}), self.family, self.module)
-
     def ts(self, steps: int) -> torch.Tensor:
         """The levels of a run, in t."""
         raise NotImplementedError
@@ -91,7 +86,7 @@ class Subject:
             with watched(network) as run.asked:
                 end = call(pipe, rows, columns, images=images, latents=latents, generator=generator, **given)
         except Exception as error:
-            raise Refused(self.side.told(error)) from error
+            raise Refused(self.side.failure(error)) from error
         run.written += [] if latents.equal(before) else ["latents"]
         return end.double()
 
@@ -169,6 +164,12 @@ class Function(Subject):
         return run
 
 
+@functools.cache
+def reference(name: str, family: Family, module: ModuleType) -> Function:
+    """A sampler of k-diffusion."""
+    return Function(Side(name, module.find_sampler(name).function, {}), family, module)
+
+
 def observed(function: Callable, run: Run) -> Callable:
     """The function, with notes in `run` of what it asks, what it writes on and what it calls back with."""
 
@@ -208,7 +209,7 @@ class Stock(Subject):
         try:
             return self.side.target.from_config(self.pipe(torch.float64).scheduler.config, **self.side.options)
         except Exception as error:
-            raise Refused(self.side.told(error)) from error
+            raise Refused(self.side.failure(error)) from error
 
     @functools.cache  # noqa: B019
     def listed(self, steps: int) -> tuple[Any, list[float], list[float]]:

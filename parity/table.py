@@ -8,7 +8,6 @@ import copy
 import functools
 import importlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from gallery.options import FLUX, SDXL, Family
 from gallery.refused import Refused
 from parity.diagnose import compare_sides
 from parity.follow import Session
-from parity.result import Result
+from parity.result import Result, write_text
 from parity.schedulers import prepared
 from parity.sides import Side, find_side
 
@@ -225,15 +224,3 @@ def overview(rows: list[dict[str, Any]]) -> list[str]:
         name = f"`{name}`".replace("``", "")
         lines.append(f"| {name} | `{theirs}` | {' | '.join(cells.get(levels, '') for levels in LEVELS)} |")
     return lines
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes `text`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise Refused(f"can't write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -5,52 +5,49 @@ from __future__ import annotations
 import importlib
 import json
 
+import exact_samplers
 import pytest
 from conftest import ROOT
 
 from gallery.options import FLUX, SDXL
 from gallery.refused import Refused
 from parity.command import run
-from parity.judge import Answer, judge
+from parity.judge import judge
 from parity.options import parse_compare
+from parity.rules import rules
 from parity.sides import find_side
-from parity.subject import Function, Stock
+from parity.subject import Function, Stock, Subject
 
-OWN = f"{ROOT}/tests/exact_samplers.py"
-FLOW = "use_flow_sigmas=True, prediction_type='flow_prediction'"
+OWN = f"{ROOT}/tests/exact_samplers.py"  # a file, as a user names it
 
 
-def judged(text: str, family=SDXL, parameterization: str = "auto") -> Answer:
+def subject(text: str, family=SDXL, parameterization: str = "auto") -> Subject:
     module = importlib.import_module(family.module)
-    side = find_side(text, module, "--sampler")
-    if side.is_scheduler:
-        return judge(Stock(side, family, module))
-    return judge(Function(side, family, module, None, parameterization))
-
-
-RIGHT = [*("lms", "heun", "dpmpp_3m_sde", "dpm_fast", "dpm_adaptive"), *(f"{OWN}:{n}" for n in ("euler", "multistep"))]
-RIGHT += [f"{OWN}:ancestral", f"{OWN}:churn", f"{OWN}:rk4", f"{OWN}:Scheduler", "LMSDiscreteScheduler"]
-RIGHT += ["EulerAncestralDiscreteScheduler"]
-
-
-@pytest.mark.parametrize("text", RIGHT, ids=lambda text: text.removeprefix(OWN))
-def test_right_ones(text):
-    answer = judged(text)
-    assert answer.right, answer.verdict
-    for order, name in ((1, ":euler"), (2, ":multistep"), (4, ":rk4")):
-        assert not text.endswith(name) or f"order {order}.0" in answer.verdict
+    own = text.partition("(")[0] in vars(exact_samplers)
+    side = find_side(f"{OWN}:{text}" if own else text, module, "--sampler")
+    choice = () if side.is_scheduler else (None, parameterization)
+    return (Stock if side.is_scheduler else Function)(side, family, module, *choice)
 
 
 @pytest.mark.parametrize(
-    "text", ["euler", "dpmpp_2m", "dpm_adaptive", "dpmpp_2m_sde", "FlowMatchEulerDiscreteScheduler"]
+    "text, family, words",
+    [
+        ("multistep", SDXL, "order 2.0;"),
+        ("multistep(weight=0.5)", SDXL, "order 1.0, which Euler's method has, although it uses earlier predictions"),
+        ("rk4", SDXL, "order 4.0;"),
+        ("churn", SDXL, "distance"),
+        ("ancestral", SDXL, "distance"),
+        ("dpm_adaptive", FLUX, "right. at "),
+        ("Scheduler", SDXL, "right. order "),
+    ],
 )
-def test_right_ones_on_flux(text):
-    answer = judged(text, FLUX)
-    assert answer.right, answer.verdict
+def test_right_ones(text, family, words):
+    answer = judge(subject(text, family))
+    assert answer.right and words in answer.verdict, answer.verdict
 
 
 def test_flow_is_wrong_for_a_sampler_that_adds_noise():
-    answer = judged("euler_ancestral", FLUX, "flow")
+    answer = judge(subject("euler_ancestral", FLUX, "flow"))
     assert 'parameterization "flow" adds its noise to the wrong process; with "ve" it is right' in answer.verdict
 
 
@@ -60,29 +57,40 @@ def test_flow_is_wrong_for_a_sampler_that_adds_noise():
         ("euler(factor=0.98)", "from the exact end however many steps it takes"),
         ("multistep(sign=-1.0)", "from the exact end however many steps it takes"),
         ("multistep(history='zeros')", "step 1 of 160 has an error that does not fall as its length squared"),
-        ("multistep(weight=0.5)", "order 1.0, which Euler's method has, although it uses earlier predictions"),
         ("ancestral(strong=1.1)", "1.10 times the noise that its levels leave room for"),
         ("ancestral(early=1.3)", "in the first third of the steps: too much noise"),
         ("churn(strong=1.1)", "too much noise"),
         ("ancestral(after=True)", "noise is added after it"),
-        ("euler(skip=1)", "evaluations as the steps ask: no"),
-        ("euler(skip=-2)", "evaluations as the steps ask: no"),
-        ("euler(mixes=0.02)", "an image does not depend on its batch: no"),
-        ("ancestral(draws='numpy')", "draws from numpy.random"),
-        ("ancestral(draws='python')", "draws from Python's random"),
-        ("ancestral(draws='fixed')", "another generator gives the same noise"),
-        ("euler(writes='levels')", "writes on levels"),
-        ("euler(writes='latents')", "writes on latents"),
-        ("euler(shows='first')", "its x is not that of step 2"),
-        ("euler(rounds=True)", "float32 and float64 agree: no"),
-        ("IgnoresBegin", "a run begun part-way is right: no"),
-        ("WrongAddNoise", "add_noise agrees with the levels: no"),
-        ("ForgetsOption(shift=0.5)", "copy.deepcopy, save_config and from_config: no"),
     ],
 )
 def test_planted_faults_are_wrong_for_their_reason(fault, reason):
-    answer = judged(f"{OWN}:{fault}")
+    answer = judge(subject(fault))
     assert not answer.right and reason in answer.verdict, answer.verdict
+
+
+@pytest.mark.parametrize(
+    "fault, rule, words",
+    [
+        ("euler(skip=1)", "evaluations", "9 in 10 steps, 4 in 5"),
+        ("euler(skip=-2)", "callback", "called 9 times in 10 steps"),
+        ("euler(mixes=0.02)", "batch", "an image alone or among others"),
+        ("ancestral(draws='numpy')", "numpy", "draws from numpy.random"),
+        ("ancestral(draws='python')", "numpy", "draws from Python's random"),
+        ("ancestral(draws='fixed')", "generator", "another generator gives the same noise"),
+        ("euler(writes='levels')", "written", "writes on levels"),
+        ("euler(writes='latents')", "written", "writes on latents"),
+        ("euler(shows='first')", "callback", "its x is not that of step 2"),
+        ("euler(rounds=True)", "float64", "rounded to float32"),
+        ("IgnoresBegin", "part-way", "with set_begin_index"),
+        ("WrongAddNoise", "add_noise", "it mixes sigma"),
+        ("ForgetsOption(shift=0.5)", "from_config", "saved and loaded"),
+    ],
+)
+def test_planted_faults_break_their_rule(fault, rule, words):
+    counts = {5: 5 - ("skip" in fault), 10: 10 - ("skip" in fault)}
+    found = list(rules(subject(fault), fault.startswith("ancestral"), False, counts))
+    broken = {one.name: one.words for one in found if one.kept is False}
+    assert any(rule in name and words in reason for name, reason in broken.items()), broken
 
 
 def test_status_json_and_page(tmp_path, capsys):
