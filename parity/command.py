@@ -74,6 +74,8 @@ def _judge(options: argparse.Namespace, family: Family, module: ModuleType, out:
     side.check_family(family, "--sampler")
     if side.is_scheduler and options.schedule is not None:
         raise Refused("--schedule: a scheduler has its own levels; name them by its options, as use_karras_sigmas=True")
+    if options.schedule not in (None, *module.SCHEDULES):
+        raise Refused(f"--schedule: {unknown(options.schedule, list(module.SCHEDULES))}")
     choice = options.schedule, options.parameterization
     subject = Stock(side, family, module) if side.is_scheduler else Function(side, family, module, *choice)
     answer = judge(subject, lambda words: print(words, file=out, flush=True))

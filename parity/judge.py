@@ -53,7 +53,8 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        return ". ".join([*(["right"] if self.right else [f"wrong: {'; '.join(self.wrong)}"]), *self.found]) + "."
+        first = "right" if self.right else f"wrong: {'; '.join(self.wrong)}"
+        return ". ".join([first, *(one[0].upper() + one[1:] for one in self.found)]) + "."
 
     def as_json(self) -> dict[str, Any]:
         whole = dataclasses.asdict(dataclasses.replace(self, samples=None))
@@ -146,8 +147,9 @@ def _deterministic(
     if not all(math.isfinite(row["error"]) for row in answer.rows):
         answer.wrong.append("its end is not finite")
         return
-    orders = [row["order"] for row in answer.rows[3:]]
-    order = max(orders) if isinstance(subject, Stock) else orders[-1]
+    orders = [row["order"] for row in answer.rows[1:]][-3:]
+    settled = abs(orders[-1] - orders[-2]) < 1
+    order = max(orders) if isinstance(subject, Stock) else orders[-1] if settled else sum(orders[-2:]) / 2
     if answer.own_steps:
         if not by_rtol and last["above"] > max(2 * last["euler"], 1e-3):
             answer.wrong.append(f"{last['error']:.1%} from the exact end with {last['evaluations']} evaluations")
@@ -210,7 +212,7 @@ def _judge_steps(
         memory = _fit(run, at, at + 1, 0)[1].norm() / local[n][1][at]
         uses = "evaluates several times" if each > 1.5 else "uses earlier predictions"
         if (each > 1.5 and not (shares[n] - 1).abs().max() < 0.02) or each <= 1.5 and memory > 0.01:
-            answer.found.append(f"order {orders[-1]:.1f}, which Euler's method has, although it {uses} in a step")
+            answer.found.append(f"its order is {orders[-1]:.1f}, as Euler's method has, although it {uses} in a step")
 
 
 def _states(subject: Subject, run: Run, steps: int) -> list[int]:
@@ -294,8 +296,7 @@ def _stochastic(subject: Subject, answer: Answer, show: Callable[[str], None], t
         return _sampled(last[0])
 
     def other(name: str, steps: int) -> dict[str, Any]:
-        levels = tuple(subject.levels(steps).tolist())
-        return _reference_sampled(name, subject.family, subject.module, levels)
+        return _reference_sampled(name, subject.family, subject.module, tuple(subject.levels(steps).tolist()))
 
     rows = draws(answer.name, functools.partial(run, subject))
     (end,) = last
@@ -311,8 +312,8 @@ def _stochastic(subject: Subject, answer: Answer, show: Callable[[str], None], t
         if own > 3 * euler:
             wrong.append(f"the last step has {own / euler:.2g} times the error of Euler's: noise is added after it")
     answer.wrong += wrong
-    first, final = rows[0]["distance"], rows[-1]["distance"]
-    answer.found.append(f"distance {first:.3f} at {DRAWS[0]} steps, {final:.3f} at {DRAWS[-1]}")
+    ends = [f"{row['distance']:.3f} at {row['steps']} steps" for row in (rows[0], rows[-1])]
+    answer.found.append(f"distance from true samples {', '.join(ends)}")
     if isinstance(subject, Function) and subject.flux:
         way = {"flow": "ve", "ve": "flow"}[subject.parameterization]
         second = Function(subject.side, subject.family, subject.module, subject.schedule, way)

@@ -10,7 +10,7 @@ import torch
 
 from parity.exact import KNOWN
 from parity.judge import Answer
-from parity.report import STYLE
+from parity.report import html_page
 
 COLOURS = ("own", "euler", "heun", "dpmpp_2m")
 MORE = """
@@ -28,12 +28,10 @@ svg .line.own { stroke-width: 3; } svg text { stroke: none; } svg .line { fill: 
 
 def page(answer: Answer) -> str:
     """The whole page."""
-    state = "same" if answer.right else "parts"
-    verdict = escape(answer.verdict[0].upper() + answer.verdict[1:])
-    parts = [
-        f'<h1>{escape(answer.name)}</h1><p class="about">{answer.family.upper()}: a mixture of eight Gaussians in 16'
-    ]
-    parts.append(f'dimensions, whose exact denoiser stands for the network</p><p class="verdict {state}">{verdict}</p>')
+    about = (
+        f"{answer.family.upper()}: a mixture of eight Gaussians in 16 dimensions, with its exact denoiser as network"
+    )
+    parts = list[str]()
     if answer.rows:
         with_eta = ", with eta=0" if answer.stochastic else ""
         parts.append(f"<h2>Error over evaluations{with_eta}</h2>{_both(_work_precision, answer)}")
@@ -48,10 +46,7 @@ def page(answer: Answer) -> str:
     marks = {True: "kept", False: "broken", None: "not judged"}
     rules = ([marks[rule.kept], escape(rule.name), escape(rule.words)] for rule in answer.rules)
     parts.append(f"<h2>Rules</h2>{_table(['', 'rule', 'found'], rules, 'words')}")
-    head = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
-    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    body = "\n".join(parts)
-    return f"{head}<title>{escape(answer.name)}</title><style>{STYLE}{MORE}</style></head><body>{body}</body></html>\n"
+    return html_page(answer.name, about, answer.verdict, answer.right, parts, MORE)
 
 
 def _number(value: float) -> str:
@@ -115,7 +110,7 @@ def _scatter(answer: Answer, width: int, kind: str) -> str:
     side = min(width, 520)
     true = KNOWN.sample(1000, torch.Generator().manual_seed(1))
     axes = torch.linalg.eigh(KNOWN.covariance).eigenvectors[:, -2:]
-    sets = {"heun": (true - KNOWN.mean) @ axes, "own": (answer.samples[:1000] - KNOWN.mean) @ axes}
+    sets = {"euler": (true - KNOWN.mean) @ axes, "own": (answer.samples[:1000] - KNOWN.mean) @ axes}
     reach = 1.1 * max(points.abs().quantile(0.999).item() for points in sets.values())
     parts = [f'<svg class="{kind}" viewBox="0 0 {width} {side + 24}" role="img" aria-label="True and drawn samples">']
     for i, (name, points) in enumerate(sets.items()):
@@ -123,6 +118,6 @@ def _scatter(answer: Answer, width: int, kind: str) -> str:
             parts.append(
                 f'<circle class="dot {name}" cx="{x:.0f}" cy="{y:.0f}" r="1.3" fill-opacity=".5" stroke="none"/>'
             )
-        words = {"heun": "true", "own": "drawn, 100 steps"}[name]
+        words = "drawn by it" if name == "own" else "true"
         parts.append(f'<text class="{name}" x="{8 + 70 * i}" y="{side + 16}">{words}</text>')
     return "".join(parts) + "</svg>"

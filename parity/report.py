@@ -41,7 +41,6 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
         f'<figure><img src="{uri}" alt="{alt}"><figcaption>{escape(text)}</figcaption></figure>'
         for text, uri, alt in pictures
     )
-    state = "parts" if result.cause else "same"
     title = f"{result.ours} and {result.theirs}"
     options = session.options
     about = (
@@ -49,28 +48,34 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
         f" seed {options.seed}, {str(session.network.dtype)[6:]}: {options.prompt}"
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in result.notes)
+    parts = [f'<h2>The pictures</h2>\n<div class="pictures">{figures}</div>']
+    if result.rows:
+        parts.append(
+            _STEPS.format(
+                last=len(result.rows),
+                first=first,
+                ours=escape(result.ours),
+                theirs=escape(result.theirs),
+                curve=_curve(result, WIDE, "wide") + _curve(result, NARROW, "narrow"),
+                rows=_rows(result),
+                level=session.level_name,
+                data=data,
+                script=_SCRIPT,
+            )
+        )
+    parts += [_switches(result), f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""]
+    return html_page(title, about, result.verdict, result.cause is None, parts)
+
+
+def html_page(title: str, about: str, verdict: str, good: bool, parts: list[str], style: str = "") -> str:
+    """A whole page with this title, verdict and these parts, which are HTML already."""
     return _PAGE.format(
         title=escape(title),
-        style=STYLE,
+        style=STYLE + style,
         about=escape(about),
-        state=state,
-        verdict=escape(result.verdict[0].upper() + result.verdict[1:]),
-        figures=figures,
-        steps=_STEPS.format(
-            last=len(result.rows),
-            first=first,
-            ours=escape(result.ours),
-            theirs=escape(result.theirs),
-            curve=_curve(result, WIDE, "wide") + _curve(result, NARROW, "narrow"),
-            rows=_rows(result),
-            level=session.level_name,
-            data=data,
-            script=_SCRIPT,
-        )
-        if result.rows
-        else "",
-        switches=_switches(result),
-        notes=f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
+        state="same" if good else "parts",
+        verdict=escape(verdict[0].upper() + verdict[1:]),
+        parts="\n".join(parts),
     )
 
 
@@ -241,11 +246,7 @@ _PAGE = """<!DOCTYPE html>
 <h1>{title}</h1>
 <p class="about">{about}</p>
 <p class="verdict {state}">{verdict}</p>
-<h2>The pictures</h2>
-<div class="pictures">{figures}</div>
-{steps}
-{switches}
-{notes}
+{parts}
 </body>
 </html>
 """

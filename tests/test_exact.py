@@ -32,13 +32,17 @@ def subject(text: str, family=SDXL, parameterization: str = "auto") -> Subject:
 @pytest.mark.parametrize(
     "text, family, words",
     [
-        ("multistep", SDXL, "order 2.0;"),
-        ("multistep(weight=0.5)", SDXL, "order 1.0, which Euler's method has, although it uses earlier predictions"),
-        ("rk4", SDXL, "order 4.0;"),
-        ("churn", SDXL, "distance"),
-        ("ancestral", SDXL, "distance"),
-        ("dpm_adaptive", FLUX, "right. at "),
-        ("Scheduler", SDXL, "right. order "),
+        ("multistep", SDXL, "right. Order 2.0;"),
+        (
+            "multistep(weight=0.5)",
+            SDXL,
+            "right. Its order is 1.0, as Euler's method has, although it uses earlier predictions",
+        ),
+        ("rk4", SDXL, "right. Order 4.0;"),
+        ("churn", SDXL, "right. Distance from true samples"),
+        ("ancestral", SDXL, "right. Distance from true samples"),
+        ("dpm_adaptive", FLUX, "right. At "),
+        ("Scheduler", SDXL, "right. Order "),
     ],
 )
 def test_right_ones(text, family, words):
