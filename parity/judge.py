@@ -148,17 +148,17 @@ def _deterministic(
         answer.wrong.append("its end is not finite")
         return
     orders = [row["order"] for row in answer.rows[1:]][-3:]
-    settled = abs(orders[-1] - orders[-2]) < 1
-    order = max(orders) if isinstance(subject, Stock) else orders[-1] if settled else sum(orders[-2:]) / 2
+    jumps, remark = abs(orders[-1] - orders[-2]) > 1, ""
+    order = max(orders) if isinstance(subject, Stock) else sum(orders[-2:]) / 2 if jumps else orders[-1]
     if answer.own_steps:
         if not by_rtol and last["above"] > max(2 * last["euler"], 1e-3):
             answer.wrong.append(f"{last['error']:.1%} from the exact end with {last['evaluations']} evaluations")
         elif by_rtol and not last["above"] < answer.rows[2]["above"] / 2:
             answer.wrong.append(f"stays {last['error']:.1%} from the exact end however small rtol is")
     else:
-        _judge_steps(subject, answer, run, local, orders, floor)
+        remark = _judge_steps(subject, answer, run, local, orders, floor)
     near = min(answer.rows, key=lambda row: abs(row["evaluations"] - 20))
-    words = "" if answer.own_steps else f"order {order:.1f}; "
+    words = "" if answer.own_steps else f"order {order:.1f}{remark}; "
     ratio = near["error"] / near["dpmpp_2m"]
     answer.found.append(f"{words}at {near['evaluations']} evaluations {ratio:.2g} times the error of dpmpp_2m")
 
@@ -183,8 +183,8 @@ def _judge_steps(
     local: dict[int, tuple[torch.Tensor, torch.Tensor]],
     orders: list[float],
     floor: float,
-) -> None:
-    """Whether the error falls, and whether each step's own does.
+) -> str:
+    """Whether the error falls, and whether each step's own does. Returns a remark on the order.
 
     A step's own error is held against that of Euler's step from the same state. It is less for a method of a higher
     order, the same in its first and last steps, and a bounded multiple for any that is consistent. A step that is not
@@ -212,7 +212,8 @@ def _judge_steps(
         memory = _fit(run, at, at + 1, 0)[1].norm() / local[n][1][at]
         uses = "evaluates several times" if each > 1.5 else "uses earlier predictions"
         if (each > 1.5 and not (shares[n] - 1).abs().max() < 0.02) or each <= 1.5 and memory > 0.01:
-            answer.found.append(f"its order is {orders[-1]:.1f}, as Euler's method has, although it {uses} in a step")
+            return f", as Euler's method has, although it {uses} in a step"
+    return ""
 
 
 def _states(subject: Subject, run: Run, steps: int) -> list[int]:
@@ -299,10 +300,9 @@ def _stochastic(subject: Subject, answer: Answer, show: Callable[[str], None], t
         return _reference_sampled(name, subject.family, subject.module, tuple(subject.levels(steps).tolist()))
 
     rows = draws(answer.name, functools.partial(run, subject))
-    (end,) = last
-    answer.samples = end.end[0]
-    theirs = [draws(name, functools.partial(other, name)) for name in ("euler_ancestral", "dpmpp_2m_sde")]
-    wrong = _judge_samples(rows, theirs, answer.true)
+    end, answer.samples = last[0], last[0].end[0]
+    others = [draws(name, functools.partial(other, name)) for name in ("euler_ancestral", "dpmpp_2m_sde")]
+    wrong = _judge_samples(rows, others, answer.true)
     for where, factor, error in _noise_factors(subject, end) if len(end.asked) <= 1.2 * DRAWS[-1] else ():
         if abs(factor - 1) > 5 * error + 0.01:
             wrong.append(f"{factor:.2f} times the noise that its levels leave room for, {where}: too {_much(factor)}")
@@ -318,7 +318,7 @@ def _stochastic(subject: Subject, answer: Answer, show: Callable[[str], None], t
         way = {"flow": "ve", "ve": "flow"}[subject.parameterization]
         second = Function(subject.side, subject.family, subject.module, subject.schedule, way)
         rows = draws(f"{answer.name}, parameterization {way}", functools.partial(run, second))
-        if wrong and way == "ve" and not _judge_samples(rows, theirs, answer.true):
+        if wrong and way == "ve" and not _judge_samples(rows, others, answer.true):
             answer.wrong.insert(0, 'parameterization "flow" adds its noise to the wrong process; with "ve" it is right')
 
 

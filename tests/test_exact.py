@@ -36,7 +36,7 @@ def subject(text: str, family=SDXL, parameterization: str = "auto") -> Subject:
         (
             "multistep(weight=0.5)",
             SDXL,
-            "right. Its order is 1.0, as Euler's method has, although it uses earlier predictions",
+            "right. Order 1.0, as Euler's method has, although it uses earlier predictions in a step;",
         ),
         ("rk4", SDXL, "right. Order 4.0;"),
         ("churn", SDXL, "right. Distance from true samples"),
@@ -109,5 +109,7 @@ def test_status_json_and_page(tmp_path, capsys):
     assert run(*parse_compare(["--against", "exact", "--sampler", f"{OWN}:euler(factor=0.98)"])) == 1
     with pytest.raises(Refused, match="is for flow models"):
         run(*parse_compare(["--against", "exact", "--sampler", "FlowMatchEulerDiscreteScheduler"]))
+    with pytest.raises(Refused, match="--schedule: there is no 'nosuch'"):
+        run(*parse_compare(["--against", "exact", "--schedule", "nosuch"]))
     with pytest.raises(SystemExit, match="2"):
         parse_compare(["--against", "exact", "--steps", "3"])
