@@ -38,6 +38,15 @@ from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 EULER = diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading")
+EDM = diffusers.EDMEulerScheduler()
+HEUN = {EULER: diffusers.HeunDiscreteScheduler, FLOW: diffusers.FlowMatchHeunDiscreteScheduler}
+
+
+def stock_of(base: Any, sampler: str) -> Any:
+    """diffusers' own scheduler for this sampler, if there is one."""
+    if sampler == "heun" and base in HEUN:
+        return HEUN[base].from_config(base.config)
+    return copy.deepcopy(base) if sampler == "euler" else None
 
 
 def to_tensor(image: Any) -> torch.Tensor:
@@ -99,6 +108,12 @@ def by_index(model, x, sigmas, extra_args=None, callback=None, disable=None):
     return x
 
 
+def own_heun(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+        x = step_of(model, x, sigma, after, callback, i, True)
+    return x
+
+
 def by_sigma_in_silence(model, x, sigmas):
     return by_sigma(model, x, sigmas)
 
@@ -114,11 +129,15 @@ def restart(model, x, sigmas, extra_args=None, callback=None, disable=None):
     return x
 
 
-@pytest.mark.parametrize("levels", [None, "given"])
+VARYING = [by_sigma, by_index, by_sigma_in_silence, restart]
+
+
 @pytest.mark.parametrize("base", [EULER, FLOW], ids=["sdxl", "flow"])
-@pytest.mark.parametrize("sampler", [by_sigma, by_index, by_sigma_in_silence, restart])
+@pytest.mark.parametrize(
+    "levels, sampler", [(False, own_heun), *((levels, f) for levels in (False, True) for f in VARYING)]
+)
 def test_a_callable_begins_with_the_step_that_strength_asks_for(sampler, base, levels):
-    """It ends as the callable does over the levels from there, or is refused before the network runs."""
+    """It ends as the callable does over the levels from there, or is refused before. Heun's never is."""
     scheduler, n, refused = KDiffusionScheduler.from_scheduler(base, sampler=sampler), 12, []
 
     def set_timesteps() -> torch.Tensor:
@@ -148,7 +167,7 @@ def test_a_callable_begins_with_the_step_that_strength_asks_for(sampler, base, l
         for t in times:
             x = scheduler.step(scheduler.scale_model_input(x, t) * 0.5, t, x).prev_sample
         assert relative(x, sampler(model, first.double(), planned[start:])) < CLOSE
-    assert 0 not in refused and (len(refused) < n - 1 or levels)
+    assert 0 not in refused and not (sampler is own_heun and refused)
 
 
 def test_a_callable_that_asks_for_another_sigma_than_planned():
@@ -262,8 +281,7 @@ def test_a_pipeline_that_cuts_its_timesteps_goes_on_in_another():
 @pytest.mark.parametrize("base", [EULER, FLOW], ids=["sdxl", "flow"])
 def test_changed_samples_are_the_state(base, sampler):
     """As inpainting and callbacks change them, in place or not."""
-    classes = {"sdxl": diffusers.HeunDiscreteScheduler, "flow": diffusers.FlowMatchHeunDiscreteScheduler}
-    stock = base if sampler == "euler" else classes["flow" if base is FLOW else "sdxl"].from_config(base.config)
+    stock = stock_of(base, sampler)
     places = (0, 2)  # between steps of both
 
     def change(i, x):
@@ -272,7 +290,7 @@ def test_changed_samples_are_the_state(base, sampler):
     def in_place(i, x):
         return x.mul_(0.5).add_(1) if i in places else x
 
-    expected = loop(copy.deepcopy(stock), change=change)[1]
+    expected = loop(stock, change=change)[1]
     for each in (change, in_place):
         scheduler = KDiffusionScheduler.from_scheduler(base, sampler=sampler)
         assert relative(loop(scheduler, change=each)[1], expected) < CLOSE
@@ -536,22 +554,18 @@ def grown(i: int, x: torch.Tensor) -> torch.Tensor:
     return x.repeat_interleave(2, -1) if i == 3 else x  # between steps of Heun's method too
 
 
-@pytest.mark.parametrize("base", [EULER, FLOW], ids=["sdxl", "flow"])
+@pytest.mark.parametrize("base", [EULER, FLOW, EDM], ids=["sdxl", "flow", "edm"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_latents_change_their_shape(sampler, base):
-    """The stock scheduler's, for one without history. Batches may grow too, but for EDM's."""
+    """The stock scheduler's, for one without history. Batches may grow too."""
     scheduler = KDiffusionScheduler.from_scheduler(base, sampler=sampler)
-    classes = {"sdxl": diffusers.HeunDiscreteScheduler, "flow": diffusers.FlowMatchHeunDiscreteScheduler}
     if sampler in ("lms", "dpm_fast") or sampler.startswith("dpmpp_2m") or sampler.endswith("_sde"):
         with pytest.raises(ValueError, match="another shape"):
             loop(scheduler, change=grown, generator=seeded())
         return
     found = loop(scheduler, change=grown, generator=seeded())[1]
     assert found.shape == (1, 2, 4, 8) and found.isfinite().all()
-    if sampler in ("euler", "heun"):
-        stock = copy.deepcopy(base)
-        if sampler == "heun":
-            stock = classes["flow" if base is FLOW else "sdxl"].from_config(base.config)
+    if stock := stock_of(base, sampler):
         assert relative(found, loop(stock, change=grown)[1]) < CLOSE
         doubled = loop(scheduler, change=lambda i, x: torch.cat([x, x]) if i == 3 else x)[1]
         assert relative(doubled[1:], loop(scheduler)[1]) < CLOSE
