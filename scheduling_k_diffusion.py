@@ -190,7 +190,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self.order = 1 if given else order
         # a pipeline begins step k with timesteps[k * order]: is that right for all, or for which?
         right = {j for j, k in begins.items() if j == k * order}
-        self._parts = range(len(asked)) if len(right) == n else {0} if given else right
+        self._may_begin = range(len(asked)) if len(right) == n else {0} if given else right
         self._evaluations, times = list[SimpleNamespace](), list[float]()
         for i, sigma in enumerate([*asked, float(self._levels[-1])]):
             level = float(levels[0]) if pure and i == 0 else sigma / (1 + sigma) if ve else sigma
@@ -248,9 +248,9 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     def _first(self, timestep: Any) -> int:
         """The evaluation that a run begins with: the one named, or that of the first timestep. ValueError: it can't."""
         if (first := self.begin_index) is None:
-            time = max(torch.as_tensor(timestep).flatten().tolist(), default=-1.0)  # of several, the highest
-            if not torch.as_tensor(timestep).numel():
+            if not torch.as_tensor(timestep).numel():  # cut off behind the end
                 raise ValueError(PART_WAY)
+            time = float(torch.as_tensor(timestep).max())  # of several, the highest
             away = [(abs(t - time), i not in self._trial.begins) for i, t in enumerate(self._times)]
             first = away.index(min(away)) if min(away)[0] <= 1e-2 * max(abs(time), 0.1) else 0  # some pass others
             self._part(first)
@@ -278,7 +278,9 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
         if i > 0 and not sampler.is_k_diffusions:
             falls = asked[i : first + 1] == sorted(asked[i : first + 1], reverse=True)
-            if not (falls and i in self._parts and len(rest) and close(try_out(sampler, rest).sigmas, asked[first:])):
+            if not (
+                falls and i in self._may_begin and len(rest) and close(try_out(sampler, rest).sigmas, asked[first:])
+            ):
                 raise ValueError(PART_WAY)
         return first, sampler, rest
 
@@ -330,9 +332,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             output = -output  # LTXCondition turns the sign of its network's, and keeps its own tokens
         known = given.get("pred_original_sample")  # Cosmos has x0, guided
         denoised = self._denoised(output, x, here) if known is None else known.to(dtype)
-        self._step_index, run = i + 1, self._run
-        if run and run.knows and known is None:
-            return sample, denoised  # Cosmos asks for x0 of both sides of guidance, then goes back
+        run = self._run
+        if run and run.knows and known is None:  # Cosmos asks for x0 of both sides of guidance, then goes back
+            self._step_index = i + 1
+            return sample, denoised
         y, self._run = x / here.scale, None  # gone if the sampler fails
         place = x.shape, threading.current_thread()
         if run is None or run.dead or (run.position, run.place) != (i, place):
@@ -342,7 +345,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         asked = self._resume(run, i + 1, denoised, y + run.residual)
         x = (asked * after.scale).to(model_output.dtype)
         run.residual = asked - x.to(asked.dtype) / after.scale
-        self._run = None if run.dead else run
+        self._run, self._step_index = None if run.dead else run, i + 1
         return EulerDiscreteSchedulerOutput(x, denoised) if return_dict else (x, denoised)
 
     def _denoised(self, output: torch.Tensor, x: torch.Tensor, at: SimpleNamespace) -> torch.Tensor:
@@ -456,8 +459,10 @@ def try_out(sampler: Sampler, sigmas: torch.Tensor, x: float = 1.0) -> Trial:
     if "sigma_min" in sampler.arguments:  # it places its own levels, one for each evaluation
         begins = {j: j for j in range(len(asked))}
     elif not sampler.is_k_diffusions:  # the last of the evaluations at a level
-        at = [[k for k, level in enumerate(levels[:-1].tolist()) if close([sigma], [level])] for sigma in asked]
-        begins = {0: 0} | {j: k[0] for j, k in enumerate(at) if k and at[j + 1 : j + 2] != [k]}
+        steps = levels[:-1].tolist()
+        near = [min(range(len(steps)), key=lambda k: abs(steps[k] - sigma)) for sigma in asked]
+        at = [k if close([steps[k]], [sigma]) else None for k, sigma in zip(near, asked)]
+        begins = {0: 0} | {j: k for j, k in enumerate(at) if k is not None and at[j + 1 : j + 2] != [k]}
     return Trial(sampler, sigmas, asked, states, begins)
 
 

@@ -6,7 +6,6 @@ import concurrent.futures
 import copy
 import functools
 import gc
-import inspect
 import pickle
 import warnings
 import weakref
@@ -240,14 +239,6 @@ def test_churn_of_a_flow_model_begins_with_noise_of_its_level():
     torch.testing.assert_close(x / after.scale, noise * float(scheduler._levels[1]))
 
 
-def test_options_may_be_bound_before():
-    """By `functools.partial`, as well as in `sampler_kwargs`: churn adds noise, so that a flow model is "ve"."""
-    bound = functools.partial(sampling.sample_euler, s_churn=2.0)
-    given = KDiffusionScheduler.from_scheduler(FLOW, sampler_kwargs={"s_churn": 2.0})
-    expected = loop(given, start=2, generator=seeded())[1]
-    assert loop(KDiffusionScheduler.from_scheduler(FLOW, sampler=bound), start=2, generator=seeded())[1].equal(expected)
-
-
 # --- what a pipeline does to samples ----------------------------------------------------------------------------------
 
 
@@ -340,14 +331,6 @@ def test_a_predicted_variance_is_left_out():
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m_sde"])
-@pytest.mark.parametrize("maker", [sd_text, flux_text, flux_image], ids=lambda maker: maker.__name__)
-def test_noise_follows_from_the_generator(maker, sampler):
-    """Also where the pipeline gives none to `step`: then from the first sample, which the generator drew."""
-    first, again, other = (draw(maker, ours(maker, sampler), generator=seeded(seed)) for seed in (0, 0, 1))
-    assert torch.equal(first, again) and relative(other, first) > 0.1
-
-
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "euler_ancestral"])
 @pytest.mark.parametrize(
     "maker", [flux_text, flux_image, flux_inpaint, flux_fill, sd3_image, wan_video], ids=lambda maker: maker.__name__
@@ -365,6 +348,7 @@ def test_noise_does_not_hang_on_the_last_bits_of_a_picture(maker, sampler):
             more = {"prompt_embeds": arguments["prompt_embeds"] * (1 - nudge)}
         found.append(draw(maker, ours(maker, sampler), **more))
     assert 0 < relative(*found) < 1e-4
+    assert relative(draw(maker, ours(maker, sampler), generator=seeded(1)), found[0]) > 0.1
 
 
 def test_noise_without_a_generator_follows_from_each_images_bits():
@@ -381,19 +365,6 @@ def test_ve_is_for_samplers_that_add_noise():
         scheduler.set_timesteps(5)
         assert (float(scheduler._levels[0]) > 1) == (expected == "ve"), sampler
         assert float(scheduler.timesteps[0]) == 1000  # where the network sees pure noise
-
-
-def test_the_network_sees_flow_latents_in_ve():
-    """x = y / (1 + sigma) at t = sigma / (1 + sigma): with a network that knows x0 = 0, samples are noise of size t."""
-    for parameterization in ("flow", "ve"):
-        scheduler = KDiffusionScheduler.from_scheduler(FLOW, parameterization=parameterization)
-        scheduler.set_timesteps(5)
-        x = random(1, 2, 4, 4)
-        noise = x.clone()
-        for t in scheduler.timesteps:
-            share = float(t) / 1000
-            assert relative(x, share * noise) < CLOSE
-            x = scheduler.step(x / share, t, x).prev_sample
 
 
 # --- what is thread-local, and what is left ---------------------------------------------------------------------------
@@ -570,13 +541,6 @@ def test_what_the_base_does_to_x0_is_ignored_with_a_warning():
     config = diffusers.DDIMScheduler(**BETAS, clip_sample=True).config
     with warnings.catch_warnings(action="error", category=UserWarning):  # this one does not clip
         KDiffusionScheduler.from_scheduler(diffusers.EulerDiscreteScheduler.from_config(config))
-
-
-def test_set_timesteps_has_the_bases_signature():
-    for base in (EULER, FLOW, diffusers.DDIMScheduler(**BETAS)):
-        scheduler = KDiffusionScheduler.from_scheduler(base)
-        assert inspect.signature(scheduler.set_timesteps) == inspect.signature(base.set_timesteps)
-    assert "generator" in inspect.signature(scheduler.step).parameters
 
 
 def test_a_configuration_makes_one():
