@@ -112,7 +112,7 @@ def restart(model, x, sigmas):
     return x
 
 
-own_heun = varying(lambda i, sigma: True)
+own_heun, heun_first = varying(lambda i, sigma: True), varying(lambda i, sigma: sigma > 0.9)
 VARYING = {
     "sigma": varying(lambda i, sigma: sigma < 0.9),
     "index": varying(lambda i, sigma: i % 3 == 0),
@@ -122,7 +122,7 @@ VARYING = {
 
 @pytest.mark.parametrize("base", [EULER, FLOW], ids=["sdxl", "flow"])
 @pytest.mark.parametrize("levels", [False, True], ids=["", "given"])
-@pytest.mark.parametrize("sampler", [*VARYING.values(), own_heun], ids=[*VARYING, "heun"])
+@pytest.mark.parametrize("sampler", [*VARYING.values(), heun_first, own_heun], ids=[*VARYING, "Heun first", "Heun"])
 def test_a_callable_begins_with_the_step_that_strength_asks_for(sampler, base, levels):
     """It ends as the callable does over the levels from there, or is refused before. Heun's never is."""
     scheduler, n, refused = KDiffusionScheduler.from_scheduler(base, sampler=sampler), 12, []
@@ -155,6 +155,7 @@ def test_a_callable_begins_with_the_step_that_strength_asks_for(sampler, base, l
             x = scheduler.step(scheduler.scale_model_input(x, t) * 0.5, t, x).prev_sample
         assert relative(x, sampler(model, first.double(), planned[start:])) < CLOSE
     assert 0 not in refused and not (sampler is own_heun and refused)
+    assert len(refused) < n - 1 or levels or sampler is not heun_first
 
 
 def test_a_callable_that_asks_for_another_sigma_than_planned():
