@@ -35,17 +35,14 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     """A scheduler that runs a k-diffusion sampler, `sampler(model, x, sigmas)`, inside the loop of a stock pipeline.
 
-    The sampler runs in a greenlet. At `model(x, sigma)` it pauses, and the pipeline gives x to its network. `step`
-    turns the prediction into `denoised` and resumes the sampler until it asks again. So `timesteps` has one for each
-    evaluation of the network; a trial on a tensor of one element finds them before the run.
-
-    The base scheduler says what the network was trained with, in which scale latents are, and which levels a call uses
-    where no schedule is named. `config` is the base's, and what is saved is the base, which every loader knows.
-
+    The sampler runs in a greenlet, which pauses at `model(x, sigma)` until `step` brings the prediction. `timesteps`
+    has one for each evaluation of the network; a trial on a tensor of one element finds them before the run.
+    The base says what the network was trained with, in which scale latents are, and which levels a call uses where no
+    schedule is named. `config` is the base's, and what is saved is the base, which every loader knows.
     Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or t is sigma ("flow").
     In "ve" the first sigma is finite (15 or more), but the network is still told t = 1.
-    Where a pipeline gives `step` no generator, as FLUX's, a hash seeds each image's noise: of the noise that the
-    pipeline added to the image (`add_noise`, `scale_noise`), or of its first sample where it added none.
+    Without a generator (FLUX's pipelines give `step` none) a hash seeds the noise: of the noise that the pipeline added
+    to its picture, else of the first sample.
 
     Args:
         scheduler: the base: one with betas (epsilon, v_prediction, sample), for flow matching, or EDM.
@@ -57,9 +54,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         quantize_timesteps: round to the trained timesteps.
 
     Raises:
-        ValueError, TypeError: for what does not fit, and for `dpm_adaptive`, which can't tell its timesteps beforehand.
-            For a run that starts part-way (`strength`) with a callable that then asks for other sigmas. For a run that
-            can't go on: in two copies, in another thread, or with latents of another shape, if the sampler has history.
+        ValueError, TypeError: for what does not fit, and for `dpm_adaptive`, whose timesteps nobody knows beforehand.
+            Later, for a run that can't begin or go on as asked (`PART_WAY`, `GO_ON`).
     """
 
     def __init__(
@@ -80,8 +76,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self.__module__ = kind.__module__  # beside __class__, for savers
         self.sampler = find_sampler(sampler, sampler_kwargs)
         self.schedule = schedule if isinstance(schedule, str | None) else check_sigmas(schedule, "schedule")
-        if parameterization not in ("auto", "flow", "ve"):
-            raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
+        uses_ve(parameterization, self.sampler, torch.ones(1))  # is it one?
         self.parameterization, self.quantize_timesteps = parameterization, quantize_timesteps
         self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
         self._train: int = config.get("num_train_timesteps", 1000)
@@ -89,7 +84,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         # the timestep is 0.25 ln sigma, as Stable Video Diffusion's
         self._continuous = config.get("timestep_type") == "continuous" and self._prediction == "v_prediction"
         self._table: Any = None
-        self._tried: tuple = (None, None)  # a sampler, levels, and what `try_out` found
+        self._trial: Any = None
         taken = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
         needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if needed == ["model_output", "timestep", "sample"] and "Inverse" not in kind.__name__:
@@ -102,8 +97,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
                 # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
                 alphas = base.alphas_cumprod.cpu().double().clamp(min=2**-24)
                 self._table = external.DiscreteSchedule(((1 - alphas) / alphas).sqrt(), quantize=quantize_timesteps)
-        kinds = ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction")
-        if not self._scale or self._prediction not in kinds:
+        if not self._scale or self._prediction not in (*PREDICTIONS, "flow_prediction"):
             needs = "betas (epsilon, v_prediction, sample), flow or EDM, and step(model_output, timestep, sample)"
             raise ValueError(f"`scheduler`: needs {needs}, but is {kind.__name__} with {self._prediction!r}")
         for name in {"clip_sample", "thresholding"} & inspect.signature(kind.__init__).parameters.keys():
@@ -159,9 +153,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         known = {} if self.quantize_timesteps else dict(zip(levels.tolist(), times.tolist()))
         if not given or len(levels) == n:  # the base's own, if they list the last twice or end above zero, get the zero
             levels = torch.cat([levels[:n], levels.new_zeros(1)])
-        levels = self.schedule if isinstance(self.schedule, torch.Tensor) else levels
         if isinstance(self.schedule, str):
             levels = self._named_levels(self.schedule, n, kwargs.get("mu"))
+        elif self.schedule is not None:
+            levels = self.schedule
         if (steps := len(levels) - 1) != n:
             raise ValueError(f"`schedule` has {steps} steps: pass num_inference_steps={steps}, not {n}")
         self._plan(check_sigmas(levels, f"{type(self.base).__name__}.sigmas"), known, given)
@@ -187,15 +182,15 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         ve = self._scale == "flow" and levels[0] <= 1 and uses_ve(self.parameterization, self.sampler, levels)
         pure = ve and levels[0] > 0.9999
         self._levels = ve_sigmas(levels) if ve else levels
-        # of others anew: they may have changed in between
-        if not (self.sampler.is_k_diffusions and self.sampler is self._tried[0] and self._levels.equal(self._tried[1])):
-            self._tried = self.sampler, self._levels, *try_out(self.sampler, self._levels)
-        asked, _, self._starts = self._tried[2:]
-        order, first = math.ceil(len(asked) / n), {k: j for j, k in reversed(self._starts.items())}
-        regular = len(asked) == n or all(first.get(k) == k * order for k in range(n))
-        self.order: int = 1 if given else order
-        if not regular:
-            self.order = Order(self.order, *(({}, len(asked)) if given else (first, n)))
+        tried = self._trial and self._trial.sampler is self.sampler and self._trial.levels.equal(self._levels)
+        if not (tried and self.sampler.is_k_diffusions):  # others may have changed since
+            self._trial = try_out(self.sampler, self._levels)
+        asked, begins = self._trial.sigmas, self._trial.begins
+        order = math.ceil(len(asked) / n)
+        self.order = 1 if given else order
+        # a pipeline begins step k with timesteps[k * order]: is that right for all, or for which?
+        right = {j for j, k in begins.items() if j == k * order}
+        self._may_begin = range(len(asked)) if len(right) == n else {0} if given else right
         self._evaluations, times = list[SimpleNamespace](), list[float]()
         for i, sigma in enumerate([*asked, float(self._levels[-1])]):
             level = float(levels[0]) if pure and i == 0 else sigma / (1 + sigma) if ve else sigma
@@ -239,7 +234,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         """What the pipeline multiplies unit noise by, for the first sample."""
         base, first = float(getattr(self.base, "init_noise_sigma", 1.0)), self._evaluations[0]
         explicit = isinstance(self.schedule, torch.Tensor) and self._scale != "flow"
-        if self.num_inference_steps is None or base == 1 and not explicit:
+        if self.num_inference_steps is None or (base == 1 and not explicit):
             return base
         return first.noise if self.schedule is not None else base * first.sigma / float(self._levels[0])
 
@@ -250,24 +245,48 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self._part(begin_index)
         self.begin_index = begin_index
 
-    def _nearest(self, timestep: Any) -> int:
-        """The evaluation of a timestep, or of the highest of several."""
-        time = float(torch.as_tensor(timestep).max())
-        away = [(abs(t - time), i not in self._starts) for i, t in enumerate(self._times)]
-        return away.index(min(away)) if min(away)[0] <= 1e-2 * max(abs(time), 0.1) else 0  # some round or pass others
+    def _first(self, timestep: Any) -> int:
+        """The evaluation that a run begins with: the one named, or that of the first timestep. ValueError: it can't."""
+        if (first := self.begin_index) is None:
+            if not torch.as_tensor(timestep).numel():  # cut off behind the end
+                raise ValueError(PART_WAY)
+            time = float(torch.as_tensor(timestep).max())  # of several, the highest
+            away = [(abs(t - time), i not in self._trial.begins) for i, t in enumerate(self._times)]
+            first = away.index(min(away)) if min(away)[0] <= 1e-2 * max(abs(time), 0.1) else 0  # some pass others
+            self._part(first)
+        return first
 
     def _locate(self, timestep: Any) -> int:
-        """The evaluation that comes next. Where none was named, the first timestep says where the run begins."""
+        """The evaluation that comes next."""
         if self._step_index in (None, len(self._times)):  # at first, and after a run that went to its end
-            self._begun = self._nearest(timestep) if self.begin_index is None else self.begin_index
-            self._step_index = self._begun
+            self._begun = self._step_index = self._first(timestep)
         return self._step_index
+
+    def _part(self, i: int) -> tuple[int, Sampler, torch.Tensor]:
+        """For a run from evaluation i on: where its first whole step begins, and the sampler and the levels from there.
+
+        ValueError: it is not k-diffusion's, and would ask for other sigmas than in the whole run.
+        """
+        sampler, asked, begins = self.sampler, self._trial.sigmas, self._trial.begins
+        # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
+        first = min((j for j in begins if j >= i), default=len(asked))
+        rest = self._levels[begins.get(first, len(self._levels)) :]
+        if "sigma_min" in sampler.arguments and len(rest):  # it has a level for each evaluation
+            rest = torch.cat([rest.new_tensor(asked[first : first + 1]), self._levels[first + 1 :]])
+        if sampler.is_k_diffusions and (churn := sampler.arguments.get("s_churn")):  # it is spread over the steps
+            churn *= (len(rest) - 1) / (len(self._levels) - 1)
+            sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
+        if i > 0 and not sampler.is_k_diffusions:
+            falls = asked[i : first + 1] == sorted(asked[i : first + 1], reverse=True)
+            if not (
+                falls and i in self._may_begin and len(rest) and close(try_out(sampler, rest).sigmas, asked[first:])
+            ):
+                raise ValueError(PART_WAY)
+        return first, sampler, rest
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The network's input."""
         sigma = self._evaluations[self._locate(timestep)].sigma
-        if self._run is None:
-            self._part(self._locate(timestep))
         if self._scale == "edm":
             return self.base.precondition_inputs(sample, sigma)
         return sample / math.hypot(sigma, 1) if self._scale == "betas" else sample
@@ -276,8 +295,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         """alpha x0 + sigma noise at any timesteps, one for each image or for all."""
         if self._seeds is None and self._noisy:
             self._seeds = seeds_of(noise)
-        if self._step_index is None and self.begin_index is None:
-            self._part(self._nearest(timesteps))  # to refuse what can't begin there before the network runs
+        if self._step_index is None:
+            self._first(timesteps)  # to refuse what can't begin there before the network runs
         shares = []
         for time in timesteps.flatten().tolist():
             known = [one for one, t in zip(self._evaluations, self._times) if math.isclose(t, time, rel_tol=1e-6)]
@@ -297,13 +316,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         return self.add_noise(sample, noise, timestep)
 
     def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: Any,
-        sample: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-        **given: Any,
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, generator=None, return_dict=True, **given
     ) -> EulerDiscreteSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """Goes on with the sampler: the network predicted `model_output` at `sample`.
 
@@ -317,22 +330,18 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         x, output = sample.to(dtype), model_output.to(dtype)
         if self._inverted != (given.get("per_token_timesteps") is not None):
             output = -output  # LTXCondition turns the sign of its network's, and keeps its own tokens
-        denoised = given.get("pred_original_sample")  # Cosmos has it from a call before
-        denoised = self._denoised(output, x, here) if denoised is None else denoised.to(dtype)
-        run, y, self._run = self._run, x / here.scale, None  # gone if the sampler fails
-        place = {"latents of another shape": x.shape, "another thread": threading.current_thread()}
-        if run and self._scale == "edm" and x.shape == (2 * run.place["latents of another shape"][0], *x.shape[1:]):
-            self._run, self._step_index = run, i + 1
-            return sample, denoised  # Cosmos asks for x0 of both sides of guidance, then goes back
+        known = given.get("pred_original_sample")  # Cosmos has x0, guided
+        denoised = self._denoised(output, x, here) if known is None else known.to(dtype)
+        run = self._run
+        if run and run.knows and known is None:  # Cosmos asks for x0 of both sides of guidance, then goes back
+            self._step_index = i + 1
+            return sample, denoised
+        y, self._run = x / here.scale, None  # gone if the sampler fails
+        place = x.shape, threading.current_thread()
         if run is None or run.dead or (run.position, run.place) != (i, place):
-            if i != self._begun and self._remembers(i):
-                changed = [name for name, value in place.items() if run is not None and run.place[name] != value]
-                where = (changed or ["a copy of its run"])[0]
-                raise ValueError(f"`sampler`: {self.sampler.name} can't go on with {where}: {REMEMBERS}")
             run = self._begin(i, y, generator)
-            run.place = place
-        run.parent = getcurrent()
         # the pipeline may have changed what it got (inpainting, callbacks): the state is that and what rounding took
+        run.parent, run.place, run.knows = getcurrent(), place, known is not None
         asked = self._resume(run, i + 1, denoised, y + run.residual)
         x = (asked * after.scale).to(model_output.dtype)
         run.residual = asked - x.to(asked.dtype) / after.scale
@@ -356,36 +365,13 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         named = self.sampler.arguments
         return bool(not self.sampler.is_k_diffusions or named.get("s_churn") or named.get("eta"))
 
-    def _part(self, i: int) -> tuple[int, Sampler, torch.Tensor]:
-        """For a run from evaluation i on: where its first whole step begins, and the sampler and the levels from there.
-
-        ValueError: it is not k-diffusion's, and would ask for other sigmas than in the whole run.
-        """
-        sampler, asked, named = self.sampler, self._tried[2], self.sampler.arguments
-        # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
-        first = min((one for one in self._starts if one >= i), default=len(asked))
-        rest = self._levels[self._starts.get(first, len(self._levels)) :]
-        if "sigma_min" in named and len(rest):  # it has a level for each evaluation
-            rest = torch.cat([rest.new_tensor(asked[first : first + 1]), self._levels[first + 1 :]])
-        if sampler.is_k_diffusions and (churn := named.get("s_churn")):  # it is spread over the steps
-            churn *= (len(rest) - 1) / (len(self._levels) - 1)
-            sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
-        if not sampler.is_k_diffusions and i > 0:
-            rises = any(a < b for a, b in zip(asked[i:first], asked[i + 1 : first + 1]))
-            if rises or not len(rest) or not close(try_out(sampler, rest)[0], asked[first:]):
-                raise ValueError(PART_WAY)
-        return first, sampler, rest
-
-    def _remembers(self, i: int) -> bool:
-        """Whether a run that begins at evaluation i differs from the whole run there: a history or Brownian path."""
-        first, sampler, rest = self._part(i)
-        if first > i or "_sde" in sampler.name:
-            return True
-        return not close(try_out(sampler, rest, self._tried[3][i])[1], self._tried[3][i:])
-
     def _begin(self, i: int, x: torch.Tensor, generator: Any) -> Paused:
-        """The sampler, left where it asks for evaluation i."""
+        """The sampler, left where it asks for evaluation i. ValueError: it would need to know what was before."""
         first, sampler, rest = self._part(i)
+        if i != self._begun:
+            states = self._trial.states[i:]
+            if first > i or "_sde" in sampler.name or not close(try_out(sampler, rest, states[0]).states, states):
+                raise ValueError(f"`sampler`: {sampler.name} {GO_ON}")
         # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
         rest = rest if sampler.is_k_diffusions else rest.to(x.dtype)
         generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
@@ -402,45 +388,29 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         x, sigma = run.switch(*given)
         # k-diffusion's functions ask for what was planned; to look at a sigma on a GPU is to wait for it
         wrong = sigma is not None and not self.sampler.is_k_diffusions
-        wrong = wrong and not close(torch.as_tensor(sigma).flatten().tolist()[:1], self._tried[2][i : i + 1])
+        wrong = wrong and not close(torch.as_tensor(sigma).flatten().tolist()[:1], self._trial.sigmas[i : i + 1])
         if wrong or run.dead != (i == len(self._times)):
             raise ValueError("`sampler`: it asks for other evaluations than in its trial on a single number")
         run.position = i
         return x
 
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "original_sample")
 PART_WAY = (
     "`sampler`: a run can't start part-way here (`strength`, `denoising_start`): this callable's evaluations vary from "
     "step to step, or it would ask for other sigmas. Pass all levels, `schedule=levels[i:]`, and `latents` of the first"
 )
-
-
-REMEMBERS = "it is in the middle of a step, or has a history or a path of noise. euler and euler_ancestral can"
-
-
-class Order(int):
-    """The evaluations of a step where they vary. Times a step's index, as pipelines count: where this step begins."""
-
-    first: dict[int, int]
-    steps: int
-
-    def __new__(cls, order: int, first: Any = (), steps: int = 0) -> Order:
-        made = super().__new__(cls, order)
-        made.first, made.steps = dict(first), steps
-        return made
-
-    def __rmul__(self, step: Any) -> Any:
-        if 0 < step < self.steps and step not in self.first:
-            raise ValueError(PART_WAY)
-        return self.first.get(step, int(self) * step)
-
-    __mul__ = __rmul__
+GO_ON = (
+    "can't go on with a copy of its run, in another thread, or with latents of another shape: it is in the middle of a "
+    "step, or has a history or a path of noise. euler and euler_ancestral can"
+)
 
 
 class Paused(greenlet):
     """A sampler that waits for the prediction at evaluation `position`. Copies share it until one of them goes on."""
 
-    position, residual, place = 0, 0.0, dict[str, Any]()
+    position, residual, knows = 0, 0.0, False
+    place: Any = None
 
     def __deepcopy__(self, memo: Any) -> Paused:
         return self
@@ -449,13 +419,20 @@ class Paused(greenlet):
         return type(None), ()  # it can't be saved
 
 
-def try_out(sampler: Sampler, sigmas: torch.Tensor, x: float = 1.0) -> tuple[list[float], list[float], dict[int, int]]:
-    """The sigma and the state of each evaluation, and {evaluation: level} for those that begin a step.
+class Trial(NamedTuple):
+    """What a sampler does at some levels."""
 
-    Found by a run on a tensor of one element, without noise. ValueError: for dpm_adaptive, and where the run fails.
-    """
-    asked, states, begins = list[float](), list[float](), dict[int, float]()
-    sigmas = sigmas if sampler.is_k_diffusions else sigmas.float()  # as in a run, where a callable may compare them
+    sampler: Sampler
+    levels: torch.Tensor
+    sigmas: list[float]  # of each evaluation
+    states: list[float]  # of each evaluation
+    begins: dict[int, int]  # {evaluation: level} of those that begin a step
+
+
+def try_out(sampler: Sampler, sigmas: torch.Tensor, x: float = 1.0) -> Trial:
+    """Runs a sampler on a tensor of one element, without noise. ValueError: for dpm_adaptive, and where it fails."""
+    asked, states, begins = list[float](), list[float](), dict[int, int]()
+    levels = sigmas if sampler.is_k_diffusions else sigmas.float()  # as in a run, where a callable may compare them
 
     def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
         if with_uncond:
@@ -464,32 +441,29 @@ def try_out(sampler: Sampler, sigmas: torch.Tensor, x: float = 1.0) -> tuple[lis
         states.append(float(x))
         return x.add(sigma).sin()  # curved, so that a history shows
 
-    def callback(info: dict[str, Any]) -> None:  # after a step's first evaluation or its last
-        level = float(info.get("sigma", asked[-1]))
-        own = [j for j in range(len(asked)) if j > max(begins, default=-1)]
-        same = [j for j in own if close([asked[j]], [float(info.get("sigma_hat", level))])]
-        begins[(same or own)[-1]] = level
+    def begin() -> None:
+        begins[len(asked)] = len(begins)
 
     try:
         if "rtol" in sampler.arguments:
             raise ValueError("the network's predictions decide on its steps")
         quiet = {"s_noise": 0.0} if "s_noise" in sampler.arguments else {}
-        sampler = find_sampler(sampler.function, {**sampler.options, **quiet})
-        given: dict[str, Callable] = {"callback": callback}
-        if "noise_sampler" in sampler.arguments:
-            given["noise_sampler"] = lambda sigma, sigma_next: sigmas.new_zeros([1] * 4)
-        generator = torch.Generator("cpu").manual_seed(0)
-        call_sampler(sampler, model, sigmas.new_full([1] * 4, x), sigmas, generator, lambda: None, **given)
+        still = {"noise_sampler": lambda sigma, sigma_next: levels.new_zeros([1] * 4)}
+        still = still if "noise_sampler" in sampler.arguments else {}
+        generator, one = torch.Generator("cpu").manual_seed(0), levels.new_full([1] * 4, x)
+        silent = find_sampler(sampler.function, {**sampler.options, **quiet})
+        call_sampler(silent, model, one, levels, generator, begin, **still)
     except Exception as error:
         others = "for dpm_adaptive there are StableDiffusionXLComfyPipeline and FluxComfyPipeline"
         raise ValueError(f"`sampler`: can't tell its timesteps before the run; {others} ({error})") from error
     if "sigma_min" in sampler.arguments:  # it places its own levels, one for each evaluation
-        return asked, states, {j: j for j in begins}
-    if not begins:  # without a callback: the last one of those at the same level
-        begins = {j: one for j, one in enumerate(asked) if not close([one], asked[j + 1 : j + 2])}
-    levels = sigmas[:-1].tolist()
-    near = {j: min(range(len(levels)), key=lambda k: abs(levels[k] - one)) for j, one in begins.items()}
-    return asked, states, {j: k for j, k in near.items() if close([levels[k]], [begins[j]])}
+        begins = {j: j for j in range(len(asked))}
+    elif not sampler.is_k_diffusions:  # the last of the evaluations at a level
+        steps = levels[:-1].tolist()
+        near = [min(range(len(steps)), key=lambda k: abs(steps[k] - sigma)) for sigma in asked]
+        at = [k if close([steps[k]], [sigma]) else None for k, sigma in zip(near, asked)]
+        begins = {0: 0} | {j: k for j, k in enumerate(at) if k is not None and at[j + 1 : j + 2] != [k]}
+    return Trial(sampler, sigmas, asked, states, begins)
 
 
 def close(found: list[float], expected: list[float]) -> bool:
@@ -504,32 +478,34 @@ def seeds_of(x: torch.Tensor) -> list[int]:
     return [int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "big") >> 1 for image in numbers]
 
 
+def _function_modes(modes: list) -> list:
+    """Puts these of torch's function modes in the place of those that are on, which it returns."""
+    own = _get_current_function_mode_stack()
+    for _ in own:
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)
+    return own
+
+
 def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> tuple[torch.Tensor, None]:
     """A run, in its greenlet: Euler's steps through the levels `ahead`, then `call(model, x)`."""
     # nothing here refers to the scheduler: a run that is left half way ends with it
-
-    def torch_state() -> tuple[list, bool, bool]:
-        return _get_current_function_mode_stack(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-
-    def set_modes(modes: list) -> None:
-        for _ in _get_current_function_mode_stack():
-            _pop_mode()
-        for mode in modes:
-            _push_mode(mode)
-
-    here = torch_state()
+    modes, grad, inference = (
+        _get_current_function_mode_stack(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        nonlocal here
-        modes, grad, inference = here
-        own = _get_current_function_mode_stack()
-        set_modes(modes)
+        nonlocal modes, grad, inference
+        own = _function_modes(modes)
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             try:
                 denoised, state = getcurrent().parent.switch((x, sigma))
             finally:  # also where a run that was left half way ends
-                here = torch_state()
-                set_modes(own)
+                grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+                modes = _function_modes(own)
         x.copy_(state)
         return denoised
 
@@ -538,7 +514,7 @@ def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> tuple
             x = x + (x - model(x, x.new_full([len(x)], sigma))) * (after / sigma - 1)
         return (call(model, x) if call else x), None
     finally:
-        torch.set_grad_enabled(here[1])  # the sampler's own no_grad puts back what was when it began
+        torch.set_grad_enabled(grad)  # the sampler's own no_grad puts back what was when it began
 
 
 # --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---

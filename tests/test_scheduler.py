@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 from typing import Any
 
 import diffusers
@@ -70,25 +71,17 @@ def test_every_sampler_in_every_small_pipeline(maker):
 
 
 @pytest.mark.parametrize(
-    "sampler, stock", [("heun", "HeunDiscreteScheduler"), ("dpmpp_2m", "DPMSolverMultistepScheduler")]
+    "sampler, maker", [*itertools.product(["heun", "dpmpp_2m"], [sd_text, sd_inpaint]), ("heun", sd3_text)]
 )
-@pytest.mark.parametrize("maker", [sd_text, sd_inpaint], ids=lambda maker: maker.__name__)
-def test_other_samplers_are_diffusers_own(maker, sampler, stock):
+def test_other_samplers_are_diffusers_own(maker, sampler):
     """Over the same levels. DPM-Solver++ keeps its latents in another scale, and added noise too."""
-    config = made(maker)[2].config
-    scheduler = getattr(diffusers, stock).from_config(
-        config, **({} if sampler == "heun" else {"final_sigmas_type": "zero"})
-    )
-    expected = draw(maker, copy.deepcopy(scheduler))
+    heun = "FlowMatchHeunDiscrete" if maker is sd3_text else "HeunDiscrete"
+    name = heun if sampler == "heun" else "DPMSolverMultistep"
     # diffusers' multistep solver ends with a step of order 1 to zero, as k-diffusion's; below 15 steps it asks for it
+    options = {"final_sigmas_type": "zero"} if sampler == "dpmpp_2m" else {}
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_config(made(maker)[2].config, **options)
+    expected = draw(maker, copy.deepcopy(scheduler))
     assert relative(draw(maker, KDiffusionScheduler.from_scheduler(scheduler, sampler=sampler)), expected) < 2 * CLOSE
-
-
-def test_heun_of_flow_is_diffusers_own():
-    config = made(sd3_text)[2].config
-    stock = diffusers.FlowMatchHeunDiscreteScheduler.from_config(config)
-    expected = draw(sd3_text, copy.deepcopy(stock))
-    assert relative(draw(sd3_text, KDiffusionScheduler.from_scheduler(stock, sampler="heun")), expected) < CLOSE
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -99,22 +92,6 @@ def test_predictions_and_scales(stock, prediction):
     scheduler = getattr(diffusers, stock)(**BETAS, prediction_type=prediction, steps_offset=1, **options)
     expected = draw(sd_text, copy.deepcopy(scheduler))
     assert relative(draw(sd_text, KDiffusionScheduler.from_scheduler(scheduler)), expected) < CLOSE
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"use_karras_sigmas": True},
-        {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
-        {"timestep_spacing": "linspace", "beta_schedule": "linear"},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_levels_are_the_bases(options):
-    scheduler = diffusers.EulerDiscreteScheduler(**{**BETAS, **options})
-    expected = draw(sd_text, copy.deepcopy(scheduler))
-    # zero SNR: sigma 4096, whose float32 rounding stays in what is left at the end
-    assert relative(draw(sd_text, KDiffusionScheduler.from_scheduler(scheduler)), expected) < 3 * CLOSE
 
 
 @pytest.mark.parametrize(
@@ -150,16 +127,14 @@ def fixed_noise(like: torch.Tensor, seed: int) -> Any:
     return noise
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_sdxl_pipeline_in_float64(sdxl64, sampler):
-    """The same sampler, noise and levels from the generator: to 1e-12, which float64 keeps over 20 layers."""
-    child, parent = sdxl64
+def same_in_float64(child: Any, parent: Any, arguments: dict[str, Any], sampler: str, **options: Any) -> None:
+    """To 1e-12, which float64 keeps over 20 layers."""
     own = child.scheduler
-    arguments = {"prompt": PROMPT, "num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"}
-    expected = child(**arguments, generator=seeded(), sampler=sampler, schedule="karras").images
+    arguments = {"prompt": PROMPT, "num_inference_steps": 3, "height": 32, "width": 32, **arguments}
+    expected = child(**arguments, generator=seeded(), output_type="latent", sampler=sampler, **options).images
     try:
-        parent.scheduler = KDiffusionScheduler.from_scheduler(own, sampler=sampler, schedule="karras")
-        found = parent(**arguments, generator=seeded()).images
+        parent.scheduler = KDiffusionScheduler.from_scheduler(own, sampler=sampler, **options)
+        found = parent(**arguments, generator=seeded(), output_type="latent").images
     finally:
         parent.scheduler = own
     # dpm_fast places its levels in float32, which leaves the state that the pipeline gives 6e-8 beside its own
@@ -167,61 +142,41 @@ def test_the_sdxl_pipeline_in_float64(sdxl64, sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_sdxl_pipeline_in_float64(sdxl64, sampler):
+    """The same sampler, noise and levels from the generator."""
+    same_in_float64(*sdxl64, {}, sampler, schedule="karras")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_flux_pipeline_in_float64(flux64, sampler):
     """Below t = 1: there the network sees pure noise here, and there noise times a t below 1."""
-    child, parent = flux64
-    own = child.scheduler
-    arguments = {"prompt": PROMPT, "sigmas": [0.95, 0.7, 0.4], "height": 32, "width": 32, "output_type": "latent"}
-    arguments |= {"num_inference_steps": 3, "max_sequence_length": 64}
     options = {}
     if "noise_sampler" in find_sampler(sampler).arguments and sampler != "dpm_fast":
         options["noise_sampler"] = fixed_noise(torch.zeros(1, 4, 64, dtype=torch.float64), 3)
-    expected = child(**arguments, generator=seeded(), sampler=sampler, sampler_kwargs=options).images
-    try:
-        parent.scheduler = KDiffusionScheduler.from_scheduler(own, sampler=sampler, sampler_kwargs=options)
-        found = parent(**arguments, generator=seeded()).images
-    finally:
-        parent.scheduler = own
-    assert relative(found, expected) < (1e-5 if sampler == "dpm_fast" else 1e-12)
+    arguments = {"sigmas": [0.95, 0.7, 0.4], "max_sequence_length": 64}
+    same_in_float64(*flux64, arguments, sampler, sampler_kwargs=options)
 
 
-# --- the demo models --------------------------------------------------------------------------------------------------
+# --- the demo model --------------------------------------------------------------------------------------------------
 
 
-def demo(name: str, kind: str, pipe: Any, **extra: Any) -> tuple[Any, dict[str, Any]]:
-    """A stock pipeline on the demo model's networks, and its arguments."""
-    family = {"sdxl": "StableDiffusionXL", "flux": "Flux"}[name]
-    names = inspect.signature(getattr(diffusers, f"{family}{kind}Pipeline")).parameters
-    components = {key: value for key, value in {**pipe.components, **extra}.items() if key in names}
-    other = getattr(diffusers, f"{family}{kind}Pipeline")(**components)
-    other.set_progress_bar_config(disable=True)
-    arguments = {"prompt": PROMPT, "num_inference_steps": STEPS, "output_type": "latent"}
-    if "Img2Img" in kind or "Inpaint" in kind:
-        arguments |= {"image": picture().resize((64, 64)), "strength": 0.6}
-    if "Inpaint" in kind:
-        arguments |= {"mask_image": mask().resize((64, 64))}
-    if kind != "Img2Img" or name == "flux":
-        arguments |= {"height": 64, "width": 64}
-    return other, arguments
-
-
-@pytest.mark.parametrize("kind", ["", "Img2Img", "Inpaint"], ids=["text", "image", "inpaint"])
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
-def test_euler_on_the_demo_models(request, name, kind):
-    pipe, arguments = demo(name, kind, request.getfixturevalue(name))
-    own = pipe.scheduler
-    expected = pipe(**arguments, generator=seeded())[0]
-    pipe.scheduler = KDiffusionScheduler.from_scheduler(own)
-    assert relative(pipe(**arguments, generator=seeded())[0], expected) < CLOSE
-
-
-def test_euler_with_a_control_net(sdxl):
-    torch.manual_seed(0)
-    network = diffusers.ControlNetModel.from_unet(sdxl.unet, conditioning_channels=3, load_weights_from_unet=False)
-    for block in network.controlnet_down_blocks:
-        torch.nn.init.normal_(block.weight, std=0.02)  # they begin with zeros, which change nothing
-    pipe, arguments = demo("sdxl", "ControlNet", sdxl, controlnet=network.eval())
-    arguments["image"] = picture().resize((64, 64))
+@pytest.mark.parametrize("kind", ["", "Img2Img", "Inpaint", "ControlNet"])
+def test_euler_on_the_demo_model(sdxl, kind):
+    """As in SDXL's stock pipelines."""
+    arguments: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": STEPS, "output_type": "latent"}
+    components, small = dict(sdxl.components), picture().resize((64, 64))
+    if kind == "ControlNet":
+        torch.manual_seed(0)
+        network = diffusers.ControlNetModel.from_unet(sdxl.unet, conditioning_channels=3, load_weights_from_unet=False)
+        for block in network.controlnet_down_blocks:
+            torch.nn.init.normal_(block.weight, std=0.02)  # they begin with zeros, which change nothing
+        components["controlnet"] = network.eval()
+    arguments |= {"": {}, "ControlNet": {"image": small}}.get(kind, {"image": small, "strength": 0.6})
+    arguments |= {"height": 64, "width": 64} if kind != "Img2Img" else {}
+    arguments |= {"mask_image": mask().resize((64, 64))} if kind == "Inpaint" else {}
+    maker = getattr(diffusers, f"StableDiffusionXL{kind}Pipeline")
+    pipe = maker(**{key: one for key, one in components.items() if key in inspect.signature(maker).parameters})
+    pipe.set_progress_bar_config(disable=True)
     expected = pipe(**arguments, generator=seeded())[0]
     pipe.scheduler = KDiffusionScheduler.from_scheduler(pipe.scheduler)
     assert relative(pipe(**arguments, generator=seeded())[0], expected) < CLOSE
