@@ -203,7 +203,9 @@ def comfy_sampler(
     functions that ask for the prediction without guidance.
     """
     comfy, sampling = _comfyui(), model_sampling(pipe, width, height)
-    flow = isinstance(sampling, Flow)
+    flow, loaded = isinstance(sampling, Flow), sys.modules.get("comfy.model_sampling")
+    if flow and loaded:  # by which ComfyUI's functions know a flow, wherever they were loaded from
+        sampling.__class__ = type("Flow", (Flow, loaded.CONST), {})
 
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         ours = _Model(model, sampling, cfg or (None if flow else getattr(pipe, "_guidance_scale", None)))
@@ -216,8 +218,11 @@ def comfy_sampler(
         with torch.random.fork_rng(range(torch.cuda.device_count()), seed is not None):
             if seed is not None:  # as ComfyUI leaves torch's generators: seeded, and past the initial noise
                 torch.randn(x.numel(), generator=torch.manual_seed(seed), dtype=torch.float32, device="cpu")
-            x = function(surface, x, at, extra_args=given, disable=disable, **options).to(x.dtype)
-        return sampling.packed(x / (1 - at[-1]) if flow and sigmas[-1] == 0 else x)  # by 0.999 after uni_pc, as there
+            end = function(surface, x, at, extra_args=given, disable=disable, **options)
+        if not isinstance(end, torch.Tensor):
+            return end  # which the pipeline refuses
+        whole = flow and sigmas[-1] == 0  # by 0.999 after uni_pc, as there
+        return sampling.packed(end.to(x.dtype) / (1 - at[-1]) if whole else end.to(x.dtype))
 
     sampler.__name__ = getattr(getattr(function, "func", function), "__name__", "sampler")
     taken = [p for p in inspect.signature(function).parameters.values() if seed is None or p.name != "noise_sampler"]

@@ -285,10 +285,10 @@ def test_ctrl_c_while_the_script_starts(tmp_path, script, after):
     """In the import of a module, where a signal that arrives ends it: 130, and no traceback."""
     interrupts = f"""
 import builtins, os, runpy, signal, sys
-def importing(name, *rest, real=builtins.__import__):
+def importing(name, *rest, real=builtins.__import__, **named):
     if name == {after!r}:
         os.kill(os.getpid(), signal.SIGINT)
-    return real(name, *rest)
+    return real(name, *rest, **named)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has none
 builtins.__import__ = importing
 sys.argv = [{script!r}, "--output", {str(tmp_path)!r}]
