@@ -55,7 +55,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     Raises:
         ValueError, TypeError: for what does not fit, and for `dpm_adaptive`, whose timesteps nobody knows beforehand.
-            Later, for a run that can't begin or go on as asked (`PART_WAY`, `GO_ON`).
+            For a run of a callable that can't start part-way (`strength`), or that goes on in another copy or thread,
+            or with latents of another shape, if the sampler would need to know what was before.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
                 # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
                 alphas = base.alphas_cumprod.cpu().double().clamp(min=2**-24)
                 self._table = external.DiscreteSchedule(((1 - alphas) / alphas).sqrt(), quantize=quantize_timesteps)
-        if not self._scale or self._prediction not in (*PREDICTIONS, "flow_prediction"):
+        kinds = ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction")
+        if not self._scale or self._prediction not in kinds:
             needs = "betas (epsilon, v_prediction, sample), flow or EDM, and step(model_output, timestep, sample)"
             raise ValueError(f"`scheduler`: needs {needs}, but is {kind.__name__} with {self._prediction!r}")
         for name in {"clip_sample", "thresholding"} & inspect.signature(kind.__init__).parameters.keys():
@@ -371,7 +373,9 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if i != self._begun:
             states = self._trial.states[i:]
             if first > i or "_sde" in sampler.name or not close(try_out(sampler, rest, states[0]).states, states):
-                raise ValueError(f"`sampler`: {sampler.name} {GO_ON}")
+                what = "a copy of its run, in another thread, or with latents of another shape"
+                why = "it is within a step, or has a history or a path of noise. euler and euler_ancestral can"
+                raise ValueError(f"`sampler`: {sampler.name} can't go on with {what}: {why}")
         # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
         rest = rest if sampler.is_k_diffusions else rest.to(x.dtype)
         generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
@@ -395,14 +399,9 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         return x
 
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample", "original_sample")
 PART_WAY = (
     "`sampler`: a run can't start part-way here (`strength`, `denoising_start`): this callable's evaluations vary from "
     "step to step, or it would ask for other sigmas. Pass all levels, `schedule=levels[i:]`, and `latents` of the first"
-)
-GO_ON = (
-    "can't go on with a copy of its run, in another thread, or with latents of another shape: it is in the middle of a "
-    "step, or has a history or a path of noise. euler and euler_ancestral can"
 )
 
 
