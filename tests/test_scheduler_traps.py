@@ -303,11 +303,10 @@ def test_cosmos_asks_twice():
             x = scheduler.step(x0, t, x, return_dict=False, pred_original_sample=x0)[0]
         return x
 
-    for guided in (True, False):
-        expected = run(diffusers.EDMEulerScheduler(), guided)
-        assert (
-            relative(run(KDiffusionScheduler.from_scheduler(diffusers.EDMEulerScheduler()), guided), expected) < CLOSE
-        )
+    assert relative(run(KDiffusionScheduler.from_scheduler(EDM), True), run(copy.deepcopy(EDM), True)) < CLOSE
+    for sampler in ("euler", "dpmpp_2m"):  # without guidance as in any pipeline
+        scheduler = KDiffusionScheduler.from_scheduler(EDM, sampler=sampler)
+        assert relative(run(scheduler, False), loop(scheduler, steps=4)[1]) < CLOSE
 
 
 def test_ltx_gives_a_timestep_for_each_token():
@@ -357,15 +356,6 @@ def test_noise_without_a_generator_follows_from_each_images_bits():
     pair, again, second, other = (run(scheduler, one, lambda x, t: 0.5 * x) for one in (x, x, x[1:], x + 1e-4))
     assert torch.equal(again, pair) and torch.equal(second, pair[1:])
     assert relative(other, pair) > 0.1
-
-
-def test_ve_is_for_samplers_that_add_noise():
-    steps = {"euler": "flow", "dpmpp_2m": "flow", "euler_ancestral": "ve", "dpmpp_2m_sde": "ve", "dpm_fast": "ve"}
-    for sampler, expected in steps.items():
-        scheduler = KDiffusionScheduler.from_scheduler(FLOW, sampler=sampler)
-        scheduler.set_timesteps(5)
-        assert (float(scheduler._levels[0]) > 1) == (expected == "ve"), sampler
-        assert float(scheduler.timesteps[0]) == 1000  # where the network sees pure noise
 
 
 # --- what is thread-local, and what is left ---------------------------------------------------------------------------
@@ -544,19 +534,22 @@ def test_what_the_base_does_to_x0_is_ignored_with_a_warning():
         KDiffusionScheduler.from_scheduler(diffusers.EulerDiscreteScheduler.from_config(config))
 
 
-def test_a_configuration_makes_one():
-    """Also one of a scheduler made in code, which does not name its class."""
-    for base in (
+@pytest.mark.parametrize(
+    "base",
+    [
         diffusers.EulerDiscreteScheduler(**BETAS),
-        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        diffusers.EDMEulerScheduler(),
+        FLOW,
+        EDM,
         diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    ):
-        assert "_class_name" not in base.config
-        scheduler = KDiffusionScheduler.from_config(base.config, sampler="dpmpp_2m")
-        assert isinstance(scheduler, type(base)) and scheduler.sampler.function is sampling.sample_dpmpp_2m
-    again = KDiffusionScheduler.from_config(scheduler.config, sampler="heun", flow_shift=2.0)
-    assert again.config.flow_shift == 2.0 and again.order == 2
+    ],
+)
+def test_a_configuration_makes_one(base):
+    """Also one of a scheduler made in code, which does not name its class."""
+    assert "_class_name" not in base.config
+    scheduler = KDiffusionScheduler.from_config(base.config, sampler="dpmpp_2m")
+    assert isinstance(scheduler, type(base)) and scheduler.sampler.function is sampling.sample_dpmpp_2m
+    again = KDiffusionScheduler.from_config(scheduler.config, sampler="heun", num_train_timesteps=500)
+    assert again.config.num_train_timesteps == 500 and again.order == 2
 
 
 def test_the_scheduler_that_it_is_made_of_stays_as_it_is():
@@ -594,19 +587,6 @@ def test_what_the_base_knows_is_there():
 
 
 # --- samplers of one's own --------------------------------------------------------------------------------------------
-
-
-def test_callables_run():
-    def without_callback(model, x, sigmas):
-        assert sigmas.dtype == x.dtype
-        for now, after in zip(sigmas, sigmas[1:]):
-            x = x + (x - model(x, now * x.new_ones(len(x)))) * (after / now - 1)
-        return x
-
-    expected = loop(KDiffusionScheduler.from_scheduler(EULER))[1]
-    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=without_callback)
-    assert relative(loop(scheduler)[1], expected) < CLOSE
-    assert relative(loop(scheduler, start=2)[1], loop(copy.deepcopy(EULER), start=2)[1]) < CLOSE
 
 
 def test_what_changes_between_two_runs():
