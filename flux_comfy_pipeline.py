@@ -526,7 +526,7 @@ def run_sampler(
     class Interrupted(Exception): ...  # with the state and its sigma
 
     steps, step_begins, followed = itertools.count(), threading.Event(), True
-    latest, began = (x, sigmas[0], x), ()  # the latest evaluation; sigma and denoised of the step's first one
+    latest, began = (x, sigmas[0], x), ()  # a user-supplied sampler's last evaluation; the step's first one
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal latest, began
@@ -537,8 +537,8 @@ def run_sampler(
         if interrupted():
             raise Interrupted(x, sigma[0].cpu())
         predicted = denoiser(x, sigma, **kwargs)
-        latest = x, sigma[0], predicted if predicted.ndim == x.ndim else predicted[0]  # or both sides of guidance
-        began = latest[1:] if first else began
+        here = sigma[0], predicted if predicted.ndim == x.ndim else predicted[0]  # or both sides of guidance
+        began, latest = here if first else began, latest if sampler.is_k_diffusions else (x, *here)
         return predicted
 
     def callback(info: dict[str, Any]) -> None:  # of a user-supplied sampler
