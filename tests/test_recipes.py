@@ -88,7 +88,7 @@ def test_lcm(sdxl):
     )
     for one in (pipe, stock):
         one.set_progress_bar_config(disable=True)
-    code = "\n".join(RECIPES["A sampler of your own: LCM"])
+    code = "\n".join(RECIPES["A user-supplied sampler: LCM"])
     ours = cook(code, pipe=Latents(pipe, generator=seeded(1)))["image"]
     call = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": seeded(1), "output_type": "latent"}
     assert relative(ours, stock(PROMPT, **call).images[0]) < 1e-4  # as in tests/test_finetunes.py
