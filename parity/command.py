@@ -19,7 +19,7 @@ from parity.sides import Side, find_side
 
 
 def run(options: argparse.Namespace, family: Family) -> int:
-    """Exit status: 0 within the tolerance, 1 past it. Raises Refused for what the user can mend."""
+    """Exit status: 0 within the tolerance, 1 past it. Raises Refused for what the user can fix."""
     raise_on_ctrl_c()
     if options.all:
         from parity.table import write_table
