@@ -239,7 +239,7 @@ class Truth:
         """For the verdict."""
         if math.isnan(self.ours):
             return f"Distance from the truth: {self.equation}."
-        who = {"ours": "k-diffusion's", "theirs": "theirs", None: "neither, as far as can be complete"}[self.nearer]
+        who = {"ours": "k-diffusion's", "theirs": "theirs", None: "neither, as far as can be told"}[self.nearer]
         known = f"the solution is known to {self.error:.0e} after {self.evaluations} evaluations"
         if self.stopped and self.nearer is None:
             known += "; more of them take more --truth-seconds"
