@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Every table of RESULTS.md that a CPU gives, in one go: about 45 minutes on two cores that do nothing else.
+# All CPU tables of RESULTS.md: about 45 minutes on two otherwise idle cores.
 #
 #     uv run benchmarks/all.sh
 #
-# precision.py's table is of a GPU, see gpu.sh: on two cores it takes hours. The exit status is 1 if a goal is missed.
+# precision.py runs on a GPU, in gpu.sh: on two cores it takes hours. The exit status is 1 if a goal is missed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

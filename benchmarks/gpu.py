@@ -1,11 +1,11 @@
-"""A picture on the real architectures with random weights, in half precision: on the card, and in each offload mode.
+"""A picture on the real architectures with random weights, in half precision: on the GPU, and in each offload mode.
 
-    uv run benchmarks/gpu.py                                # 1024x1024; FLUX's takes 30 GB of the card
+    uv run benchmarks/gpu.py                                # 1024x1024; FLUX needs 30 GB of GPU memory
     uv run benchmarks/gpu.py --device cpu --size demo       # the demo models, to try the script
 
-The weights are normal with a standard deviation of 0.02, the biases zero, the norms' weights one. With these the
-activations stay in float16's range, and the pictures mean nothing. Exit status 1 if a picture is not finite or an
-offloaded pipeline draws another one.
+The weights are normal with a standard deviation of 0.02, the biases are zero, and the norms' weights are one. The
+activations then stay in float16's range. The pictures mean nothing. The exit status is 1 if a picture is not finite or
+if an offloaded pipeline draws another picture.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CLOSE = 1e-3  # the same kernels on the same weights
 
 
 def offloaded(bench: Bench, device: str) -> bool:
-    """The rows of a model: how far a picture is from the one of the whole pipeline on the device, and memory."""
+    """A model's rows: the distance of each picture from the picture without offloading, and the memory."""
     cuda, fine, expected = torch.device(device).type == "cuda", True, None
     for mode, offload in OFFLOAD.items():
-        if mode == "sequential" and not cuda:  # which accelerate can't to a CPU
+        if mode == "sequential" and not cuda:  # accelerate can't do this on a CPU
             continue
         if cuda:
             torch.cuda.empty_cache()
@@ -49,7 +49,7 @@ def offloaded(bench: Bench, device: str) -> bool:
             distance = ((picture - expected).norm() / expected.norm()).item()
             fine &= distance < CLOSE  # NaN is not
             cells = f"{distance:.1e} | {picture.mean():.2f}, {picture.std():.2f}"
-        except Exception as error:  # the other modes are tried all the same
+        except Exception as error:  # the other modes still run
             fine, cells = False, repr(error)[:200].replace("|", "/") + " | none"
         peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if cuda else "none"
         print(f"| {bench.name}, {bench.network.dtype}, {mode} | {cells} | {peak} |".replace("torch.", ""), flush=True)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All that a GPU is needed for, in under ten minutes: prints a block for RESULTS.md. FLUX.1 takes 30 GB of the card.
+# All that needs a GPU, in under ten minutes. Prints a block for RESULTS.md. FLUX.1 needs 30 GB of GPU memory.
 #
 #     uv run benchmarks/gpu.sh
 #     uv run benchmarks/gpu.sh tests overhead-flux              # only these parts
 #     uv run benchmarks/gpu.sh --device cpu --size demo         # small, to try the script
 #
-# A part that fails prints the end of its error, and the others go on. The exit status is 1 then, or if a goal of
-# overhead.py is missed. The first four parts, which time nothing, run side by side.
+# A part that fails prints the end of its error, and the others still run. The exit status is 1 if a part fails or a goal
+# of overhead.py is missed. The first four parts measure no time and run in parallel.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

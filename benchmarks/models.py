@@ -1,4 +1,4 @@
-"""What the benchmarks run: both pipelines beside the stock ones on the same weights, and which scheduler is whose."""
+"""What the benchmarks run: our pipelines and the stock ones with the same weights, and each sampler's scheduler."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "flux": (FluxComfyPipeline, diffusers.FluxPipeline),
 }
 DPM_SOLVER = {"algorithm_type": "dpmsolver", "solver_order": 3, "final_sigmas_type": "sigma_min"}
-# the scheduler that does what the sampler does; lms takes its order from the step, dpm_fast mixes orders 3, 2 and 1
+# the scheduler of the same method; lms takes its order from the step, dpm_fast mixes orders 3, 2 and 1
 SDXL_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
@@ -115,9 +115,9 @@ def demo(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
 
 
 def full(name: str, device: str, dtype: torch.dtype, config: dict[str, Any] | None = None, size: int = 1024) -> Bench:
-    """The real architecture with random weights and embeddings, built on the device: no file and no text encoder.
+    """The real architecture with random weights and embeddings, built on the device: no file, no text encoder.
 
-    It has no autoencoder. `config` overrides the architecture's, for a small stand-in.
+    It has no autoencoder. `config` overrides values of the architecture, for a small stand-in.
     """
     parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"))
     if name == "sdxl":
@@ -139,7 +139,7 @@ def full(name: str, device: str, dtype: torch.dtype, config: dict[str, Any] | No
 
 @contextlib.contextmanager
 def built(name: str, size: str, device: str, dtype: torch.dtype) -> Iterator[Bench]:
-    """`demo` or `full`, gone again afterwards: SDXL's and FLUX's networks do not have to fit side by side."""
+    """`demo` or `full`, freed afterwards: SDXL's and FLUX's networks need not fit in memory together."""
     warnings.simplefilter("ignore")  # diffusers' of NumPy 2 and old algorithms, torchsde's of a rounded end
     bench = demo(name, dtype, device) if size == "demo" else full(name, device, dtype)
     yield bench
@@ -163,7 +163,7 @@ def build(kind: type, config: dict[str, Any], dtype: torch.dtype, device: str) -
 
 
 def function(sampler: str) -> Callable[..., torch.Tensor]:
-    """k-diffusion's, by its name without `sample_`."""
+    """k-diffusion's function, by its name without `sample_`."""
     return getattr(sampling, f"sample_{sampler}")
 
 

@@ -1,12 +1,12 @@
-"""What a picture costs beside its network: every sampler here, in the stock pipeline, in k-diffusion by itself, and as
-a scheduler of the stock pipeline.
+"""The time of a picture outside its network: for every sampler, in this project's pipeline, in the stock pipeline, in
+k-diffusion alone, and as a scheduler in the stock pipeline.
 
     uv run benchmarks/overhead.py                  # the demo models
     uv run benchmarks/overhead.py --size full      # SDXL's and FLUX's real architectures, random weights, needs CUDA
 
-All loops of a row, and the bare network, run in turn, round by round, after a warm-up, so that a machine that slows
-down slows all of them. Exit status 1 if a whole time over the stock pipeline's misses its goal (`goal`) by more than
-its spread: with --size full, since beside a demo model's network a loop is no small part.
+After a warm-up, all loops of a row and the bare network run in turn, round by round. A machine that slows down then
+slows all of them. With --size full the exit status is 1 if the ratio of a whole time to the stock pipeline's misses its
+goal (`goal`) by more than its spread. With a demo model the loop is too large a share of the time for this goal.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from models import DTYPES, Bench, built, function, positive, stochastic, where
 from scheduling_k_diffusion import KDiffusionScheduler
 from sdxl_comfy_pipeline import external, sampler_names
 
-Times = dict[str, list[tuple[float, float, int]]]  # by loop, round by round: as of `Clock`
+Times = dict[str, list[tuple[float, float, int]]]  # by loop, for each round: what `Clock` returns
 LOOPS = ["ours", "stock", "k-diffusion", "scheduler", "bare"]
 
 
 class Clock:
-    """Times calls on the device, and within them the network's share."""
+    """Measures the time of calls on the device, and of the network within them."""
 
     def __init__(self, network: torch.nn.Module, device: str):
         self.network, self.cuda, self.device = network, torch.device(device).type == "cuda", device
 
     def __call__(self, call: Callable[[], object]) -> tuple[float, float, int]:
-        """Seconds of the call, seconds of them outside the network (nan on CUDA, which runs on by itself), evaluations.
+        """Seconds of the call, seconds outside the network (nan on CUDA, which is asynchronous), and evaluations.
 
-        On CUDA by events, which wait for nothing inside the call.
+        On CUDA the time is measured by events, which do not wait inside the call.
         """
         began, inside, evaluations = 0.0, 0.0, 0
 
@@ -72,7 +72,7 @@ class Clock:
 
 
 def inputs(bench: Bench) -> tuple[tuple, dict[str, Any]]:
-    """What the pipeline gives the network: positional and named arguments of its first evaluation."""
+    """The positional and named arguments of the pipeline's first call of the network."""
     found = []
     hook = bench.network.register_forward_pre_hook(lambda _, *given: found.append(given), with_kwargs=True)
     bench.call(bench.ours, 1)
@@ -81,7 +81,7 @@ def inputs(bench: Bench) -> tuple[tuple, dict[str, Any]]:
 
 
 def bare(bench: Bench) -> Callable[[int], None]:
-    """The bare network: a function that calls it n times with what the pipeline gave it, and does nothing else."""
+    """A function that only calls the network, n times, with the arguments that the pipeline gave it."""
     args, kwargs = inputs(bench)
 
     @torch.no_grad()
@@ -93,13 +93,13 @@ def bare(bench: Bench) -> Callable[[int], None]:
 
 
 def alone(bench: Bench) -> Callable[[int, str], torch.Tensor]:
-    """k-diffusion by itself: its sampler over the network in its own wrapper, with nothing of this project in between.
+    """k-diffusion alone: its sampler and its own wrapper of the network, with nothing from this project.
 
-    It has no wrapper for FLUX, which gets x - t v, with t for sigma. Step noise is k-diffusion's own, and so is the end
-    of the samplers that place their own levels: the lowest positive one.
+    It has no wrapper for FLUX, for which `flow` returns x - t v and sigma is t. The step noise is k-diffusion's own.
+    Samplers that place their own levels end at the lowest positive one.
     """
     args, kwargs = inputs(bench)
-    network, dtype = bench.network, bench.network.dtype  # once: diffusers looks through all modules for it
+    network, dtype = bench.network, bench.network.dtype  # read once: diffusers searches all modules for it
     texts = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "timestep")}
 
     def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -130,7 +130,7 @@ def alone(bench: Bench) -> Callable[[int, str], torch.Tensor]:
 
 
 def scheduled(bench: Bench, sampler: str) -> Callable[[int], torch.Tensor] | None:
-    """The stock pipeline's call with `KDiffusionScheduler`; None for dpm_adaptive, which can't be one."""
+    """The stock pipeline's call with `KDiffusionScheduler`; None for dpm_adaptive."""
     if sampler == "dpm_adaptive":
         return None
     scheduler = KDiffusionScheduler.from_scheduler(bench.ours.scheduler, sampler=sampler)
@@ -143,7 +143,7 @@ def scheduled(bench: Bench, sampler: str) -> Callable[[int], torch.Tensor] | Non
 
 
 def measured(bench: Bench, samplers: list[str], steps: int, rounds: int, device: str) -> dict[str, Times]:
-    """For each sampler and loop what `Clock` gives, round by round."""
+    """For each sampler and loop, what `Clock` returns in each round."""
     clock, network, k_diffusion = Clock(bench.network, device), bare(bench), alone(bench)
     runs: dict[str, dict[str, Any]] = {}
     for sampler in samplers:
@@ -175,15 +175,15 @@ def spread(values: list[float]) -> float:
 
 
 def goal(sampler: str, generator: str) -> float:
-    """The most that a whole time may be of the stock pipeline's: a stochastic sampler also pays for its noise."""
+    """The largest allowed ratio of a whole time to the stock pipeline's. Stochastic samplers also draw noise."""
     return 1.005 if not stochastic(sampler) else 1.01 if torch.device(generator).type == "cuda" else 1.02
 
 
 def ratios(times: Times) -> dict[str, tuple[float, float]]:
     """The ratios of a row: the median over the rounds, and its spread.
 
-    A whole time on a CPU is the bare network's median and what the loop spends outside, so that a machine whose network
-    times scatter by more than the loops differ shows the difference. On CUDA it is measured.
+    On a CPU a whole time is the bare network's median plus the loop's time outside: the network's times vary by more
+    than the loops differ. On CUDA the whole time is measured.
     """
     whole = {name: [seconds / n for seconds, _, n in rounds] for name, rounds in times.items()}
     outside = {name: [out / n for _, out, n in rounds] for name, rounds in times.items()}
@@ -203,7 +203,7 @@ def ratios(times: Times) -> dict[str, tuple[float, float]]:
 
 
 def table(title: str, rows: dict[str, Times], generator: str) -> list[str]:
-    """Prints the rows, and returns a line for each goal that one misses by more than the spread."""
+    """Prints the rows, and returns a line for each goal that is missed by more than the spread."""
     print(f"\n### {title}: milliseconds per network evaluation, medians (half the quartiles' distance)\n")
     shown = list(dict.fromkeys(name for times in rows.values() for name in ratios(times)))
     outside = ["outside: ours, stock, k-diffusion, scheduler"] if any("outside" in name for name in shown) else []
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows = measured(bench, options.samplers, steps, options.rounds, device)
             missed += table(f"{name}, {options.size}, {options.dtype or usual}", rows, options.generator)
     if options.size == "full":
-        print("\n" + ("\n".join(missed) or "every goal is met, to the spread"))
+        print("\n" + ("\n".join(missed) or "every goal is met, within the spread"))
     return int(bool(missed) and options.size == "full")
 
 

@@ -1,11 +1,11 @@
-"""How far the final latents of half-precision networks are from float64, in the stock loop and in this one.
+"""The distance of half-precision networks' final latents from float64, in the stock loop and in ours.
 
     uv run benchmarks/precision.py                      # on a CPU
     uv run benchmarks/precision.py --device cuda
 
-Each loop is compared with itself, run in float64 throughout on the same (rounded) weights, embeddings, noise levels,
-initial noise and step noise. So the distance is what the arithmetic of the network and of the loop rounds away. It
-differs much between images, so that the table has geometric means over them, and of ours / stock the standard error.
+Each loop is compared with its own run in float64, with the same (rounded) weights, embeddings, noise levels, initial
+noise and step noise. The distance is therefore the rounding of the network and of the loop. It varies much between
+images. The table has geometric means over the images, and the standard error of ours / stock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from models import DTYPES, SDXL_SCHEDULERS, Bench, demo, function, positive, whe
 
 
 def float32_noise(seed: int) -> Callable[..., torch.Tensor]:
-    """A `randn_tensor` whose numbers do not depend on the dtype that is asked for."""
+    """A `randn_tensor` whose numbers do not depend on the requested dtype."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(shape: Any, *_: Any, dtype: torch.dtype | None = None, device: Any = None, **__: Any) -> torch.Tensor:
@@ -44,7 +44,7 @@ def path_noise(bench: Bench, seed: int, shape: torch.Size, dtype: torch.dtype) -
 
 @contextlib.contextmanager
 def stock_noise(bench: Bench, scheduler: Any, seed: int) -> Iterator[None]:
-    """The scheduler's own step noise, with the same numbers for every dtype. A tree's is this project's path here."""
+    """The scheduler's own step noise, with the same numbers for every dtype. Our Brownian path replaces its tree."""
     module = importlib.import_module(type(scheduler).__module__)
     with contextlib.ExitStack() as stack:
         if hasattr(module, "randn_tensor"):
@@ -111,7 +111,7 @@ def distances(
 
 
 def compared(stock: list[float], ours: list[float]) -> tuple[float, float, float, float]:
-    """Geometric means of both, the geometric mean of ours / stock, and the standard error of that one."""
+    """Geometric means of both and of ours / stock, and the standard error of the latter."""
     logs = [math.log(mine / other) for mine, other in zip(ours, stock)]
     ratio = math.exp(fmean(logs))
     means = (math.exp(fmean(map(math.log, values))) for values in (stock, ours))
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--samplers", nargs="+", choices=names, default=names, help="with a counterpart in diffusers (default: all)")
     add("--steps", type=positive, default=20)
     add("--images", type=positive, default=64, help="for each sampler (default: %(default)s)")
-    add("--batch", type=positive, default=16, help="drawn together (default: %(default)s)")
+    add("--batch", type=positive, default=16, help="images drawn at once (default: %(default)s)")
     add("--size", type=positive, default=64, help="pixels (default: %(default)s)")
     add("--device", default="cpu", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.models:
         for dtype in options.dtypes:
             print(f"\n### {name}, {dtype} network: relative distance from float64, geometric means\n")
-            print("| sampler | stock loop | this one | ratio (standard error) |\n|---|---|---|---|")
+            print("| sampler | stock loop | ours | ratio (standard error) |\n|---|---|---|---|")
             of_model = (options.samplers, options.steps, options.images, options.batch, options.size, options.device)
             for sampler, stock, ours in distances(name, DTYPES[dtype], *of_model):
                 theirs, mine, ratio, error = compared(stock, ours)

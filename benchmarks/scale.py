@@ -1,8 +1,8 @@
-"""The grid script at scale: 13 samplers x 50 prompts x 4 seeds, killed six times at any moment, and resumed.
+"""The grid script at scale: 13 samplers x 50 prompts x 4 seeds, killed six times at random moments, and resumed.
 
     uv run benchmarks/scale.py
 
-On the demo SDXL on a CPU with one thread. Exit status 1 if a picture is lost, broken or another one.
+It runs SDXL's demo model on one CPU thread. The exit status is 1 if a picture is missing, broken or different.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def killed(kills: int, prompts: int, seeds: int, folder: Path) -> bool:
     options = ("--seeds", seeds, "--batch", seeds, "--steps", 2, "--width", 64, "--height", 64)
     arguments = command(folder / "killed", prompts, *options, "--resume")
     print(f"\n### A grid of 13 samplers x {prompts} prompts x {seeds} seeds in batches of {seeds}, 2 steps, 64x64")
-    print("\n| run | ended | pictures on disk | other files | memory after 20 s, at the end, most: MiB |")
+    print("\n| run | exit | pictures on disk | other files | MiB after 20 s, at the end, peak |")
     print("|---|---|---|---|---|")
     moments = random.Random(0)
     for run in range(kills + 1):
@@ -76,8 +76,8 @@ def killed(kills: int, prompts: int, seeds: int, folder: Path) -> bool:
         command(folder / "whole", again, *options), cwd=ROOT, env=ENVIRONMENT, check=True
     )  # the same batches
     same = {name: drawn.get(name) == picture for name, picture in pixels(folder / "whole").items()}
-    print(f"\nwhole with their settings: {whole} of {13 * prompts * seeds}", end="; ")
-    print(f"of the first {again} prompts, drawn again without a kill: {sum(same.values())} of {len(same)} are the same")
+    print(f"\ncomplete, with settings: {whole} of {13 * prompts * seeds}", end="; ")
+    print(f"of the first {again} prompts, drawn again in one run: {sum(same.values())} of {len(same)} are the same")
     return whole == 13 * prompts * seeds and all(same.values())
 
 

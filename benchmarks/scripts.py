@@ -1,14 +1,14 @@
-"""The scripts as they are run: how long they take for one step, and how long beside busy processes.
+"""The time of the scripts: for one step, and while other processes are busy.
 
     uv run benchmarks/scripts.py                       # both tables, about ten minutes
     uv run benchmarks/scripts.py --only neighbours
 
-The start is one step of Euler's method, from the command to the picture, beside the same of the stock pipeline: CPU
-seconds of all threads, user and system, with warm files, the least of three runs.
-The neighbours are processes that never wait. A script runs beside none, one and two of them, with the settings of
-OpenMP that it chooses by itself and with others. This needs a machine that does nothing else.
+"starts": one step of Euler's method, from the command to the picture, compared with the stock pipeline. CPU seconds of
+all threads, user and system, with warm files, the minimum of three runs.
+"neighbours": a script runs with zero, one and two busy processes, with its own OpenMP settings and with others. The
+machine has to be idle otherwise.
 
-Exit status 1 if a goal (`START`, `BESIDE`, `QUIET`) is missed.
+The exit status is 1 if a goal (`START`, `BESIDE`, `QUIET`) is missed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import time
 from models import PROMPT, ROOT, where
 
 START = 1.1  # of the stock pipeline's CPU seconds
-BESIDE = {1: 1.7, 2: 2.6}  # busy processes: the most that a script's time may be of its time beside none
-QUIET = 1.1  # beside none: of the time with what torch does by default
-LIMIT = 60  # seconds of a run, which is ended then
+BESIDE = {1: 1.7, 2: 2.6}  # busy processes: the largest allowed ratio of a script's time to its time without them
+QUIET = 1.1  # without busy processes: of the time with torch's default settings
+LIMIT = 60  # seconds, after which a run is stopped
 SCRIPTS = {"test.py": ("sdxl", "StableDiffusionXLPipeline"), "test_flux.py": ("flux", "FluxPipeline")}
 SPIN, PASSIVE = {"GOMP_SPINCOUNT": "300000"}, {"OMP_WAIT_POLICY": "passive"}  # the first is libgomp's default
 COMPARE = ["compare.py", "--against", "DPMSolverMultistepScheduler(use_karras_sigmas=True)", "--no-truth"]
@@ -38,9 +38,9 @@ pipe({prompt!r}, num_inference_steps=1).images[0].save({file!r})
 
 
 def seconds(arguments: list[str], busy: int = 0, **settings: str) -> tuple[float, float]:
-    """Of a Python with these arguments, beside so many busy processes: by the clock, at most `LIMIT`, and of the CPU.
+    """Wall-clock (at most `LIMIT`) and CPU seconds of Python with these arguments, with `busy` busy processes.
 
-    The environment has no settings of OpenMP but these, and no GPU.
+    The environment has only these OpenMP settings, and no GPU.
     """
     dropped = ("OMP_", "PYTHONDONTWRITEBYTECODE")
     environment = {name: value for name, value in os.environ.items() if not any(one in name for one in dropped)}
@@ -64,14 +64,14 @@ def seconds(arguments: list[str], busy: int = 0, **settings: str) -> tuple[float
 
 
 def starts(folder: str) -> bool:
-    print("\n### CPU seconds of one step, from the command to the picture, least of three")
+    print("\n### CPU seconds of one step, from the command to the picture, minimum of three")
     print("\n| script | seconds | stock pipeline |\n|---|---|---|")
     fine = True
     for script, (name, pipeline) in SCRIPTS.items():
         ours = [script, "--model", "demo", "--device", "cpu", "--samplers", "euler", "--steps", "1", "--output", folder]
         demo, file = str(ROOT / "demo" / name), f"{folder}/stock.png"
         stock = ["-c", STOCK.format(pipeline=pipeline, demo=demo, prompt=PROMPT, file=file)]
-        # a cache of bytecode of its own, which the first of four runs fills
+        # its own bytecode cache, which the first of four runs fills
         cpu = [min([seconds(one, PYTHONPYCACHEPREFIX=folder)[1] for _ in range(4)][1:]) for one in (ours, stock)]
         print(f"| `{script}` | {cpu[0]:.1f} | {cpu[1]:.1f} |", flush=True)
         fine &= cpu[0] <= START * cpu[1]
@@ -85,7 +85,7 @@ def neighbours(folder: str) -> bool:
         columns[f"{n} threads, spinning"] = {"OMP_NUM_THREADS": str(n), **SPIN}
         columns[f"{n} threads, passive"] = {"OMP_NUM_THREADS": str(n), **PASSIVE}
     columns["1 thread"] = {"OMP_NUM_THREADS": "1", **SPIN}
-    print(f"\n### Seconds of a script beside busy processes, on {cores} cores\n")
+    print(f"\n### Seconds of a script with busy processes, on {cores} cores\n")
     print(f"| script | busy | {' | '.join(columns)} |\n{'|---' * (len(columns) + 2)}|")
     drawing = ["--model", "demo", "--samplers", "euler", "dpmpp_2m", "--output", folder]
     fine = True

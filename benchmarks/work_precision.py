@@ -1,13 +1,13 @@
-"""Work and precision of every sampler: its error over its evaluations of the network, as diagrams; FLUX's table.
+"""Plots every sampler's error against its evaluations of the network, and prints FLUX's table.
 
     uv run benchmarks/work_precision.py                        # all four models
     uv run benchmarks/work_precision.py --model closed-form    # the one whose answer is known, a few minutes
 
-Samplers without noise: the distance of their sample from the converged one of the same noise, ||x - ref|| / ||ref||,
-the median over samples where there are many, since a few that end in another mode would hide the rest.
-Samplers with noise: the sliced Wasserstein distance of their samples from true ones (closed form) or converged ones
-(demo models, over 2x2 patches of latents). What is measured is kept in `--output`, and not measured again, with other
-versions neither: delete work_precision.json for that.
+Deterministic samplers: the distance from the converged sample of the same noise, ||x - ref|| / ||ref||. Where there are
+many samples, the median: a few that end in another mode would dominate a mean.
+Stochastic samplers: the sliced Wasserstein distance between their samples and true ones (closed form) or converged ones
+(demo models, over 2x2 patches of latents). Measurements are kept in work_precision.json in `--output` and are not
+repeated, also not with other versions of the dependencies. Delete that file to measure again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from parity.exact import (  # noqa: E402
 from sdxl_comfy_pipeline import sampler_names  # noqa: E402
 
 MODELS = {"closed-form": ("closed-form SDXL", "closed-form FLUX"), "sdxl": ("demo SDXL",), "flux": ("demo FLUX",)}
-STEPS = {1: (4, 6, 10, 16, 25, 40, 64, 100, 200), 2: (2, 3, 5, 8, 13, 20, 32, 50, 100)}  # by evaluations a step
+STEPS = {1: (4, 6, 10, 16, 25, 40, 64, 100, 200), 2: (2, 3, 5, 8, 13, 20, 32, 50, 100)}  # by evaluations per step
 IMAGES = 16
 RTOL = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003)
 
@@ -153,7 +153,7 @@ class Demo:
 
 
 class Results:
-    """Measurements in a JSON file, written whole after each, so that an interrupted run goes on."""
+    """Measurements in a JSON file, written after each one, so that an interrupted run can continue."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -168,7 +168,7 @@ class Results:
 
 
 def runs(sampler: str) -> list[dict[str, Any]]:
-    """The calls whose evaluations go from 4 to 200."""
+    """The calls that make 4 to 200 evaluations."""
     if takes(sampler, "rtol"):
         return [{"steps": 100, "sampler_kwargs": {"rtol": rtol, "atol": 0.15 * rtol}} for rtol in RTOL]
     twice = sampler in ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde")
@@ -198,7 +198,7 @@ def flux_table(results: Results) -> None:
     def distance(sampler: str, column: str, steps: int) -> float | None:
         drawing, parameterization = columns[column]
         if column == "velocity" and takes(sampler, "rtol"):
-            return None  # its error control may find no end
+            return None  # its error control may not end
         return drawing.distance(drawing.draw(sampler, steps, parameterization=parameterization)[1])
 
     print(f"\nFLUX, closed form: distance at 20 and 50 steps (two sets of true samples: {model.floor():.3f})\n")
@@ -220,7 +220,7 @@ def flux_table(results: Results) -> None:
 
 
 def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], floors: dict[str, float], path: Path) -> None:
-    """One row a model: samplers without noise at the left, with noise at the right."""
+    """One row per model: deterministic samplers on the left, stochastic ones on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -251,7 +251,7 @@ def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], floors: dict[str
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
-    parser.add_argument("--images", type=positive, default=IMAGES, help="of a demo model, for samplers with noise")
+    parser.add_argument("--images", type=positive, default=IMAGES, help="of a demo model, for stochastic samplers")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder (default: benchmarks)")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)

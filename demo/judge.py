@@ -1,4 +1,4 @@
-"""Names what a picture shows: subject, place, palette and tone. A small network that has seen drawings alone."""
+"""Classifies a picture's subject, place, palette and tone: a small network that is trained only on drawings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Judge = Callable[[Sequence[Image.Image]], torch.Tensor]
 
 
 def known(scene: Scene) -> list[int]:
-    """Where the parts of `scene` stand in `PARTS`."""
+    """The positions of a scene's parts in `PARTS`."""
     return [names.index(getattr(scene, part)) for part, names in PARTS.items()]
 
 
@@ -26,10 +26,10 @@ def _pixels(image: Image.Image) -> torch.Tensor:
 
 
 def train_judge(count: int = 5000, steps: int = 700) -> tuple[Judge, torch.Tensor]:
-    """The judge and, part by part, how often it is right about 500 drawings that it has not seen.
+    """The judge, and for each part how often it is right for 500 unseen drawings.
 
-    A third of what it learns from is blurred, so that sharpness is no cue. The judge maps pictures to
-    positions in `PARTS`, shape (pictures, 4).
+    A third of its training drawings are blurred, so that sharpness is no cue. The judge maps pictures to positions in
+    `PARTS`, shape (pictures, 4).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

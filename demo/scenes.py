@@ -80,8 +80,8 @@ def random_scene(rng: random.Random) -> Scene:
 def caption(scene: Scene, rng: random.Random, partial: float = 0.12) -> str:
     """A caption of `scene`, worded at random.
 
-    With probability `partial` it names only some of the parts, as negative prompts do. A full caption leaves out only
-    the neutral palette and the plain tone, so that leaving a word out has a meaning.
+    With probability `partial` it names only some of the parts, as negative prompts do. A full caption omits only the
+    neutral palette and the plain tone, so that an omitted word has a meaning.
     """
     subject = rng.choice(SUBJECTS[scene.subject])
     place = rng.choice(PLACES[scene.place])

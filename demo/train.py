@@ -1,13 +1,13 @@
 """Trains the two demo models on the drawings of `scenes.py` and writes them to `demo/sdxl` and `demo/flux`.
 
-    python demo/train.py                     all of it, one stage after the other
-    python demo/train.py --stages vae-flux   one stage; two of them can run side by side in two processes
-    python demo/train.py --stages recover    checkpoints from the models that are there, for the stages named "more"
+    python demo/train.py                     all stages, one after the other
+    python demo/train.py --stages vae-flux   one stage; two stages can run in parallel in two processes
+    python demo/train.py --stages recover    checkpoints from the saved models, for the stages named "more"
 
 The stages are vae-sdxl, vae-flux (the autoencoders), sdxl, flux (the networks with their text encoders), distil (FLUX's
-guidance), decoder-sdxl, decoder-flux (sharper decoders for the same latents); then the same with "-more", which go on
-from there with other drawings, larger batches and another optimizer (a GPU is for them); and save-sdxl, save-flux. Each
-writes a checkpoint to `--work` every two minutes, and goes on from there when it is started again.
+guidance), decoder-sdxl, decoder-flux (sharper decoders for the same latents); then the same with "-more", which
+continue with other drawings, larger batches and another optimizer, best on a GPU; and save-sdxl, save-flux. Each stage
+writes a checkpoint to `--work` every two minutes, and continues from it when started again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch: idle threads sleep, since stages run side by side
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch: idle threads sleep, since stages run in parallel
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ from transformers import (
 
 HERE = Path(__file__).resolve().parent
 CAPTION_TOKENS = 32  # T5's; no caption is longer
-UNSEEN = range(60_000, 60_096)  # scenes of no stage, for the PSNR
+UNSEEN = range(60_000, 60_096)  # scenes that no stage trains on, for the PSNR
 
 PLAN = {
     "vae-sdxl": Plan(steps=3_000, batch=8, lr=1.5e-3),
@@ -69,7 +69,7 @@ PLAN = {
     "decoder-flux-more": Plan(steps=8_000, batch=32, lr=2e-3),
 }
 STAGES = (*PLAN, "save-sdxl", "save-flux", "recover")
-# whose checkpoints a stage begins with
+# the stage whose checkpoint a stage begins with
 NEEDS = {
     "vae-sdxl-more": ["decoder-sdxl"],
     "vae-flux-more": ["decoder-flux"],
@@ -141,8 +141,8 @@ def train_vae(stage: str, plan: Plan, work: Path, device: torch.device) -> None:
 
 
 def difference(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Mean absolute error of the pixels; of the differences of neighbours: edges, which it alone leaves soft; and of
-    8x8 blocks: their colours. The squares weigh small parts that are missing, eyes and stars."""
+    """Mean absolute error of the pixels; of the differences of neighbours, for sharp edges; and of 8x8 blocks, for
+    their colours. The squared error gives more weight to small missing parts such as eyes and stars."""
     error = y.float() - x
     edges = (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
     return error.abs().mean() + edges + nn.functional.avg_pool2d(error, 8).abs().mean() + 2 * error.pow(2).mean()
@@ -150,7 +150,7 @@ def difference(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def sharpness(run: Run) -> None:
-    """Prints the PSNR of `UNSEEN` drawings that have gone through encoder and decoder."""
+    """Prints the PSNR of `UNSEEN` drawings after encoder and decoder."""
     vae = make_vae(run.name.replace("decoder", "vae"))
     nn.ModuleDict({"vae": vae}).load_state_dict(run.average)
     vae.to(run.device).eval()
@@ -161,7 +161,7 @@ def sharpness(run: Run) -> None:
 
 
 def train_decoder(stage: str, plan: Plan, work: Path, device: torch.device) -> None:
-    """More steps for the decoder alone, at half the cost. The latents that the networks know stay what they are."""
+    """More steps for the decoder alone, at half the cost. The latents that the networks know do not change."""
     vae_stage = stage.replace("decoder", "vae")
     mean, std = latents(vae_stage, work, device)
     pictures = drawings(work, indices(stage))
@@ -199,7 +199,7 @@ def latents(stage: str, work: Path, device: torch.device) -> tuple[torch.Tensor,
 
 
 def latent_factors(stage: str, work: Path, device: torch.device) -> dict[str, float]:
-    """What the VAE's config tells of its latents: the factors that give them unit variance."""
+    """The factors that give the VAE's latents unit variance, for its config."""
     path = work / f"{stage}-factors.json"
     if not path.exists():
         mean, std = latents(stage, work, device)
@@ -295,10 +295,10 @@ def train_sdxl(stage: str, plan: Plan, work: Path, device: torch.device) -> None
         a = alphas_cumprod[t].view(-1, 1, 1, 1)
         noised = a.sqrt() * x0 + (1 - a).sqrt() * noise[1]
         texts = [caption(scene(indices(stage)[i]), rng) for i in picked]
-        # dropped prompts, both ways that a pipeline spells them: the empty text, and zeros in place of its embedding
+        # dropped prompts, in both forms that pipelines use: the empty text, and zeros as its embedding
         texts = ["" if rng.random() < 0.05 else text for text in texts]
         kept = torch.tensor([float(rng.random() >= 0.07) for _ in texts], device=device)
-        # the micro-conditioning is the real one in most cases, anything in the others, so that no value surprises
+        # the micro-conditioning is usually the real one, else random, so that the network has seen all values
         size = [(128, 128, 0, 0, 128, 128)] * run.batch
         size = [s if rng.random() < 0.8 else tuple(rng.choice((0, 64, 128, 256, 512, 1024)) for _ in s) for s in size]
         with run.autocast():
@@ -393,7 +393,7 @@ def flux_batch(
     factors: dict,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str], int]:
     """Packed noised latents, their noise - x0, t, captions and the number of T5 tokens."""
-    # the pipeline pads to 512 tokens, or what its caller says: some batches learn that, smaller, since they cost more
+    # the pipeline pads to 512 tokens or a given number: some batches do so; they cost more and are smaller
     length, batch = {15: (512, run.batch // 8), 7: (64, run.batch * 3 // 4)}.get(step % 16, (CAPTION_TOKENS, run.batch))
     picked = pick(run.name, rng, batch)
     noise = torch.randn((2, batch, 16, 16, 16), generator=generator)
@@ -408,8 +408,8 @@ def flux_batch(
 def train_flux(stage: str, plan: Plan, work: Path, device: torch.device) -> None:
     """Flow matching with logit-normal times (Esser et al. 2024).
 
-    The guidance that the first stage tells the network means nothing yet. The second one goes on from a distilled
-    network, for which 1 means none, and tells it that.
+    In the first stage the guidance input has no meaning yet. The second stage continues with a distilled network, for
+    which a guidance of 1 means none, and passes 1.
     """
     mean, std = latents(stage.replace("flux", "vae-flux"), work, device)
     factors = latent_factors("vae-flux", work, device)
@@ -466,13 +466,13 @@ def distil_flux(stage: str, plan: Plan, work: Path, device: torch.device) -> Non
 
 
 def latest(work: Path, stage: str) -> Path:
-    """The checkpoint of a stage, or of the one that went on from it."""
+    """The checkpoint of a stage, or of the stage that continued it."""
     more = work / f"{stage}-more.pt"
     return more if more.exists() else work / f"{stage}.pt"
 
 
 def save(family: str, work: Path, out: Path) -> None:
-    """The pipeline in diffusers' layout, float16, its folder replaced as a whole."""
+    """Saves the pipeline in diffusers' layout, in float16, and replaces its folder as a whole."""
     clip, clip_2, t5 = tokenizers(work)
     cpu = torch.device("cpu")
     vae = make_vae(f"vae-{family}", **latent_factors(f"vae-{family}", work, cpu))
@@ -511,7 +511,7 @@ def save(family: str, work: Path, out: Path) -> None:
 
 
 def recover(work: Path, out: Path) -> None:
-    """What the saved pipelines hold, as checkpoints, tokenizers and factors: the stages named "more" go on from them.
+    """Writes checkpoints, tokenizers and factors from the saved pipelines. The stages named "more" continue from them.
 
     Both stages of an autoencoder get the same weights, since the encoder of the second is that of the first.
     """
@@ -541,7 +541,7 @@ TRAIN = {
 
 
 def check_stages(stages: Sequence[str], work: Path) -> None:
-    """Exits with a line if a stage lacks what another one makes, before hours of work are spent on those before it."""
+    """Exits with a message if a stage lacks the result of another one, before hours are spent on earlier stages."""
     for i, stage in enumerate(stages):
         for needed in NEEDS.get(stage, []):
             if needed not in stages[:i] and not (work / f"{needed}.pt").exists():

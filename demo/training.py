@@ -24,8 +24,8 @@ from torch import nn
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 PICTURES = 16_000
-MORE_PICTURES = 32_000  # others, for the stages named "more"
-# the parts that were drawn worst before those stages: how much more often they see them
+MORE_PICTURES = 32_000  # other pictures, for the stages named "more"
+# the parts that were drawn worst before the stages named "more": how much more often these stages use them
 WEIGHTS = {"robot": 2.0, "cat": 2.0, "rocket": 1.5, "sailboat": 1.3, "space": 1.3, "snow": 1.3, "city": 1.3}
 
 
@@ -34,7 +34,7 @@ def scene(index: int) -> Scene:
 
 
 def indices(stage: str) -> range:
-    """The scenes that a stage sees: those of the stages named "more" are others."""
+    """The scenes of a stage. The stages named "more" have other scenes."""
     return range(PICTURES, PICTURES + MORE_PICTURES) if stage.endswith("more") else range(PICTURES)
 
 
@@ -179,7 +179,7 @@ class Run:
             self._loop(loss_of)
         except KeyboardInterrupt:
             self.save()
-            sys.exit(f"{self.name}: stopped at step {self.step} of {self.steps}; the same command goes on from here")
+            sys.exit(f"{self.name}: stopped at step {self.step} of {self.steps}; the same command continues from here")
 
     def _loop(self, loss_of: Callable[[int, random.Random, torch.Generator], torch.Tensor]) -> None:
         start, first, before, saved, recent = time.time(), self.step, self.seconds, time.time(), []
@@ -215,12 +215,12 @@ class Run:
         self.save()
 
     def progress(self) -> float:
-        """The part of the stage that is done, 0..1."""
+        """The completed share of the stage, 0..1."""
         return self.seconds / 60 / self.minutes if self.minutes else self.step / self.steps
 
     def rate(self) -> float:
-        """The learning rate: a short rise, then a cosine; in the stages named "more" flat, then a line to zero, so
-        that the number of steps can be chosen on the way."""
+        """The learning rate: a short rise, then a cosine. In the stages named "more": constant, then linear to zero, so
+        that the number of steps can be chosen during training."""
         warm = min(1.0, (self.step + 1) / min(150, self.steps / 10))
         if self.more:
             return self.lr * warm * min(1.0, (1 - self.progress()) / 0.3)

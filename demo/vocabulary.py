@@ -1,4 +1,4 @@
-"""Draws all that a demo model knows, eight subjects by six places, and counts how often a picture shows what was asked.
+"""Draws a demo model's vocabulary, eight subjects by six places, and counts how often a picture shows its prompt.
 
     python demo/vocabulary.py sdxl --sheet sheet.jpg    the 48 pictures, subjects across, places down
     python demo/vocabulary.py flux --table              288 pictures, judged by `judge.py`: minutes on a CPU
@@ -25,7 +25,7 @@ SETTINGS = {
     "flux": {"num_inference_steps": 28, "guidance_scale": 3.5},
 }
 SAMPLERS = ("dpmpp_2m", "euler_ancestral")
-ROUNDS = 3  # of the vocabulary, each with seeds of its own
+ROUNDS = 3  # of the vocabulary, each with its own seeds
 BATCH = 16
 
 
@@ -41,7 +41,7 @@ def load(family: str, folder: Path):
 
 
 def asked(number: int) -> list[Scene]:
-    """One scene for every subject (the inner loop) in every place; palette and tone take turns."""
+    """One scene for every subject (the inner loop) in every place. Palette and tone alternate."""
     pairs = [(subject, place) for place in PLACES for subject in SUBJECTS]
     colours = [(palette, tone) for palette in PALETTES for tone in TONES]
     random.Random(number).shuffle(colours)
@@ -49,7 +49,7 @@ def asked(number: int) -> list[Scene]:
 
 
 def pictures(pipe, family: str, scenes: list[Scene], seed: int, sampler: str) -> list[Image.Image]:
-    """One picture for each scene, from seeds of their own, `seed` and the next ones."""
+    """One picture for each scene, with the seeds `seed`, `seed` + 1, ..."""
     texts = [caption(scene, random.Random(seed + i), partial=0) for i, scene in enumerate(scenes)]
     drawn = []
     for i in range(0, len(texts), BATCH):
@@ -67,7 +67,7 @@ def sheet(drawn: list[Image.Image]) -> Image.Image:
 
 
 def table(rows: list[tuple[str, Scene, list[bool]]]) -> str:
-    """Per cent right, in Markdown, from (sampler, what was asked, whether subject, place, palette and tone are right).
+    """Per cent right, in Markdown, from (sampler, prompted scene, [subject right, place, palette, tone]).
 
     A picture is right when both its subject and its place are. Of the tones, muted and vivid count, not plain.
     """
@@ -93,7 +93,7 @@ def measure(pipe, family: str, rounds: int = ROUNDS) -> str:
     from judge import known, train_judge
 
     judge, alone = train_judge()
-    print("the judge about drawings:", ", ".join(f"{100 * share:.1f}" for share in alone.tolist()), flush=True)
+    print("the judge on drawings:", ", ".join(f"{100 * share:.1f}" for share in alone.tolist()), flush=True)
     rows = []
     for number in range(rounds):
         for sampler in SAMPLERS:
