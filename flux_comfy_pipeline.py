@@ -39,9 +39,9 @@ class FluxComfyPipeline(FluxPipeline):
     Components, loaders, LoRA, IP-adapter and offloading are the parent's. The scheduler gives the shift and, when the
     caller names no schedule, the noise levels. Its `step` is never called. One call at a time, as with the parent.
 
-    FLUX predicts v = noise - x0 at x = (1 - t) x0 + t noise, so x0 = x - t v. k-diffusion's samplers know
-    y = x0 + sigma noise: x / (1 - t), with sigma = t / (1 - t) ("ve"). A sampler that adds no noise may as well take x
-    for y and t for sigma ("flow"), since the ODE's derivative (x - x0) / t is v.
+    FLUX predicts v = noise - x0 at x = (1 - t) x0 + t noise, so x0 = x - t v. k-diffusion's samplers expect
+    y = x0 + sigma noise, which is x / (1 - t) with sigma = t / (1 - t) ("ve"). A deterministic sampler can use x and t
+    directly ("flow"): the derivative of its ODE, (x - x0) / t, is v.
     """
 
     _callback_tensor_inputs = [*FluxPipeline._callback_tensor_inputs, "denoised", "sigma"]
@@ -86,23 +86,23 @@ class FluxComfyPipeline(FluxPipeline):
         schedule: str | Sequence[float] | torch.Tensor | None = None,
         parameterization: str = "auto",
     ) -> FluxPipelineOutput | tuple:
-        """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
+        """Draws images. The parent's arguments keep their names, meanings and defaults. New arguments:
 
         Args:
-            sampler: one of k-diffusion's by name (`sampler_names()`), or a callable with the same signature,
+            sampler: a k-diffusion sampler by name (`sampler_names()`), or a callable with the same signature,
                 `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`. Its noise follows the
                 generator. `model(x, sigma, with_uncond=True)` stacks x0 with guidance and for the negative prompt.
-            sampler_kwargs: its options: `eta`, `s_noise`, `s_churn`, `noise_sampler`, `solver_type`, `order`, ...
-            schedule: "karras", "exponential" or "polyexponential", or the levels themselves, falling, in t.
-            parameterization: the sampler's sigma, t ("flow") or t / (1 - t) ("ve"). "auto" is "ve" for samplers that
-                take a `noise_sampler`, `s_churn` above 0 or their own levels, and "flow" for all others.
+            sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `noise_sampler`, `solver_type`, ...
+            schedule: "karras", "exponential" or "polyexponential", or the noise levels themselves, falling, in t.
+            parameterization: the sampler's sigma is t ("flow") or t / (1 - t) ("ve"). "auto" is "ve" for samplers that
+                add noise (`noise_sampler`, `s_churn` above 0) or place their own levels, and "flow" for all others.
 
-        `sigmas` are t, shifted by the scheduler as in the parent. `latents` are packed, (1 - t) x0 + t noise at the
-        first t; without them they are noise, whatever that t. ValueError, TypeError: for what does not fit, at once.
+        `sigmas` are t, shifted by the scheduler as in the parent. `latents` are packed: (1 - t) x0 + t noise at the
+        first t. The default is pure noise at any first t. ValueError, TypeError: a wrong argument, at once.
 
-        `callback_on_step_end` gets, once per step, the latents that it ended with and the timestep, 1000 t, that it
-        began at; by name also `sigma`, that t, and `denoised`, the x0 predicted there. It may return other latents, but
-        for a user-supplied sampler only if that loops over this module's `sampling.trange`.
+        `callback_on_step_end` is called once per step with the latents at the step's end and the timestep, 1000 t, at
+        its start. By name it also gets `sigma`, t at the start, and `denoised`, the x0 predicted there. It may return
+        other latents; with a user-supplied sampler only if that loops over this module's `sampling.trange`.
         """
         size = getattr(getattr(self.vae, "config", None), "sample_size", 1024)  # tiny ones have none; FLUX.1's is 1024
         height, width = height or size, width or size
@@ -119,7 +119,7 @@ class FluxComfyPipeline(FluxPipeline):
         given: Any = prompt_embeds if prompt is None else prompt
         batch_size = (1 if isinstance(given, str) else len(given)) * (num_images_per_prompt or 1)
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator`: has to be one or {batch_size}, one an image, but is {len(generator)}")
+            raise ValueError(f"`generator`: has to be one or {batch_size}, one per image, but is {len(generator)}")
 
         self._guidance_scale = guidance_scale
         self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
@@ -189,7 +189,7 @@ class FluxComfyPipeline(FluxPipeline):
         return noise_dtype, conditioning, adapters
 
     def _denoiser(self, conditioning, adapters, image_ids, true_cfg_scale: float, ve: bool) -> Callable:
-        """x0 of the sampler's state and sigma, of shape (b,), with true CFG: the only place that knows the network."""
+        """A function of the sampler's state and sigma, shape (b,), that calls the network: x0 with true CFG."""
         text = conditioning["cond"]["encoder_hidden_states"]
         guidance = torch.full([len(text)], self._guidance_scale, device=text.device, dtype=torch.float32)
         shared = {"guidance": guidance if self.transformer.config.guidance_embeds else None, "img_ids": image_ids}
@@ -216,7 +216,7 @@ class FluxComfyPipeline(FluxPipeline):
     def noise_levels(
         self, tokens: int, num_inference_steps: int | None = 28, sigmas: list[float] | None = None, schedule: Any = None
     ) -> torch.Tensor:
-        """The noise levels of such a call, for `tokens` 2x2 patches of latents: t, falling to zero, as float64."""
+        """The noise levels of a call with these arguments, for `tokens` 2x2 patches: t, falling to zero, float64."""
         if schedule is not None and sigmas is not None:
             raise ValueError("`schedule` and `sigmas` both give the noise levels: pass one of them")
         n = num_inference_steps or 0  # 0 where the levels are given
@@ -295,9 +295,10 @@ def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     # levels on the CPU are Python numbers to latents on any device, and do not depend on torch's defaults
     functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
     functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
-    module.torch, module.trange = SimpleNamespace(**{**vars(torch), **functions}), trange
+    functions["__getattr__"] = functools.partial(getattr, torch)  # all other names are torch's
+    module.torch, module.trange, module.DPMSolver.eps = ModuleType("torch"), trange, eps
+    vars(module.torch).update(functions)
     module.utils = SimpleNamespace(append_dims=lambda x, n: utils.append_dims(x, n) if x.ndim else x)
-    module.DPMSolver.eps = eps
     return module
 
 
@@ -448,11 +449,11 @@ def exchanged(states: dict[torch.device, torch.Tensor], enter: bool) -> Iterator
 def call_sampler(
     sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any, begin: Callable, **given
 ) -> torch.Tensor:
-    """`sampler(model, x, sigmas)`, with the `callback` or `noise_sampler` in `given`. `begin()`: a step begins.
+    """Calls `sampler(model, x, sigmas)` with `given`, a `callback` or `noise_sampler`. A step's start calls `begin()`.
 
-    A function of k-diffusion runs in a module of its own, whose `torch.randn_like` draws from the generator. For other
-    code the generator seeds torch's global ones, but not for the network and callbacks. All of k-diffusion's take one
-    step to zero as Euler's method does, which also takes the last one, to zero, of those that place their own levels.
+    A function of k-diffusion runs in its own module, whose `torch.randn_like` draws from the generator. Other code runs
+    with torch's global generators seeded from it, but not the network and callbacks. Euler's method takes the last step
+    to zero of samplers that place their own levels, and a run of one step to zero.
     """
     own, positive, network = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
     sampler = find_sampler("euler") if own and len(sigmas) == 2 and sigmas[1] == 0 else sampler
@@ -488,8 +489,7 @@ def call_sampler(
 def uses_ve(parameterization: str, sampler: Sampler, ts: torch.Tensor) -> bool:
     """Whether the sampler's sigma is t / (1 - t), "ve", or t, "flow". "auto": "ve" for noise and for own levels."""
     if parameterization == "auto":
-        one_step = len(ts) == 2 and ts[1] == 0 and sampler.is_k_diffusions
-        named = sampler.arguments
+        one_step, named = len(ts) == 2 and ts[1] == 0 and sampler.is_k_diffusions, sampler.arguments
         return not one_step and bool("noise_sampler" in named or "sigma_min" in named or named.get("s_churn"))
     if parameterization not in ("flow", "ve"):
         raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")
@@ -517,27 +517,27 @@ def run_sampler(
     after_step: Callable[..., torch.Tensor] = lambda i, x, *rest: x,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sampler(denoiser, x, sigmas)`, sigmas on the CPU, with the caller's randomness: the last state, and its sigma.
+    """Calls `sampler(denoiser, x, sigmas)` with the caller's randomness. Returns the last state and its sigma.
 
-    `after_step(i, x, sigma, began, denoised)` gets the state that step i ended with, its sigma, the step's first sigma
-    and the prediction there. It returns the state to go on from: the same where only callbacks show the steps.
+    `after_step(i, x, sigma, began, denoised)` gets the state at the end of step i and its sigma, the sigma at the start
+    and the prediction there. It returns the state to continue with: x itself where only callbacks show the steps.
     """
 
-    class Interrupted(Exception): ...  # with the state and its sigma
+    class Interrupted(Exception): ...
 
-    steps, step_begins, followed = itertools.count(), threading.Event(), True
-    latest, began = (x, sigmas[0], x), ()  # a user-supplied sampler's last evaluation; the step's first one
+    steps, begun, followed = itertools.count(), list[bool](), True  # `begun`: steps without an evaluation yet
+    latest, began = (x, sigmas[0], x), ()  # a user-supplied sampler's last evaluation; the first one of the step
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal latest, began
-        first = step_begins.is_set() and followed
-        step_begins.clear()
-        if first and began:
-            x.copy_(after_step(next(steps), x, sigma[0], *began))
+        first, level = bool(begun) and followed, sigma[0]
+        begun.clear()
+        if first and began and (after := after_step(next(steps), x, level, *began)) is not x:
+            x.copy_(after)
         if interrupted():
-            raise Interrupted(x, sigma[0].cpu())
+            raise Interrupted(x, level.cpu())
         predicted = denoiser(x, sigma, **kwargs)
-        here = sigma[0], predicted if predicted.ndim == x.ndim else predicted[0]  # or both sides of guidance
+        here = level, predicted if predicted.ndim == x.ndim else predicted[0]  # or both sides of guidance
         began, latest = here if first else began, latest if sampler.is_k_diffusions else (x, *here)
         return predicted
 
@@ -551,7 +551,7 @@ def run_sampler(
 
     try:
         given = {} if sampler.is_k_diffusions else {"callback": callback}
-        end = call_sampler(sampler, model, x, sigmas, generator, step_begins.set, **given)
+        end = call_sampler(sampler, model, x, sigmas, generator, lambda: begun.append(True), **given)
     except Interrupted as stopped:
         return stopped.args
     shape = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__

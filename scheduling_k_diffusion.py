@@ -556,9 +556,10 @@ def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     # levels on the CPU are Python numbers to latents on any device, and do not depend on torch's defaults
     functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
     functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
-    module.torch, module.trange = SimpleNamespace(**{**vars(torch), **functions}), trange
+    functions["__getattr__"] = functools.partial(getattr, torch)  # all other names are torch's
+    module.torch, module.trange, module.DPMSolver.eps = ModuleType("torch"), trange, eps
+    vars(module.torch).update(functions)
     module.utils = SimpleNamespace(append_dims=lambda x, n: utils.append_dims(x, n) if x.ndim else x)
-    module.DPMSolver.eps = eps
     return module
 
 
@@ -709,11 +710,11 @@ def exchanged(states: dict[torch.device, torch.Tensor], enter: bool) -> Iterator
 def call_sampler(
     sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any, begin: Callable, **given
 ) -> torch.Tensor:
-    """`sampler(model, x, sigmas)`, with the `callback` or `noise_sampler` in `given`. `begin()`: a step begins.
+    """Calls `sampler(model, x, sigmas)` with `given`, a `callback` or `noise_sampler`. A step's start calls `begin()`.
 
-    A function of k-diffusion runs in a module of its own, whose `torch.randn_like` draws from the generator. For other
-    code the generator seeds torch's global ones, but not for the network and callbacks. All of k-diffusion's take one
-    step to zero as Euler's method does, which also takes the last one, to zero, of those that place their own levels.
+    A function of k-diffusion runs in its own module, whose `torch.randn_like` draws from the generator. Other code runs
+    with torch's global generators seeded from it, but not the network and callbacks. Euler's method takes the last step
+    to zero of samplers that place their own levels, and a run of one step to zero.
     """
     own, positive, network = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
     sampler = find_sampler("euler") if own and len(sigmas) == 2 and sigmas[1] == 0 else sampler
@@ -749,8 +750,7 @@ def call_sampler(
 def uses_ve(parameterization: str, sampler: Sampler, ts: torch.Tensor) -> bool:
     """Whether the sampler's sigma is t / (1 - t), "ve", or t, "flow". "auto": "ve" for noise and for own levels."""
     if parameterization == "auto":
-        one_step = len(ts) == 2 and ts[1] == 0 and sampler.is_k_diffusions
-        named = sampler.arguments
+        one_step, named = len(ts) == 2 and ts[1] == 0 and sampler.is_k_diffusions, sampler.arguments
         return not one_step and bool("noise_sampler" in named or "sigma_min" in named or named.get("s_churn"))
     if parameterization not in ("flow", "ve"):
         raise ValueError(f"`parameterization` has to be 'auto', 'flow' or 've', but is {parameterization!r}")

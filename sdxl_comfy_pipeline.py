@@ -90,23 +90,23 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         schedule: str | Sequence[float] | torch.Tensor | None = None,
         quantize_timesteps: bool = False,
     ) -> StableDiffusionXLPipelineOutput | tuple:
-        """Draws images. What the parent's `__call__` takes keeps its name, meaning and default. New are:
+        """Draws images. The parent's arguments keep their names, meanings and defaults. New arguments:
 
         Args:
-            sampler: one of k-diffusion's by name (`sampler_names()`), or a callable with the same signature,
-                `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`. All noise that it draws
-                follows the generator. `model(x, sigma, with_uncond=True)` stacks x0 with guidance and x0 without it.
-            sampler_kwargs: its options: `eta`, `s_noise`, `s_churn`, `noise_sampler`, `solver_type`, `order`, ...
+            sampler: a k-diffusion sampler by name (`sampler_names()`), or a callable with the same signature,
+                `sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)`. Its noise follows the
+                generator. `model(x, sigma, with_uncond=True)` stacks x0 with guidance and x0 without guidance.
+            sampler_kwargs: the sampler's options: `eta`, `s_noise`, `s_churn`, `noise_sampler`, `solver_type`, ...
             schedule: "karras", "exponential" or "polyexponential" between the lowest and the highest trained level, or
-                the levels themselves, falling sigmas: latents, in and out, are x0 + sigma noise then.
-            quantize_timesteps: give the network the nearest trained timestep, and not an interpolated one.
+                the noise levels themselves, falling sigmas. Latents, in and out, are then x0 + sigma noise.
+            quantize_timesteps: give the network the nearest trained timestep instead of an interpolated one.
 
-        Without levels in `schedule`, latents have the scheduler's scale (see `latents_scale`), and given ones are noise
-        for the first level. ValueError, TypeError: for arguments that do not fit, before any network runs.
+        Unless `schedule` is a list of levels, latents have the scheduler's scale (see `latents_scale`), and `latents`
+        are unit noise. ValueError, TypeError: an argument is wrong, before any network runs.
 
-        `callback_on_step_end` gets, once per step, the latents that it ended with and the timestep that it began at; by
-        name also `sigma`, that level, and `denoised`, the x0 predicted there. It may return other latents, but for a
-        user-supplied sampler only if that loops over this module's `sampling.trange`.
+        `callback_on_step_end` is called once per step with the latents at the step's end and the timestep at its start.
+        By name it also gets `sigma`, the level at the start, and `denoised`, the x0 predicted there. It may return
+        other latents; with a user-supplied sampler only if that loops over this module's `sampling.trange`.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -123,15 +123,14 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         given: Any = prompt_embeds if prompt is None else prompt
         batch_size = (1 if isinstance(given, str) else len(given)) * (num_images_per_prompt or 1)
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator`: has to be one or {batch_size}, one an image, but is {len(generator)}")
+            raise ValueError(f"`generator`: has to be one or {batch_size}, one per image, but is {len(generator)}")
 
         self._guidance_scale = guidance_scale
         self._guidance_rescale = guidance_rescale
         self._clip_skip = clip_skip
         self._cross_attention_kwargs = cross_attention_kwargs
         self._denoising_end = denoising_end
-        self._interrupt = False
-        self._num_timesteps = len(levels) - 1
+        self._interrupt, self._num_timesteps = False, len(levels) - 1
         device, dtype = self._execution_device, self.unet.dtype  # the text encoders' dtype may be another
         state_dtype = torch.promote_types(dtype, torch.float32)
 
@@ -195,7 +194,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         return embeds[0].dtype, {name: value.to(device, dtype) for name, value in halves.items()}, image_embeds
 
     def _denoiser(self, conditioning: dict[str, torch.Tensor], image_embeds: dict[str, Any], quantize: bool) -> Any:
-        """k-diffusion's wrapper of the network, the only place that knows it: x0 of x and sigma of shape (b,)."""
+        """k-diffusion's wrapper of the network: a function of x and sigma, shape (b,), that predicts x0."""
         dtype, timestep_cond = self.unet.dtype, None
         state_dtype = torch.promote_types(dtype, torch.float32)
         if (dim := self.unet.config.time_cond_proj_dim) is not None:
@@ -292,7 +291,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         return levels
 
     def _decode(self, latents: torch.Tensor, output_type: str | None) -> Any:
-        """Images of the final latents, with the VAE in float32 where it would overflow in float16."""
+        """Images of the final latents. A VAE that would overflow in float16 runs in float32."""
         config, vae_dtype = self.vae.config, self.vae.dtype
         upcast = vae_dtype == torch.float16 and config.force_upcast
         if upcast:
@@ -353,9 +352,10 @@ def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     # levels on the CPU are Python numbers to latents on any device, and do not depend on torch's defaults
     functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
     functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
-    module.torch, module.trange = SimpleNamespace(**{**vars(torch), **functions}), trange
+    functions["__getattr__"] = functools.partial(getattr, torch)  # all other names are torch's
+    module.torch, module.trange, module.DPMSolver.eps = ModuleType("torch"), trange, eps
+    vars(module.torch).update(functions)
     module.utils = SimpleNamespace(append_dims=lambda x, n: utils.append_dims(x, n) if x.ndim else x)
-    module.DPMSolver.eps = eps
     return module
 
 
@@ -506,11 +506,11 @@ def exchanged(states: dict[torch.device, torch.Tensor], enter: bool) -> Iterator
 def call_sampler(
     sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any, begin: Callable, **given
 ) -> torch.Tensor:
-    """`sampler(model, x, sigmas)`, with the `callback` or `noise_sampler` in `given`. `begin()`: a step begins.
+    """Calls `sampler(model, x, sigmas)` with `given`, a `callback` or `noise_sampler`. A step's start calls `begin()`.
 
-    A function of k-diffusion runs in a module of its own, whose `torch.randn_like` draws from the generator. For other
-    code the generator seeds torch's global ones, but not for the network and callbacks. All of k-diffusion's take one
-    step to zero as Euler's method does, which also takes the last one, to zero, of those that place their own levels.
+    A function of k-diffusion runs in its own module, whose `torch.randn_like` draws from the generator. Other code runs
+    with torch's global generators seeded from it, but not the network and callbacks. Euler's method takes the last step
+    to zero of samplers that place their own levels, and a run of one step to zero.
     """
     own, positive, network = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
     sampler = find_sampler("euler") if own and len(sigmas) == 2 and sigmas[1] == 0 else sampler
@@ -552,27 +552,27 @@ def run_sampler(
     after_step: Callable[..., torch.Tensor] = lambda i, x, *rest: x,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sampler(denoiser, x, sigmas)`, sigmas on the CPU, with the caller's randomness: the last state, and its sigma.
+    """Calls `sampler(denoiser, x, sigmas)` with the caller's randomness. Returns the last state and its sigma.
 
-    `after_step(i, x, sigma, began, denoised)` gets the state that step i ended with, its sigma, the step's first sigma
-    and the prediction there. It returns the state to go on from: the same where only callbacks show the steps.
+    `after_step(i, x, sigma, began, denoised)` gets the state at the end of step i and its sigma, the sigma at the start
+    and the prediction there. It returns the state to continue with: x itself where only callbacks show the steps.
     """
 
-    class Interrupted(Exception): ...  # with the state and its sigma
+    class Interrupted(Exception): ...
 
-    steps, step_begins, followed = itertools.count(), threading.Event(), True
-    latest, began = (x, sigmas[0], x), ()  # a user-supplied sampler's last evaluation; the step's first one
+    steps, begun, followed = itertools.count(), list[bool](), True  # `begun`: steps without an evaluation yet
+    latest, began = (x, sigmas[0], x), ()  # a user-supplied sampler's last evaluation; the first one of the step
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         nonlocal latest, began
-        first = step_begins.is_set() and followed
-        step_begins.clear()
-        if first and began:
-            x.copy_(after_step(next(steps), x, sigma[0], *began))
+        first, level = bool(begun) and followed, sigma[0]
+        begun.clear()
+        if first and began and (after := after_step(next(steps), x, level, *began)) is not x:
+            x.copy_(after)
         if interrupted():
-            raise Interrupted(x, sigma[0].cpu())
+            raise Interrupted(x, level.cpu())
         predicted = denoiser(x, sigma, **kwargs)
-        here = sigma[0], predicted if predicted.ndim == x.ndim else predicted[0]  # or both sides of guidance
+        here = level, predicted if predicted.ndim == x.ndim else predicted[0]  # or both sides of guidance
         began, latest = here if first else began, latest if sampler.is_k_diffusions else (x, *here)
         return predicted
 
@@ -586,7 +586,7 @@ def run_sampler(
 
     try:
         given = {} if sampler.is_k_diffusions else {"callback": callback}
-        end = call_sampler(sampler, model, x, sigmas, generator, step_begins.set, **given)
+        end = call_sampler(sampler, model, x, sigmas, generator, lambda: begun.append(True), **given)
     except Interrupted as stopped:
         return stopped.args
     shape = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__

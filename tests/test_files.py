@@ -92,3 +92,26 @@ def test_demo_models_are_small():
         path.stat().st_size for family in FILES for path in (ROOT / "demo" / family).rglob("*") if path.is_file()
     )
     assert size <= 25e6
+
+
+def test_two_versions_of_a_file_in_one_process(flux, tmp_path):
+    """Another version, with another Brownian path, also called inside a callback, changes nothing of this one."""
+    text, constant = (ROOT / FILES["flux"]).read_text(), "0x9E3779B97F4A7C15"
+    assert text.count(constant) == 1
+    (tmp_path / "other_version.py").write_text(text.replace(constant, "0xBF58476D1CE4E5B9"))
+    call = {"sampler": "dpmpp_sde", "num_inference_steps": 3, "output_type": "latent"}
+    ours = flux(PROMPT, generator=seeded(), **call).images
+    spec = importlib.util.spec_from_file_location("other_version", tmp_path / "other_version.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    other = module.FluxComfyPipeline(**flux.components)
+    other.set_progress_bar_config(disable=True)
+    theirs = [other(PROMPT, generator=seeded(), **call).images]
+
+    def nested(pipe, i, timestep, tensors):
+        theirs.append(other(PROMPT, generator=seeded(), **call).images)
+        return {}
+
+    assert flux(PROMPT, generator=seeded(), callback_on_step_end=nested, **call).images.equal(ours)
+    assert len(theirs) == 4 and all(one.equal(theirs[0]) for one in theirs)
+    assert not theirs[0].allclose(ours, rtol=0, atol=0.1)

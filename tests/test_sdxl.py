@@ -280,7 +280,7 @@ BAD = [
     ),
     ({"height": 100}, ValueError, "divisible by 8"),
     ({"negative_prompt_embeds": torch.zeros(1, 77, 160)}, ValueError, "negative_pooled_prompt_embeds"),
-    ({"generator": [seeded(), seeded()]}, ValueError, "has to be one or 1, one an image, but is 2"),
+    ({"generator": [seeded(), seeded()]}, ValueError, "has to be one or 1, one per image, but is 2"),
 ]
 
 
