@@ -112,7 +112,7 @@ def distances(
 
 def compared(stock: list[float], ours: list[float]) -> tuple[float, float, float, float]:
     """Geometric means of both and of ours / stock, and the standard error of the latter."""
-    logs = [math.log(mine / other) for mine, other in zip(ours, stock)]
+    logs = [math.log(one / other) for one, other in zip(ours, stock)]
     ratio = math.exp(fmean(logs))
     means = (math.exp(fmean(map(math.log, values))) for values in (stock, ours))
     return *means, ratio, ratio * stdev(logs) / math.sqrt(len(logs))
@@ -140,8 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
             print("| sampler | stock loop | ours | ratio (standard error) |\n|---|---|---|---|")
             of_model = (options.samplers, options.steps, options.images, options.batch, options.size, options.device)
             for sampler, stock, ours in distances(name, DTYPES[dtype], *of_model):
-                theirs, mine, ratio, error = compared(stock, ours)
-                print(f"| {sampler} | {theirs:.2e} | {mine:.2e} | {ratio:.2f} ({error:.2f}) |", flush=True)
+                stock_loop, our_loop, ratio, error = compared(stock, ours)
+                print(f"| {sampler} | {stock_loop:.2e} | {our_loop:.2e} | {ratio:.2f} ({error:.2f}) |", flush=True)
     return 0
 
 
