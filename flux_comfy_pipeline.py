@@ -104,7 +104,7 @@ class FluxComfyPipeline(FluxPipeline):
         its start. By name it also gets `sigma`, t at the start, and `denoised`, the x0 predicted there. It may return
         other latents; with a user-supplied sampler only if that loops over this module's `sampling.trange`.
         """
-        size = getattr(getattr(self.vae, "config", None), "sample_size", 1024)  # tiny ones have none; FLUX.1's is 1024
+        size = getattr(getattr(self.vae, "config", None), "sample_size", 1024)  # FLUX.1's; some test VAEs have none
         height, width = height or size, width or size
         rows, columns = (side // (2 * self.vae_scale_factor) for side in (height, width))
         embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
@@ -216,7 +216,7 @@ class FluxComfyPipeline(FluxPipeline):
     def noise_levels(
         self, tokens: int, num_inference_steps: int | None = 28, sigmas: list[float] | None = None, schedule: Any = None
     ) -> torch.Tensor:
-        """The noise levels of a call with these arguments, for `tokens` 2x2 patches: t, falling to zero, float64."""
+        """The noise levels of a call with these arguments, for `tokens` 2x2 patches: t, falling, float64."""
         if schedule is not None and sigmas is not None:
             raise ValueError("`schedule` and `sigmas` both give the noise levels: pass one of them")
         n = num_inference_steps or 0  # 0 where the levels are given
@@ -229,7 +229,7 @@ class FluxComfyPipeline(FluxPipeline):
         keys = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         mu = calculate_shift(tokens, *(config.get(key, default) for key, default in keys.items()))
         if isinstance(schedule, str):  # between t = 1 and the lowest of 10,000 levels, shifted
-            own = hasattr(type(self.scheduler), "shift")  # its `set_shift` leaves the config alone
+            own = hasattr(type(self.scheduler), "shift")  # `set_shift` changes the attribute, not the config
             shift = self.scheduler.shift if own else config.get("flow_shift", config.get("shift", 1.0))
             if config.get("use_dynamic_shifting"):
                 shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
@@ -238,7 +238,7 @@ class FluxComfyPipeline(FluxPipeline):
             return check_sigmas(schedule, "schedule", at_least=2)
         scheduler = copy.deepcopy(self.scheduler)  # set_timesteps changes it
         unshifted = np.linspace(1.0, 1 / n, n) if sigmas is None else sigmas
-        sigmas = None if config.get("use_flow_sigmas") else [t for t in unshifted if t > 0]  # it appends zero
+        sigmas = None if config.get("use_flow_sigmas") else [t for t in unshifted if t > 0]  # zero is appended there
         shifting = {"mu": mu} if config.get("use_dynamic_shifting") else {}
         with torch.device("cpu"):  # whatever the default device
             retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, **shifting)
@@ -255,7 +255,7 @@ class FluxComfyPipeline(FluxPipeline):
         return self.image_processor.postprocess(self.vae.decode(latents, return_dict=False)[0], output_type=output_type)
 
 
-# --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
+# --- shared block: the same text in the three files that are copied alone; `python tests/blocks.py` copies it ---
 
 # k-diffusion's submodules, in a package of another name: the `__init__` of its own imports the training code
 if (spec := importlib.util.find_spec("k_diffusion")) is None:
@@ -287,12 +287,12 @@ def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     evaluate = module.DPMSolver.eps
 
     def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
-        if not cache and t is not getattr(solver, "began", None):  # dpm_adaptive repeats a step that it rejects
+        if not cache and t is not getattr(solver, "began", None):  # the same t: dpm_adaptive retries
             solver.began = t
             STEP_BEGINS.get()()
         return evaluate(solver, cache, key, x, t)
 
-    # levels on the CPU are Python numbers to latents on any device, and do not depend on torch's defaults
+    # 0-dim tensors on the CPU mix with latents on any device; torch's defaults (dtype, device) do not count
     functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
     functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
     functions["__getattr__"] = functools.partial(getattr, torch)  # all other names are torch's
@@ -386,7 +386,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
 
     In law k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone. Levy's construction: W(2^-64) = 0,
-    normal 0 gives W(2^64), normal 1 W at the middle in log sigma, 2 n and 2 n + 1 in the halves of n's interval.
+    normal 0 gives W(2^64), normal 1 W at the middle in log sigma, 2 n and 2 n + 1 at the middles of n's two halves.
     """
     generator = torch.Generator(device)
 
@@ -418,7 +418,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
 
 def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
     """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
-    if sampler.is_k_diffusions and not sampler.arguments["eta"]:  # k-diffusion multiplies the noise by zero
+    if sampler.is_k_diffusions and not sampler.arguments.get("eta", 1):  # k-diffusion multiplies the noise by zero
         return lambda sigma, sigma_next: x.new_zeros(())
     if not ("dpmpp" in sampler.name and "_sde" in sampler.name):
         return lambda sigma, sigma_next: white_noise(x, generator)
@@ -429,7 +429,7 @@ def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
 
 @contextlib.contextmanager
 def exchanged(states: dict[torch.device, torch.Tensor], enter: bool) -> Iterator[None]:
-    """torch's global generators change places with these states, and back. `enter`: for one thread at a time."""
+    """Swaps the states of torch's global generators with these, and back. A lock is held if `enter`, else released."""
 
     def exchange(enter: bool) -> None:
         with GLOBAL_GENERATORS:
@@ -455,14 +455,14 @@ def call_sampler(
     with torch's global generators seeded from it, but not the network and callbacks. Euler's method takes the last step
     to zero of samplers that place their own levels, and a run of one step to zero.
     """
-    own, positive, network = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
+    own, positive, unwrapped = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
     sampler = find_sampler("euler") if own and len(sigmas) == 2 and sigmas[1] == 0 else sampler
     function, named = sampler.function, sampler.arguments
     if own:  # it calls randn_like even where s_churn is 0
         draw = (lambda x: white_noise(x, generator)) if named.get("s_churn") else (lambda x: x.new_zeros(()))
         function = getattr(fresh_sampling(x.dtype, randn_like=draw), function.__name__)
     if generator is not None and (not own or named.get("noise_sampler")):
-        first = generator[0] if isinstance(generator, list) else generator  # its clone: perhaps nothing will be drawn
+        first = generator[0] if isinstance(generator, list) else generator  # a clone: the caller's stays as it is
         seed = int(torch.randint(2**63 - 1, (), generator=first.clone_state(), device=first.device))
         states = {d: torch.Generator(d).manual_seed(seed).get_state() for d in {torch.device("cpu"), x.device}}
         inside, outside = exchanged(states, enter=True), exchanged(states, enter=False)
@@ -480,7 +480,7 @@ def call_sampler(
         return context.run(function, model, x, sigmas if own else sigmas.to(x.device), **options)
     end = context.run(function, model, x, **options) if len(positive) > 1 else x
     begin()
-    return end if sigmas[-1] > 0 else network(end, positive[-1] * x.new_ones([x.shape[0]]))
+    return end if sigmas[-1] > 0 else unwrapped(end, positive[-1] * x.new_ones([x.shape[0]]))
 
 
 # --- the block's part for flow models ---
@@ -520,45 +520,45 @@ def run_sampler(
     """Calls `sampler(denoiser, x, sigmas)` with the caller's randomness. Returns the last state and its sigma.
 
     `after_step(i, x, sigma, began, denoised)` gets the state at the end of step i and its sigma, the sigma at the start
-    and the prediction there. It returns the state to continue with: x itself where only callbacks show the steps.
+    and the prediction there. It returns the next state, which is x itself where only callbacks report the steps.
     """
 
     class Interrupted(Exception): ...
 
-    steps, begun, followed = itertools.count(), list[bool](), True  # `begun`: steps without an evaluation yet
-    latest, began = (x, sigmas[0], x), ()  # a user-supplied sampler's last evaluation; the first one of the step
+    steps, starts, followed = itertools.count(), list[bool](), True  # `starts`: empty after a step's first evaluation
+    latest, first = (x, sigmas[0], x), ()  # (x, sigma, x0) of the last evaluation; (sigma, x0) of the step's first one
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        nonlocal latest, began
-        first, level = bool(begun) and followed, sigma[0]
-        begun.clear()
-        if first and began and (after := after_step(next(steps), x, level, *began)) is not x:
+        nonlocal latest, first
+        begins, level = bool(starts) and followed, sigma[0]
+        starts.clear()
+        if begins and first and (after := after_step(next(steps), x, level, *first)) is not x:
             x.copy_(after)
         if interrupted():
             raise Interrupted(x, level.cpu())
         predicted = denoiser(x, sigma, **kwargs)
         here = level, predicted if predicted.ndim == x.ndim else predicted[0]  # or both sides of guidance
-        began, latest = here if first else began, latest if sampler.is_k_diffusions else (x, *here)
+        first, latest = (here if begins else first), (latest if sampler.is_k_diffusions else (x, *here))
         return predicted
 
     def callback(info: dict[str, Any]) -> None:  # of a user-supplied sampler
         nonlocal followed
         x, sigma, denoised = latest
-        followed = followed and bool(began) and info.get("x") is x  # on another tensor, a change would be lost
+        followed = followed and bool(first) and info.get("x") is x  # on another tensor, a change would be lost
         after = x if followed else after_step(next(steps), x, sigma, sigma, denoised)
         if after is not x and not torch.allclose(after.to(x), x, rtol=0, atol=0, equal_nan=True):
             raise ValueError(f"a callback can't change the latents: {sampler.name} does not say where its steps begin")
 
     try:
         given = {} if sampler.is_k_diffusions else {"callback": callback}
-        end = call_sampler(sampler, model, x, sigmas, generator, lambda: begun.append(True), **given)
+        end = call_sampler(sampler, model, x, sigmas, generator, lambda: starts.append(True), **given)
     except Interrupted as stopped:
         return stopped.args
     shape = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
     if shape != list(x.shape):
         raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {shape}")
-    if followed and began:
-        end = after_step(next(steps), end, sigmas[-1], *began)
+    if followed and first:
+        end = after_step(next(steps), end, sigmas[-1], *first)
     return end, sigmas[-1]
 
 

@@ -516,7 +516,7 @@ def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> tuple
         torch.set_grad_enabled(grad)  # the sampler's own no_grad puts back what was when it began
 
 
-# --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
+# --- shared block: the same text in the three files that are copied alone; `python tests/blocks.py` copies it ---
 
 # k-diffusion's submodules, in a package of another name: the `__init__` of its own imports the training code
 if (spec := importlib.util.find_spec("k_diffusion")) is None:
@@ -548,12 +548,12 @@ def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     evaluate = module.DPMSolver.eps
 
     def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
-        if not cache and t is not getattr(solver, "began", None):  # dpm_adaptive repeats a step that it rejects
+        if not cache and t is not getattr(solver, "began", None):  # the same t: dpm_adaptive retries
             solver.began = t
             STEP_BEGINS.get()()
         return evaluate(solver, cache, key, x, t)
 
-    # levels on the CPU are Python numbers to latents on any device, and do not depend on torch's defaults
+    # 0-dim tensors on the CPU mix with latents on any device; torch's defaults (dtype, device) do not count
     functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
     functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
     functions["__getattr__"] = functools.partial(getattr, torch)  # all other names are torch's
@@ -647,7 +647,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
 
     In law k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone. Levy's construction: W(2^-64) = 0,
-    normal 0 gives W(2^64), normal 1 W at the middle in log sigma, 2 n and 2 n + 1 in the halves of n's interval.
+    normal 0 gives W(2^64), normal 1 W at the middle in log sigma, 2 n and 2 n + 1 at the middles of n's two halves.
     """
     generator = torch.Generator(device)
 
@@ -679,7 +679,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
 
 def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
     """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
-    if sampler.is_k_diffusions and not sampler.arguments["eta"]:  # k-diffusion multiplies the noise by zero
+    if sampler.is_k_diffusions and not sampler.arguments.get("eta", 1):  # k-diffusion multiplies the noise by zero
         return lambda sigma, sigma_next: x.new_zeros(())
     if not ("dpmpp" in sampler.name and "_sde" in sampler.name):
         return lambda sigma, sigma_next: white_noise(x, generator)
@@ -690,7 +690,7 @@ def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
 
 @contextlib.contextmanager
 def exchanged(states: dict[torch.device, torch.Tensor], enter: bool) -> Iterator[None]:
-    """torch's global generators change places with these states, and back. `enter`: for one thread at a time."""
+    """Swaps the states of torch's global generators with these, and back. A lock is held if `enter`, else released."""
 
     def exchange(enter: bool) -> None:
         with GLOBAL_GENERATORS:
@@ -716,14 +716,14 @@ def call_sampler(
     with torch's global generators seeded from it, but not the network and callbacks. Euler's method takes the last step
     to zero of samplers that place their own levels, and a run of one step to zero.
     """
-    own, positive, network = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
+    own, positive, unwrapped = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
     sampler = find_sampler("euler") if own and len(sigmas) == 2 and sigmas[1] == 0 else sampler
     function, named = sampler.function, sampler.arguments
     if own:  # it calls randn_like even where s_churn is 0
         draw = (lambda x: white_noise(x, generator)) if named.get("s_churn") else (lambda x: x.new_zeros(()))
         function = getattr(fresh_sampling(x.dtype, randn_like=draw), function.__name__)
     if generator is not None and (not own or named.get("noise_sampler")):
-        first = generator[0] if isinstance(generator, list) else generator  # its clone: perhaps nothing will be drawn
+        first = generator[0] if isinstance(generator, list) else generator  # a clone: the caller's stays as it is
         seed = int(torch.randint(2**63 - 1, (), generator=first.clone_state(), device=first.device))
         states = {d: torch.Generator(d).manual_seed(seed).get_state() for d in {torch.device("cpu"), x.device}}
         inside, outside = exchanged(states, enter=True), exchanged(states, enter=False)
@@ -741,7 +741,7 @@ def call_sampler(
         return context.run(function, model, x, sigmas if own else sigmas.to(x.device), **options)
     end = context.run(function, model, x, **options) if len(positive) > 1 else x
     begin()
-    return end if sigmas[-1] > 0 else network(end, positive[-1] * x.new_ones([x.shape[0]]))
+    return end if sigmas[-1] > 0 else unwrapped(end, positive[-1] * x.new_ones([x.shape[0]]))
 
 
 # --- the block's part for flow models ---

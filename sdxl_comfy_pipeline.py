@@ -148,7 +148,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             # generator -> noise, the stock pipeline's own -> x at the first level
             explicit = schedule is not None and not isinstance(schedule, str)  # latents are x0 + sigma noise then
             spacing = self.scheduler.config.get("timestep_spacing")
-            start = math.hypot(1, levels[0])  # this and the next as the schedulers' init_noise_sigma
+            start = math.hypot(1, levels[0])  # this and sigma, below, as the schedulers' init_noise_sigma
             if explicit or ((schedule or spacing in ("linspace", "trailing")) and self.latents_scale(levels[0]) == 1):
                 start = float(levels[0]) if latents is None or not explicit else 1.0
             if latents is None:
@@ -285,7 +285,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             check_sigmas(levels, f"{type(scheduler).__name__}.sigmas")
         if denoising_end is not None and 0 < denoising_end < 1:
             count = self.scheduler.config.num_train_timesteps
-            # sigma_to_t misses a timestep by a rounding of the scheduler's float32 sigmas
+            # 1e-3: sigma_to_t differs from a timestep by the rounding of the scheduler's float32 sigmas
             reached = trained.sigma_to_t(levels[:-1]) > round(count - denoising_end * count) - 1e-3
             levels = levels[: int(reached.sum()) + 1]
         return levels
@@ -312,7 +312,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
         return self.image_processor.postprocess(image, output_type=output_type)
 
 
-# --- shared block: the same text in every file that is copied alone; `python tests/blocks.py` keeps it so ---
+# --- shared block: the same text in the three files that are copied alone; `python tests/blocks.py` copies it ---
 
 # k-diffusion's submodules, in a package of another name: the `__init__` of its own imports the training code
 if (spec := importlib.util.find_spec("k_diffusion")) is None:
@@ -344,12 +344,12 @@ def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     evaluate = module.DPMSolver.eps
 
     def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
-        if not cache and t is not getattr(solver, "began", None):  # dpm_adaptive repeats a step that it rejects
+        if not cache and t is not getattr(solver, "began", None):  # the same t: dpm_adaptive retries
             solver.began = t
             STEP_BEGINS.get()()
         return evaluate(solver, cache, key, x, t)
 
-    # levels on the CPU are Python numbers to latents on any device, and do not depend on torch's defaults
+    # 0-dim tensors on the CPU mix with latents on any device; torch's defaults (dtype, device) do not count
     functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
     functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
     functions["__getattr__"] = functools.partial(getattr, torch)  # all other names are torch's
@@ -443,7 +443,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
     """Step noise (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|) of x's shape: a path W for each image's seed.
 
     In law k-diffusion's BrownianTreeNoiseSampler, but W depends on the seed alone. Levy's construction: W(2^-64) = 0,
-    normal 0 gives W(2^64), normal 1 W at the middle in log sigma, 2 n and 2 n + 1 in the halves of n's interval.
+    normal 0 gives W(2^64), normal 1 W at the middle in log sigma, 2 n and 2 n + 1 at the middles of n's two halves.
     """
     generator = torch.Generator(device)
 
@@ -475,7 +475,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
 
 def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
     """Noise of x's shape, unit variance: Brownian for any dpmpp_*_sde, whose intervals may overlap; else white."""
-    if sampler.is_k_diffusions and not sampler.arguments["eta"]:  # k-diffusion multiplies the noise by zero
+    if sampler.is_k_diffusions and not sampler.arguments.get("eta", 1):  # k-diffusion multiplies the noise by zero
         return lambda sigma, sigma_next: x.new_zeros(())
     if not ("dpmpp" in sampler.name and "_sde" in sampler.name):
         return lambda sigma, sigma_next: white_noise(x, generator)
@@ -486,7 +486,7 @@ def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
 
 @contextlib.contextmanager
 def exchanged(states: dict[torch.device, torch.Tensor], enter: bool) -> Iterator[None]:
-    """torch's global generators change places with these states, and back. `enter`: for one thread at a time."""
+    """Swaps the states of torch's global generators with these, and back. A lock is held if `enter`, else released."""
 
     def exchange(enter: bool) -> None:
         with GLOBAL_GENERATORS:
@@ -512,14 +512,14 @@ def call_sampler(
     with torch's global generators seeded from it, but not the network and callbacks. Euler's method takes the last step
     to zero of samplers that place their own levels, and a run of one step to zero.
     """
-    own, positive, network = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
+    own, positive, unwrapped = sampler.is_k_diffusions, sigmas[sigmas > 0].tolist(), model
     sampler = find_sampler("euler") if own and len(sigmas) == 2 and sigmas[1] == 0 else sampler
     function, named = sampler.function, sampler.arguments
     if own:  # it calls randn_like even where s_churn is 0
         draw = (lambda x: white_noise(x, generator)) if named.get("s_churn") else (lambda x: x.new_zeros(()))
         function = getattr(fresh_sampling(x.dtype, randn_like=draw), function.__name__)
     if generator is not None and (not own or named.get("noise_sampler")):
-        first = generator[0] if isinstance(generator, list) else generator  # its clone: perhaps nothing will be drawn
+        first = generator[0] if isinstance(generator, list) else generator  # a clone: the caller's stays as it is
         seed = int(torch.randint(2**63 - 1, (), generator=first.clone_state(), device=first.device))
         states = {d: torch.Generator(d).manual_seed(seed).get_state() for d in {torch.device("cpu"), x.device}}
         inside, outside = exchanged(states, enter=True), exchanged(states, enter=False)
@@ -537,7 +537,7 @@ def call_sampler(
         return context.run(function, model, x, sigmas if own else sigmas.to(x.device), **options)
     end = context.run(function, model, x, **options) if len(positive) > 1 else x
     begin()
-    return end if sigmas[-1] > 0 else network(end, positive[-1] * x.new_ones([x.shape[0]]))
+    return end if sigmas[-1] > 0 else unwrapped(end, positive[-1] * x.new_ones([x.shape[0]]))
 
 
 # --- the block's last part, for the pipelines alone ---
@@ -555,45 +555,45 @@ def run_sampler(
     """Calls `sampler(denoiser, x, sigmas)` with the caller's randomness. Returns the last state and its sigma.
 
     `after_step(i, x, sigma, began, denoised)` gets the state at the end of step i and its sigma, the sigma at the start
-    and the prediction there. It returns the state to continue with: x itself where only callbacks show the steps.
+    and the prediction there. It returns the next state, which is x itself where only callbacks report the steps.
     """
 
     class Interrupted(Exception): ...
 
-    steps, begun, followed = itertools.count(), list[bool](), True  # `begun`: steps without an evaluation yet
-    latest, began = (x, sigmas[0], x), ()  # a user-supplied sampler's last evaluation; the first one of the step
+    steps, starts, followed = itertools.count(), list[bool](), True  # `starts`: empty after a step's first evaluation
+    latest, first = (x, sigmas[0], x), ()  # (x, sigma, x0) of the last evaluation; (sigma, x0) of the step's first one
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        nonlocal latest, began
-        first, level = bool(begun) and followed, sigma[0]
-        begun.clear()
-        if first and began and (after := after_step(next(steps), x, level, *began)) is not x:
+        nonlocal latest, first
+        begins, level = bool(starts) and followed, sigma[0]
+        starts.clear()
+        if begins and first and (after := after_step(next(steps), x, level, *first)) is not x:
             x.copy_(after)
         if interrupted():
             raise Interrupted(x, level.cpu())
         predicted = denoiser(x, sigma, **kwargs)
         here = level, predicted if predicted.ndim == x.ndim else predicted[0]  # or both sides of guidance
-        began, latest = here if first else began, latest if sampler.is_k_diffusions else (x, *here)
+        first, latest = (here if begins else first), (latest if sampler.is_k_diffusions else (x, *here))
         return predicted
 
     def callback(info: dict[str, Any]) -> None:  # of a user-supplied sampler
         nonlocal followed
         x, sigma, denoised = latest
-        followed = followed and bool(began) and info.get("x") is x  # on another tensor, a change would be lost
+        followed = followed and bool(first) and info.get("x") is x  # on another tensor, a change would be lost
         after = x if followed else after_step(next(steps), x, sigma, sigma, denoised)
         if after is not x and not torch.allclose(after.to(x), x, rtol=0, atol=0, equal_nan=True):
             raise ValueError(f"a callback can't change the latents: {sampler.name} does not say where its steps begin")
 
     try:
         given = {} if sampler.is_k_diffusions else {"callback": callback}
-        end = call_sampler(sampler, model, x, sigmas, generator, lambda: begun.append(True), **given)
+        end = call_sampler(sampler, model, x, sigmas, generator, lambda: starts.append(True), **given)
     except Interrupted as stopped:
         return stopped.args
     shape = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__
     if shape != list(x.shape):
         raise TypeError(f"`sampler` has to return the latents, a tensor of shape {list(x.shape)}, but returned {shape}")
-    if followed and began:
-        end = after_step(next(steps), end, sigmas[-1], *began)
+    if followed and first:
+        end = after_step(next(steps), end, sigmas[-1], *first)
     return end, sigmas[-1]
 
 

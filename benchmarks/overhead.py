@@ -204,7 +204,7 @@ def ratios(times: Times) -> dict[str, tuple[float, float]]:
 
 def table(title: str, rows: dict[str, Times], generator: str) -> list[str]:
     """Prints the rows, and returns a line for each goal that is missed by more than the spread."""
-    print(f"\n### {title}: milliseconds per network evaluation, medians (half the quartiles' distance)\n")
+    print(f"\n### {title}: milliseconds per network evaluation, medians (half the interquartile range)\n")
     shown = list(dict.fromkeys(name for times in rows.values() for name in ratios(times)))
     outside = ["outside: ours, stock, k-diffusion, scheduler"] if any("outside" in name for name in shown) else []
     heads = ["sampler", "evaluations", *LOOPS, *outside, *shown]

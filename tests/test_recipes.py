@@ -111,7 +111,7 @@ def only(title: str) -> str:
 
 def test_align_your_steps(sdxl):
     """With euler, what the stock scheduler draws over the same list."""
-    code = only("Levels that are a list: Align Your Steps and others").replace("levels)", "levels, **call)")
+    code = only("A list of levels: Align Your Steps and others").replace("levels)", "levels, **call)")
     size = {"output_type": "latent", "width": 64, "height": 64}
     names = {"pipe": sdxl, "call": {**size, "generator": seeded(3)}}
     found = cook(code.replace("dpmpp_2m", "euler"), **names)
