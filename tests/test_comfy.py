@@ -357,6 +357,38 @@ def test_callbacks_see_its_steps(comfyui, pipes, model):
         draw(pipe, **call)
 
 
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+@pytest.mark.parametrize("reported", [[], ["sigma"], ["sigma", "sigma_hat"]], ids=len)
+def test_what_a_callback_gets_of_two_evaluations_a_step(pipes, model, reported):
+    """The last evaluation's prediction with its x, packed on FLUX; sigma and sigma_hat as the function reports them.
+
+    As RES4LYF's functions do, this one reports the step's sigma and its last evaluation's sigma_hat.
+    """
+    pipe, given, seen = pipes[model], ksampler(pipes[model], **settings(f"{model}/euler/simple/3/0")), []
+
+    def midpoint(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+            middle, ones = (sigma + after) / 2, x.new_ones([len(x)])
+            x_2 = x + (x - model(x, sigma * ones)) / sigma * (middle - sigma)
+            denoised = model(x_2, middle * ones)
+            info = {"x": x, "i": i, "sigma": sigma, "sigma_hat": middle, "denoised": denoised}
+            callback({key: value for key, value in info.items() if key in reported or "sigma" not in key})
+            x = x + (x_2 - denoised) / middle * (after - sigma)
+        return x
+
+    def network(x, sigma):
+        asked.append((x.clone(), float(sigma[0]), 0.9 * x))
+        return asked[-1][-1]
+
+    asked, sigmas = [], given["schedule"]
+    comfy_sampler(midpoint, pipe, **SIZE)(network, given["latents"], sigmas, callback=seen.append)
+    for step, (info, (x, middle, denoised)) in enumerate(zip(seen, asked[1::2], strict=True)):
+        assert info["i"] == step and info["x"].equal(x) and info["denoised"].equal(denoised)
+        sigma = float(sigmas[step]) if reported else middle
+        assert float(info["sigma"]) == sigma
+        assert float(info["sigma_hat"]) == (sigma if reported == ["sigma"] else middle)
+
+
 def test_uncond_denoised(pipes):
     """What `model_options` name is called after guidance, with its result and the prediction for the negative prompt.
 
