@@ -87,7 +87,7 @@ def ksampler(
     # the cfg_pp samplers look at the negative prompt at 1, too
     call["true_cfg_scale" if flow else "guidance_scale"] = max(cfg, 1 + 2**-23) if "cfg_pp" in sampler_name else cfg
     if sampler_name in SAME:
-        return call | _ending_as_there(sampler_name, sigmas)
+        return call | _ending_like_comfyuis(sampler_name, sigmas)
     brownian, on_cpu = sampler_name.startswith("dpmpp") and "_sde" in sampler_name, device.type == "cpu"
     if flow or sampler_name not in FLUX_APART:
         if not isinstance(comfy := _comfyui(), ImportError):
@@ -325,7 +325,7 @@ def _comfyui() -> Any:
         return ImportError(f"{error}: put ComfyUI's folder on the path, PYTHONPATH=..., and install its requirements")
 
 
-def _ending_as_there(name: str, sigmas: torch.Tensor) -> dict[str, Any]:
+def _ending_like_comfyuis(name: str, sigmas: torch.Tensor) -> dict[str, Any]:
     """lms with x0 for its last step; dpm_fast and dpm_adaptive to the lowest positive level; the others as they are."""
     positive, sampling = sigmas[sigmas > 0], k_diffusion()
 
