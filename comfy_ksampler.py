@@ -1,10 +1,10 @@
-"""ComfyUI's KSampler for diffusers: its fields in, the arguments of a pipeline's call out.
+"""ComfyUI's KSampler for diffusers: converts the node's fields to the arguments of a pipeline's call.
 
     pipe = StableDiffusionXLComfyPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0", ...)
     settings = {"seed": 42, "steps": 20, "cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
     image = pipe("an astronaut", negative_prompt="", **ksampler(pipe, **settings)).images[0]
 
-It works alone beside a pipeline's file, and needs ComfyUI for what ComfyUI alone has.
+Apart from a pipeline's file, this file needs ComfyUI only for the samplers and schedules that ComfyUI alone has.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from scipy.special import betaincinv
 
 # k-diffusion's samplers that give ComfyUI's latents on both models ("ddim" is ComfyUI's name for Euler's method)
 SAME = ("euler", "ddim", "heun", "dpm_2", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2m")
-# and on SDXL alone. On FLUX, ComfyUI's are others: ||difference|| / ||ComfyUI's||, the larger of "simple" and "beta" at
-# 20 steps, for a mixture of three Gaussians. Above 1 is another picture.
+# ... and on SDXL only. On FLUX: ||k-diffusion's latents - ComfyUI's|| / ||ComfyUI's||. Above 1 is another picture.
 FLUX_APART = {"euler_ancestral": 1.2, "dpm_2_ancestral": 0.04, "dpmpp_2s_ancestral": 1.2}
 FLUX_APART |= {f"dpmpp_{sde}{gpu}": 0.004 for sde in ("sde", "2m_sde", "3m_sde") for gpu in ("", "_gpu")}
 OWN = """euler_cfg_pp euler_ancestral_cfg_pp heunpp2 exp_heun_2_x0 exp_heun_2_x0_sde dpmpp_2s_ancestral_cfg_pp
@@ -38,7 +37,7 @@ OWN = """euler_cfg_pp euler_ancestral_cfg_pp heunpp2 exp_heun_2_x0 exp_heun_2_x0
     res_multistep_cfg_pp res_multistep_ancestral res_multistep_ancestral_cfg_pp gradient_estimation
     gradient_estimation_cfg_pp er_sde seeds_2 seeds_3 sa_solver sa_solver_pece uni_pc uni_pc_bh2""".split()
 SAMPLERS = (*SAME, *FLUX_APART, *OWN)
-SKIPPING = ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2")  # one level more, without the last but one
+SKIPPING = ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2")  # these make one more level and skip the last but one
 
 
 def ksampler(
@@ -58,10 +57,10 @@ def ksampler(
 ) -> dict[str, Any]:
     """The arguments of `pipe(prompt, negative_prompt="", **ksampler(pipe, ...))` for the fields of a KSampler node.
 
-    `cfg` is SDXL's guidance and FLUX's true CFG. `denoise` is the share of the levels that is run over `latent_image`,
-    zeros by default: (b, channels, height / 8, width / 8), unpacked on FLUX, scaled and shifted as the network has it.
-    `noise` is "today", or "before 0.7", when ComfyUI drew a CPU's white step noise from the seed, not from seed + 1.
-    ValueError: something is unknown or out of range. ImportError: ComfyUI is needed but absent.
+    `cfg` is SDXL's guidance and FLUX's true CFG. `denoise` is the share of the levels that run over `latent_image`,
+    (b, channels, height / 8, width / 8), unpacked on FLUX, in the network's scale; zeros by default. `noise` is "today"
+    or "before 0.7", when white step noise on a CPU came from the seed, not from seed + 1.
+    ValueError: an argument is unknown or out of range. ImportError: ComfyUI is needed and can't be imported.
     """
     _check("sampler_name", sampler_name, SAMPLERS)
     if noise not in ("today", "before 0.7"):
@@ -88,7 +87,7 @@ def ksampler(
     # the cfg_pp samplers look at the negative prompt at 1, too
     call["true_cfg_scale" if flow else "guidance_scale"] = max(cfg, 1 + 2**-23) if "cfg_pp" in sampler_name else cfg
     if sampler_name in SAME:
-        return call | {"sampler": _ending_as_there(sampler_name.replace("ddim", "euler"))}
+        return call | _ending_like_comfyuis(sampler_name, sigmas)
     brownian, on_cpu = sampler_name.startswith("dpmpp") and "_sde" in sampler_name, device.type == "cpu"
     if flow or sampler_name not in FLUX_APART:
         if not isinstance(comfy := _comfyui(), ImportError):
@@ -100,23 +99,21 @@ def ksampler(
             raise ImportError(f"`sampler_name`: {sampler_name!r} is ComfyUI's own, and {comfy}")
         warnings.warn(f"{sampler_name} is k-diffusion's, {FLUX_APART[sampler_name]} off, as {comfy}", stacklevel=2)
     generator_of_steps = torch.Generator(device).manual_seed((seed + (on_cpu and noise == "today")) % 2**64)
+    white = functools.partial(torch.randn, latents.shape, generator=generator_of_steps, device=device)
+    tree = brownian and _brownian_noise(latents.shape, device, sampler_name.endswith("_gpu"), sigmas, seed)
 
-    def white(*of_step: torch.Tensor) -> torch.Tensor:
-        return torch.randn(latents.shape, generator=generator_of_steps, dtype=torch.float32, device=device)
+    def noise_sampler(*of_step: torch.Tensor) -> torch.Tensor:
+        of_step = [sigma / (1 + sigma) for sigma in of_step] if flow else of_step
+        return sampling.packed(tree(*of_step) if tree else white(dtype=torch.float32))
 
-    on = device if sampler_name.endswith("_gpu") else "cpu"
-    draw = _brownian_noise(latents.shape, device, on, sigmas, seed) if brownian else white
-    call |= {"sampler": sampler_name.removesuffix("_gpu"), "sampler_kwargs": {"noise_sampler": draw}}
-    if flow:
-        in_t = {"noise_sampler": lambda *sigmas: sampling.packed(draw(*(sigma / (1 + sigma) for sigma in sigmas)))}
-        call |= {"parameterization": "ve", "sampler_kwargs": in_t}
-    return call
+    call |= {"sampler": sampler_name.removesuffix("_gpu"), "sampler_kwargs": {"noise_sampler": noise_sampler}}
+    return call | ({"parameterization": "ve"} if flow else {})
 
 
 def levels(
     pipe: Any, scheduler: Any, steps: int, denoise: float = 1.0, width: int = 0, height: int = 0, sampler_name: str = ""
 ) -> torch.Tensor:
-    """ComfyUI's levels by name, for `schedule=` of a call: float32, on the CPU, falling to zero; sigmas, a flow's t.
+    """ComfyUI's levels by name, for `schedule=` of a call: sigmas, or a flow's t; float32, on the CPU, falling to zero.
 
     As in ComfyUI, some names make fewer or more than `steps` + 1. `pipe` is any that `model_sampling` knows.
     """
@@ -126,8 +123,8 @@ def levels(
     if steps < 1 or not 0 < denoise <= 1:
         raise ValueError(f"`steps` has to be at least 1, `denoise` above 0 and at most 1: {steps}, {denoise}")
     part, sampling = denoise <= 0.9999, model_sampling(pipe, width, height)
-    loaded = getattr(sys.modules.get("comfy.samplers"), "KSampler", None)  # custom nodes add to its names
-    skipping = sampler_name in (*SKIPPING, *getattr(loaded, "DISCARD_PENULTIMATE_SIGMA_SAMPLERS", ()))
+    theirs = getattr(sys.modules.get("comfy.samplers"), "KSampler", None)  # custom nodes add names to it
+    skipping = sampler_name in (*SKIPPING, *getattr(theirs, "DISCARD_PENULTIMATE_SIGMA_SAMPLERS", ()))
     count = skipping + (int(steps / denoise) if part else steps)
     with torch.device("cpu"):
         if scheduler in SCHEDULERS:
@@ -140,18 +137,19 @@ def levels(
 
 def names() -> tuple[list[str], list[str]]:
     """All samplers and schedulers: `SAMPLERS` and `SCHEDULERS`, ComfyUI's, and those of the custom nodes loaded."""
-    samplers, schedulers = [*SAMPLERS], [*SCHEDULERS]
+    samplers, schedulers = dict.fromkeys(SAMPLERS), dict.fromkeys(SCHEDULERS)
     if not isinstance(comfy := _comfyui(), ImportError):
-        samplers += comfy.samplers.KSampler.SAMPLERS
-        schedulers += [*comfy.samplers.KSampler.SCHEDULERS, *getattr(comfy.samplers, "SCHEDULER_HANDLERS", [])]
-    return list(dict.fromkeys(samplers)), list(dict.fromkeys(schedulers))
+        samplers |= dict.fromkeys(comfy.samplers.KSampler.SAMPLERS)
+        schedulers |= dict.fromkeys(comfy.samplers.KSampler.SCHEDULERS)
+        schedulers |= dict.fromkeys(getattr(comfy.samplers, "SCHEDULER_HANDLERS", ()))
+    return [*samplers], [*schedulers]
 
 
 def load_custom_nodes(*nodes: str | Path) -> None:
-    """Loads custom nodes, names in ComfyUI's folder `custom_nodes` or paths, so that what they add has names here.
+    """Loads custom nodes, by name in ComfyUI's folder `custom_nodes` or by path, so that their names are known here.
 
-    No server runs, no port is opened, and a copy in a temporary folder is loaded, into which the nodes write.
-    ImportError: ComfyUI or a node can't be imported, with its own message. ValueError: there is no such node.
+    No server runs and no port is opened. The nodes are copied to a temporary folder, into which they write.
+    ImportError: ComfyUI or a node can't be imported, with the original message. ValueError: there is no such node.
     """
     if isinstance(comfy := _comfyui(), ImportError):
         raise ImportError(f"custom nodes need ComfyUI, but {comfy}")
@@ -162,14 +160,15 @@ def load_custom_nodes(*nodes: str | Path) -> None:
             there = ", ".join(sorted(path.name for path in folder.iterdir()))
             raise ValueError(f"custom node {node!r} is no path, and not in {folder}, which has {there}")
         name = f"custom_nodes.{source.name.removesuffix('.py').replace('.', '_x_')}"  # as ComfyUI names it
-        copy = Path(scratch.name, "custom_nodes", source.name)
         if name in sys.modules:
             continue
+        file = Path(scratch.name, "custom_nodes", source.name)
         if source.is_dir():
-            shutil.copytree(source, copy, ignore=shutil.ignore_patterns(".git", "__pycache__"), dirs_exist_ok=True)
+            ignored = shutil.ignore_patterns(".git", "__pycache__")
+            file = shutil.copytree(source, file, ignore=ignored, dirs_exist_ok=True) / "__init__.py"
         else:
-            shutil.copy(source, copy)
-        spec: Any = importlib.util.spec_from_file_location(name, copy / "__init__.py" if source.is_dir() else copy)
+            shutil.copy(source, file)
+        spec: Any = importlib.util.spec_from_file_location(name, file)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
@@ -181,12 +180,12 @@ def load_custom_nodes(*nodes: str | Path) -> None:
 
 @functools.cache
 def _folders() -> tuple[Path, Any]:
-    """ComfyUI's folder of custom nodes, and a temporary one for all that it and they write. Its server is not run."""
+    """ComfyUI's folder of custom nodes, and a temporary folder for all that ComfyUI and they write."""
     args, scratch = _comfyui().cli_args.args, tempfile.TemporaryDirectory(prefix="comfy_ksampler-")
     folder = Path(args.base_directory or Path(_comfyui().samplers.__file__).parents[1], "custom_nodes")
     args.base_directory = args.front_end_root = scratch.name
     Path(scratch.name, "custom_nodes").mkdir()
-    if importlib.util.find_spec("server"):
+    if importlib.util.find_spec("server"):  # nodes register with the server, which does not run
         server = importlib.import_module("server").PromptServer
         server.instance = getattr(server, "instance", None) or server(None)
     return folder, scratch
@@ -195,16 +194,16 @@ def _folders() -> tuple[Path, Any]:
 def comfy_sampler(
     function: Callable, pipe: Any, width: int = 0, height: int = 0, seed: int | None = None, cfg: float | None = None
 ) -> Callable:
-    """A sampler for `pipe(sampler=...)` of a function written for ComfyUI, its own or a custom node's, run as it is.
+    """A sampler for `pipe(sampler=...)` from a function written for ComfyUI, its own or a custom node's, unmodified.
 
-    `model` is made of ComfyUI's classes around the pipeline's denoiser, or without ComfyUI of what its own functions
-    look up. On FLUX they see t, latents unpacked to this width and height: call with parameterization="flow". With a
-    seed the function makes its own noise, without one its `noise_sampler` is the pipeline's. The call's `cfg` is for
-    functions that ask for the prediction without guidance.
+    `model` consists of ComfyUI's classes around the pipeline's denoiser; without ComfyUI it has what ComfyUI's own
+    functions look up. On FLUX they see t, and latents unpacked to this width and height: call with
+    parameterization="flow". With a seed the function makes its own noise; without one its `noise_sampler` is the
+    pipeline's. `cfg`, the call's guidance, is for functions that ask for the prediction without guidance.
     """
     comfy, sampling = _comfyui(), model_sampling(pipe, width, height)
     flow, loaded = isinstance(sampling, Flow), sys.modules.get("comfy.model_sampling")
-    if flow and loaded:  # by which ComfyUI's functions know a flow, wherever they were loaded from
+    if flow and loaded:  # ComfyUI's functions know a flow by this class
         sampling.__class__ = type("Flow", (Flow, loaded.CONST), {})
 
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
@@ -216,12 +215,12 @@ def comfy_sampler(
         options["callback"] = callback and functools.partial(ours.call_back, callback)
         given = {"model_options": {}, "seed": seed, **given, **(extra_args or {})}
         with torch.random.fork_rng(range(torch.cuda.device_count()), seed is not None):
-            if seed is not None:  # as ComfyUI leaves torch's generators: seeded, and past the initial noise
+            if seed is not None:  # torch's generator is seeded and has drawn the initial noise, as in ComfyUI
                 torch.randn(x.numel(), generator=torch.manual_seed(seed), dtype=torch.float32, device="cpu")
             end = function(surface, x, at, extra_args=given, disable=disable, **options)
         if not isinstance(end, torch.Tensor):
             return end  # which the pipeline refuses
-        whole = flow and sigmas[-1] == 0  # by 0.999 after uni_pc, as there
+        whole = flow and sigmas[-1] == 0  # uni_pc has set the last level to 0.001: ComfyUI divides by 0.999 then
         return sampling.packed(end.to(x.dtype) / (1 - at[-1]) if whole else end.to(x.dtype))
 
     sampler.__name__ = getattr(getattr(function, "func", function), "__name__", "sampler")
@@ -231,7 +230,7 @@ def comfy_sampler(
 
 
 class _Model:
-    """The pipeline's denoiser of unpacked latents, as the `model` of a function for ComfyUI where that is not there."""
+    """The pipeline's denoiser of unpacked latents: the `model` of a function for ComfyUI where ComfyUI is absent."""
 
     def __init__(self, model: Callable, sampling: Any, cfg: Any):
         base = SimpleNamespace(model_sampling=sampling)
@@ -250,7 +249,7 @@ class _Model:
         return denoised
 
     def predict(self, x: torch.Tensor, sigma: torch.Tensor, both: bool) -> list[torch.Tensor]:
-        """x0 with guidance; for both also that for the prompt and that for the negative prompt."""
+        """x0 with guidance; for `both` also x0 for the prompt and x0 for the negative prompt."""
         if both and not self.cfg:
             raise ValueError("`cfg`: the sampler asks for the prediction without guidance: pass cfg to comfy_sampler")
         self.packed = packed = self.sampling.packed(x)
@@ -261,7 +260,7 @@ class _Model:
         return [guided, *(one + (guided - one) / self.cfg for one in negative), *negative]
 
     def call_back(self, callback: Callable, info: dict[str, Any]) -> None:
-        """Packed, with the step's x where the function tells its first one (ipndm, deis), and with sigma (uni_pc).
+        """Adds what functions leave out: the step's x (ipndm and deis report their first x), and sigma (uni_pc).
 
         Once per evaluation: RES4LYF's functions report the last one twice.
         """
@@ -269,17 +268,17 @@ class _Model:
             return
         (sigma, denoised), pack, self.last = self.last, self.sampling.packed, None
         x = self.packed if info["denoised"] is denoised else pack(info["x"])
-        sigma = info.get("sigma", sigma)  # of the step's beginning, which a function of more evaluations reports
+        sigma = info.get("sigma", sigma)
         callback({"sigma": sigma, "sigma_hat": sigma, **info, "x": x, "denoised": pack(info["denoised"])})
 
 
 def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -> tuple[Any, dict[str, Any]]:
-    """The `model` of ComfyUI's classes, and its part of `extra_args`. Guidance is the pipeline's, no model is moved."""
+    """`model` made of ComfyUI's classes, and its part of `extra_args`. The pipeline guides, and no model is moved."""
     sampling, flow = ours.sampling, isinstance(ours.sampling, Flow)
 
     class Model(comfy.model_base.BaseModel):
         def _apply_model(self, x, t, concat, context, control, transformer_options, **kwargs):
-            wanted = transformer_options.get("cond_or_uncond", [0])  # 0 for the prompt, 1 for the negative prompt
+            wanted = transformer_options.get("cond_or_uncond", [0])  # 0: the prompt, 1: the negative prompt
             x, sigma = x.chunk(len(wanted))[0], t.chunk(len(wanted))[0]
             guided, *sides = ours.predict(x, sigma, both=wanted != [0] or ours.cfg != 1)
             return torch.cat([(sides or [guided])[side] for side in wanted])
@@ -301,7 +300,7 @@ def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -
             base.model_sampling.set_parameters(math.log(sampling.shift), len(sampling.sigmas))
         else:
             base.model_sampling.set_sigmas(sampling.exact)
-    base.diffusion_model, base.memory_usage_factor = torch.nn.Identity(), 0  # it is asked for both sides at once
+    base.diffusion_model, base.memory_usage_factor = torch.nn.Identity(), 0  # so that both sides fit into one call
     base.diffusion_model.dtype = torch.float32
     patcher = comfy.model_patcher.ModelPatcher(base.to(x.device), x.device, x.device)
     patcher.pre_run()
@@ -316,9 +315,9 @@ def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -
 
 
 def _comfyui() -> Any:
-    """ComfyUI's package `comfy`, or an ImportError that says what to do. Without a GPU it needs its option --cpu."""
+    """ComfyUI's package `comfy`, or an ImportError that says what to do. Without a GPU it runs as with --cpu."""
     try:
-        sys.dont_write_bytecode |= importlib.util.find_spec("comfy") is not None  # into ComfyUI's folder
+        sys.dont_write_bytecode |= importlib.util.find_spec("comfy") is not None  # ComfyUI's folder stays as it is
         importlib.import_module("comfy.cli_args").args.cpu |= not torch.accelerator.is_available()
         importlib.import_module("comfy.samplers")
         return importlib.import_module("comfy.supported_models") and sys.modules["comfy"]
@@ -326,29 +325,24 @@ def _comfyui() -> Any:
         return ImportError(f"{error}: put ComfyUI's folder on the path, PYTHONPATH=..., and install its requirements")
 
 
-def _ending_as_there(name: str) -> str | Callable:
+def _ending_like_comfyuis(name: str, sigmas: torch.Tensor) -> dict[str, Any]:
     """lms with x0 for its last step; dpm_fast and dpm_adaptive to the lowest positive level; the others as they are."""
+    positive, sampling = sigmas[sigmas > 0], k_diffusion()
 
-    def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        function, positive = getattr(k_diffusion(), f"sample_{name}"), sigmas[sigmas > 0]
-        options = {"extra_args": extra_args, "callback": callback, "disable": disable}
-        if name != "lms":
-            steps = [len(sigmas) - 1] if name == "dpm_fast" else []
-            return function(model, x, positive[-1].item(), positive[0].item(), *steps, **options)
-        x, sigma = function(model, x, positive, **options), positive[-1]
-        if len(positive) == len(sigmas):
-            return x
-        denoised = model(x, sigma * x.new_ones([len(x)]))
-        if callback is not None:
-            callback({"x": x, "i": len(positive) - 1, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
-        return denoised
+    def lms(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        x = sampling.sample_lms(model, x, sigmas[: len(positive)], extra_args, callback, disable)
+        return sampling.sample_euler(model, x, sigmas[len(positive) - 1 :], extra_args, callback, disable)
 
-    return sampler if name in ("lms", "dpm_fast", "dpm_adaptive") else name
+    if (
+        name.startswith("dpm_") and "2" not in name and len(positive) > 1
+    ):  # only the ends and the number of levels count
+        return {"sampler": name, "schedule": torch.linspace(positive[0], positive[-1], len(sigmas), device="cpu")}
+    return {"sampler": lms if name == "lms" else name.replace("ddim", "euler")}
 
 
 @functools.cache
 def k_diffusion() -> ModuleType:
-    """k-diffusion's `sampling`, in a package of another name: its own has training code that can't be installed."""
+    """k-diffusion's `sampling`, in a package of another name: k-diffusion's `__init__` imports its training code."""
     if (spec := importlib.util.find_spec("k_diffusion")) is None:
         raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
     package = sys.modules["comfy_k_diffusion"] = ModuleType("comfy_k_diffusion")
@@ -356,34 +350,34 @@ def k_diffusion() -> ModuleType:
     return importlib.import_module("comfy_k_diffusion.sampling")
 
 
-def _brownian_noise(shape: tuple[int, ...], device: Any, on: Any, sigmas: torch.Tensor, seed: int) -> Callable:
-    """k-diffusion's, of one tree from the lowest to the highest level, which draws on the device `on`."""
-    positive = sigmas[sigmas > 0]
+def _brownian_noise(shape: tuple[int, ...], device: Any, there: bool, sigmas: torch.Tensor, seed: int) -> Callable:
+    """k-diffusion's, of one tree from the lowest to the highest level, which draws on the device if `there`."""
+    positive, on = sigmas[sigmas > 0], device if there else "cpu"
     ends = positive[-1].to(on), positive[0].to(on)
     tree = k_diffusion().BrownianTreeNoiseSampler(torch.zeros(shape, device=on), *ends, seed)
     low, high = (round(end.item(), 6) for end in ends)  # as torchsde does, which warns of times beyond
 
     def noise_sampler(*of_step: torch.Tensor) -> torch.Tensor:
-        # dpmpp_sde asks for exp(log(sigma)), ComfyUI's for sigma: the tree tells their last digits apart
+        # dpmpp_sde asks for exp(log(sigma)), ComfyUI's for sigma: the tree gives other noise for other last digits
         times = (next((s for s in positive if abs(s - sigma) < 1e-6 * s), sigma) for sigma in of_step)
-        return tree(*(torch.as_tensor(time).double().cpu().clamp(low, high) for time in times)).to(device)
+        return tree(*(torch.as_tensor(time).cpu().double().clamp(low, high) for time in times)).to(device)
 
     return noise_sampler
 
 
 class Discrete:
-    """A network trained with betas, as ComfyUI's `model_sampling` knows it: float32 levels, from float64 betas."""
+    """ComfyUI's `model_sampling` for a network trained with betas: float32 levels, from float64 betas."""
 
     def __init__(self, scheduler: Any):
-        config, betas = scheduler.config, scheduler.betas.double().cpu()
+        config, betas = scheduler.config, scheduler.betas.cpu().double()
         if config.get("beta_schedule") == "scaled_linear" and config.get("trained_betas") is None:
             ends = config["beta_start"] ** 0.5, config["beta_end"] ** 0.5
             betas = torch.linspace(*ends, config["num_train_timesteps"], dtype=torch.float64) ** 2
         alphas_cumprod = (1 - betas).cumprod(0)
-        if config.get("rescale_betas_zero_snr"):  # Lin et al. 2024, algorithm 1, which changes nothing the second time
+        if config.get("rescale_betas_zero_snr"):  # Lin et al. 2024, algorithm 1; no change where the betas have it
             alphas = alphas_cumprod.sqrt()
             alphas_cumprod = ((alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))) ** 2
-            alphas_cumprod[-1] = 4.8973451890853435e-08  # ComfyUI's, in place of the zero: sigma is 4518.76
+            alphas_cumprod[-1] = 4.8973451890853435e-08  # ComfyUI's number in place of the zero: sigma is 4518.76
         self.exact, self.prediction_type = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5, config.get("prediction_type")
         self.sigmas, self.log_sigmas = self.exact.float(), self.exact.log().float()
         self.sigma_min, self.sigma_max = self.sigmas[0], self.sigmas[-1]
@@ -401,14 +395,14 @@ class Discrete:
         return 999999999.9 if percent <= 0 else 0.0 if percent >= 1 else reached
 
     def noise_scaling(self, sigma: Any, noise: torch.Tensor, latent_image: Any, max_denoise: bool = False) -> Any:
-        """x0 + sigma noise; at the highest level sqrt(1 + sigma^2) noise, so that the network is shown noise alone."""
+        """x0 + sigma noise; at the highest level sqrt(1 + sigma^2) noise, so that the network sees only noise."""
         return noise * ((1.0 + sigma**2.0) ** 0.5 if max_denoise else sigma) + latent_image
 
     packed = unpacked = staticmethod(lambda latents: latents)
 
 
 class Flow:
-    """A flow as ComfyUI's `model_sampling` knows it: float32 levels in t. `shift` is exp(mu) of diffusers."""
+    """ComfyUI's `model_sampling` for a flow: float32 levels in t. `shift` is exp(mu) of diffusers."""
 
     def __init__(self, shift: float, rows: int = 0, columns: int = 0, count: int = 10_000):
         self.shift, self.rows, self.columns = shift, rows, columns
@@ -427,7 +421,7 @@ class Flow:
         return sigma * noise + (1.0 - sigma) * latent_image
 
     def packed(self, latents: torch.Tensor) -> torch.Tensor:
-        """(b, c, h, w) to a token for each patch of 2x2, (b, h w / 4, 4 c). A scheduler's trial is of one number."""
+        """(b, c, h, w) to a token for each patch of 2x2, (b, h w / 4, 4 c). A scheduler's trial has one number."""
         one = latents.numel() == 1
         return latents if one else torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).mT.contiguous()
 
@@ -440,13 +434,13 @@ class Flow:
 
 
 def model_sampling(pipe: Any, width: int = 0, height: int = 0) -> Any:
-    """What a pipeline's network was trained with, by its scheduler: `Discrete` for betas, `Flow`, or EDM's kind.
+    """ComfyUI's `model_sampling` for a pipeline's scheduler: `Discrete` for betas, `Flow`, or EDM's levels and times.
 
-    ValueError: the scheduler is of another kind, or its shift depends on more than the size of a picture.
+    ValueError: another kind of scheduler, or a shift that depends on more than the size of a picture.
     """
     base = getattr(pipe.scheduler, "base", pipe.scheduler)
     config, kind = base.config, type(base).__name__
-    with torch.device("cpu"):  # whatever the default device
+    with torch.device("cpu"):
         if config.get("use_flow_sigmas") or "FlowMatch" in kind or config.get("prediction_type") == "flow_prediction":
             rows, columns = _sizes(pipe, width, height)[2:] if hasattr(pipe, "vae_scale_factor") else (0, 0)
             kept = hasattr(type(base), "shift")  # `set_shift` leaves the config alone
@@ -471,7 +465,7 @@ def model_sampling(pipe: Any, width: int = 0, height: int = 0) -> Any:
 
 
 def _linear_quadratic(n: int, m: Any) -> torch.Tensor:
-    """A line from 1 to 0.975 in the first half of the steps, then the parabola that goes on smoothly to 0."""
+    """A line from 1 to 0.975 in the first half of the steps, then the parabola that continues it smoothly to 0."""
     half, i = n // 2, torch.arange(n, dtype=torch.float64)
     slope = 0.025 / max(half, 1)
     share = 1 - slope * i - (1 - slope * n) * ((i - half).clamp(min=0) / (n - half)) ** 2
@@ -479,7 +473,7 @@ def _linear_quadratic(n: int, m: Any) -> torch.Tensor:
 
 
 def _kl_optimal(n: int, m: Any) -> torch.Tensor:
-    share = torch.arange(n) / max(n - 1, 1)  # one step, for which ComfyUI has NaN, begins at the highest level
+    share = torch.arange(n) / max(n - 1, 1)  # one step is NaN in ComfyUI; here it begins at the highest level
     return (share * math.atan(m.sigma_min) + (1 - share) * math.atan(m.sigma_max)).tan()
 
 
@@ -504,14 +498,11 @@ SCHEDULERS: dict[str, Callable[[int, Any], torch.Tensor]] = {  # n levels, falli
 
 def _sizes(pipe: Any, width: int, height: int) -> tuple[int, int, int, int]:
     """Width and height, by default the pipeline's, and the latents' rows and columns, even for patches of 2x2."""
-    scale, patch = pipe.vae_scale_factor, 2 if hasattr(pipe, "transformer") else 1
-    if patch == 1:
-        default = scale * pipe.unet.config.get("sample_size", 128)
-    else:  # FLUX's autoencoder says; others draw 1024
-        default = getattr(getattr(getattr(pipe, "vae", None), "config", None), "sample_size", 1024)
+    scale, unet, vae = pipe.vae_scale_factor, getattr(pipe, "unet", None), getattr(pipe, "vae", None)
+    default = getattr(getattr(vae, "config", None), "sample_size", 1024)
+    default, patch = (scale * unet.config.get("sample_size", 128), 1) if unet else (default, 2)
     width, height = width or default, height or default
-    rows, columns = (patch * (side // (patch * scale)) for side in (height, width))
-    return width, height, rows, columns
+    return width, height, *(patch * (side // (patch * scale)) for side in (height, width))
 
 
 def _check(argument: str, name: Any, known: Any) -> None:

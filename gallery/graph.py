@@ -1,4 +1,4 @@
-"""ComfyUI's graph, as its pictures carry it: ways up its links, and what comes out of a node, where that is certain."""
+"""ComfyUI's graph, as its pictures contain it: paths along its links, and the outputs of nodes, if they are certain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
-# Nodes that are understood, or change no setting. Any other that leads to the picture is reported as unused.
+# Nodes that are understood, or change no setting. Any other node before the picture is reported as unused.
 PLAIN = set(
     """CheckpointLoaderSimple CheckpointLoader UNETLoader VAELoader CLIPLoader DualCLIPLoader VAEDecode CLIPTextEncode
     CLIPTextEncodeSDXL CLIPTextEncodeFlux ConditioningZeroOut FluxGuidance ModelSamplingFlux KSamplerSelect
@@ -17,29 +17,29 @@ PLAIN = set(
     PrimitiveFloat PrimitiveString PrimitiveStringMultiline Note MarkdownNote Reroute""".split()
 ) | {*SAMPLERS}
 LATENT = ("latent_image", "latent", "samples", "images", "image", "pixels")
-# The inputs by which nodes pass a thing on, the preferred ones first. Any other thing has its own name.
+# The inputs by which nodes pass a kind of thing on, the preferred ones first. Other kinds have an input of that name.
 PASSED = {"latent": LATENT, "conditioning": ("conditioning", "positive", "conditioning_to", "conditioning_1")}
 TEXTS = ("populated_text", "text", "text_g", "text_l", "prompt", "t5xxl", "clip_l", "clip_g")  # of encoders
 SETTINGS = {*"noise_seed seed steps cfg sampler_name scheduler denoise width height batch_size guidance".split()}
 DRAWS = re.compile("model|guider|latent|samples|pipe|tuple|context|ctx")  # a sampler is linked to one of them
-# A text or a number passes a node that has one input beside these, unless the node's name says that it changes it.
+# A text or a number passes a node with one input beside these, unless the node's name says that it changes it.
 KNOB = re.compile("control_(after|before)_generate|Update inputs|preview|decode")
 CHANGES = re.compile(
     "random|shuffl|replac|regex|split|substr|trim|strip|clean|truncat|case|format|extract|remov|pars|translat|enhanc"
     "|expan|llm|gpt|gemini|ollama|caption|interrog|descri|tagger|wildcard|length|count|math|expr|calc|round|clamp|nary",
     re.IGNORECASE,
 )
-SHOWS = re.compile("^(easy )?(show|preview|display)", re.IGNORECASE)  # their own texts are of an earlier run
+SHOWS = re.compile("^(easy )?(show|preview|display)", re.IGNORECASE)  # their texts are from an earlier run
 TEXT = re.compile("text|str|prompt|value|positive|negative|content|input|line|any|word|tag", re.IGNORECASE)
-# Nodes that join texts, their parts, and what stands between the parts
+# Nodes that join texts, their parts, and the delimiter between the parts
 JOINS = re.compile("join|concat|combine|append|merge", re.IGNORECASE)
 PART = re.compile(r"(\w+\.)?(text|string|str|prompt|input|value|any|line)?[ _]?([a-z]|[0-9]{1,2})", re.IGNORECASE)
 BETWEEN = re.compile("delim|separat|^sep$", re.IGNORECASE)
-LONGEST = 100_000  # letters: a graph can join a text to itself, again and again
+LONGEST = 100_000  # letters: a graph can join a text to itself many times
 
 
 class Unread(Exception):
-    """A value that can't be known. The message is the class of the node that it comes from."""
+    """A value that can't be known. The message is the class of its node."""
 
 
 def linked(value: Any) -> str:
@@ -49,7 +49,7 @@ def linked(value: Any) -> str:
 
 
 def is_sampler(inputs: dict[str, Any]) -> bool:
-    """By its inputs: a sampler, how many steps or how guided, and what it draws on."""
+    """By its inputs: a sampler, steps or guidance, and the model or latents."""
     parts = ({"sampler_name", "sampler"}, {"steps", "sigmas", "cfg", "steps_to_run"})
     return all(inputs.keys() & part for part in parts) and any(DRAWS.search(key) for key in links_of(inputs))
 
@@ -61,13 +61,13 @@ def links_of(inputs: dict[str, Any]) -> dict[str, Any]:
 @dataclass
 class Graph:
     nodes: dict[str, tuple[str, dict[str, Any]]]
-    read: set[str] = field(default_factory=set)  # the nodes that values came through
-    joined: dict[str, Any] = field(default_factory=dict)  # the text of each that joins some
+    read: set[str] = field(default_factory=set)  # the nodes on the way to values
+    joined: dict[str, Any] = field(default_factory=dict)  # the texts of the nodes that join texts
 
     def way(self, value: Any, kind: str, preferred: str = "") -> Iterator[str]:
-        """The ids of the nodes from a link up, each once, through those that pass things of a `kind` on.
+        """The ids of the nodes from a link up, each once, along the inputs by which nodes pass a `kind` on.
 
-        They do it by the inputs in `PASSED`, `preferred` first (ControlNets pass two), or by their only link.
+        These are the inputs in `PASSED`, `preferred` first (ControlNets pass two), or the node's only link.
         """
         met: set[str] = set()
         while (name := linked(value)) in self.nodes and name not in met:
@@ -80,9 +80,9 @@ class Graph:
             value = next((links[key] for key in keys if key in links), None)
 
     def value(self, given: Any, setting: str) -> Any:
-        """What an input gets for a setting: its value, or the one that its link leads to; None if it leads nowhere.
+        """The value of an input, along its link if it has one; None if that leads nowhere.
 
-        Raises `Unread` where a node on the way may have changed it.
+        Raises `Unread` where a node on the way may have changed the value.
         """
         met: list[str] = []
         while name := linked(given):
@@ -108,21 +108,21 @@ class Graph:
         return given
 
     def _joined(self, name: str, kind: str, inputs: dict[str, Any]) -> Any:
-        """The texts of a node that joins them. Raises `Unread` for one that may do more."""
+        """The joined texts of a node. Raises `Unread` for a node that may do more."""
         if name in self.joined:
             return self.joined[name]
-        self.joined[name] = None  # until it is known: a node may join its own text
+        self.joined[name] = None  # for now: a node may join its own text
         between, parts = [key for key in inputs if BETWEEN.search(key)], [key for key in inputs if PART.fullmatch(key)]
         others = {key for key, value in inputs.items() if not idle(value)} - {*between, *parts}
         if not parts or others - {"inputcount", "clean_whitespace"} or len(between) > 1:
             raise Unread(kind)
         parts.sort(key=lambda key: [(piece.isdigit(), piece.zfill(2)) for piece in re.split("([0-9]+)", key)])
-        count = self.number(inputs.get("inputcount"), "inputcount", int)
+        count = self.typed(inputs.get("inputcount"), "inputcount", int)
         texts = ["" if inputs[key] is None else self.value(inputs[key], "prompt") for key in parts[:count]]
         delimiter = self.value(inputs[between[0]], "prompt") if between else ""
         if not all(isinstance(text, str) for text in (*texts, delimiter)):
             raise Unread(kind)
-        if kind == "Text Concatenate":  # of WAS, which reads \\n in its delimiter and leaves empty texts out
+        if kind == "Text Concatenate":  # of WAS: reads \\n in its delimiter and leaves empty texts out
             delimiter, clean = delimiter.replace("\\n", "\n"), not idle(inputs.get("clean_whitespace"))
             texts = [text for text in (text.strip() if clean else text for text in texts) if text]
         joined = self.joined[name] = delimiter.join(texts)
@@ -131,19 +131,17 @@ class Graph:
             raise Unread(kind)
         return joined
 
-    def number(self, given: Any, setting: str, kind: type) -> Any:
-        """A number, also one written as text."""
-        number = number_of(value := self.value(given, setting), kind)
-        if number is None and value is not None and (name := linked(given)):
+    def typed(self, given: Any, setting: str, kind: type) -> Any:
+        """The value of an input as text, or as a number, which may be written as text. None if it is no such thing."""
+        value = self.value(given, setting)
+        if kind is str:
+            return value if isinstance(value, str) else None
+        if (number := number_of(value, kind)) is None and value is not None and (name := linked(given)):
             raise Unread(self.nodes[name][0])
         return number
 
-    def text(self, given: Any, setting: str) -> str | None:
-        text = self.value(given, setting)
-        return text if isinstance(text, str) else None
-
     def before(self, names: list[str]) -> list[str]:
-        """The ids of these nodes and of all that lead to them, the nearest first."""
+        """The ids of these nodes and of all nodes that lead to them, the nearest first."""
         found = dict.fromkeys(names)
         new = names
         while new:
@@ -154,7 +152,7 @@ class Graph:
 
 
 def idle(value: Any) -> bool:
-    """Whether an input that has this value does nothing."""
+    """Whether an input of this value does nothing."""
     return value is None or value is False or str(value).lower() in ("", "none", "disabled", "off", "false", "no")
 
 

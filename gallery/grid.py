@@ -32,21 +32,13 @@ from gallery.refused import Refused
 from gallery.sheet import Drawn, Picture, finish, outcome
 from gallery.start import raise_on_ctrl_c
 
-PLAIN = (
-    "karras",
-    "exponential",
-    "polyexponential",
-    "vp",
-)  # names of k-diffusion's, too: without --comfy they mean its levels
-COMFY = "since 0.7"  # the versions whose noise --comfy draws
+PLAIN = ("karras", "exponential", "polyexponential", "vp")  # without --comfy, k-diffusion's levels
+COMFY = "since 0.7"  # the versions of ComfyUI whose noise --comfy draws
 NOT_FINITE = "the picture is not finite: a number overflowed; try a lower --guidance, or --dtype bfloat16 or float32"
 
 
 def run(family: Family, options: Namespace) -> int:
-    """Draws the grid. Exit status: 0 if all was drawn, 1 if something failed, 130 after Ctrl-C.
-
-    Raises Refused where nothing can start.
-    """
+    """Draws the grid. Returns 0, 1 if something failed, 130 after Ctrl-C. Raises Refused where nothing can start."""
     try:
         return _run(family, options)
     except KeyboardInterrupt:
@@ -66,8 +58,8 @@ def _run(family: Family, options: Namespace) -> int:
     device = device_of(options)
     model = options.model or (family.hub_model if torch.cuda.is_available() else "demo")
     if Path(model).resolve() == family.demo:
-        model = "demo"  # the same by its path, so with the same names of files
-    # who is done first waits for the others, longer than the half hour that torch allows
+        model = "demo"  # so that the files have the same names
+    # the processes wait for each other at the end, perhaps longer than the half hour that torch allows
     state = PartialState(cpu=torch.device(device).type == "cpu", timeout=timedelta(days=7))
     if state.num_processes > 1 and torch.device(device).index is None:
         device = str(state.device)
@@ -89,7 +81,6 @@ def _run(family: Family, options: Namespace) -> int:
 
     drawn: list[Any] = []
     encoded: dict[Any, dict[str, Any]] = {}
-    why = ""  # the network is not there in the dtype of this column
     interactive = sys.stderr.isatty()
     silent = not (interactive and state.is_main_process)
     with tqdm(total=sum(len(unit) for _, unit in own), desc=f"{name} grid", position=0, disable=silent) as bar:
@@ -100,15 +91,15 @@ def _run(family: Family, options: Namespace) -> int:
             kept = [_kept(*one) if options.resume else None for one in zip(unit, wanted)]
             drawn += filter(None, kept)
             if column.dtype != dtype and not all(kept):
-                dtype, pipe, why = column.dtype, None, ""
-                gc.collect()  # so that the weights of one dtype alone are in memory
+                dtype, pipe = column.dtype, None
+                gc.collect()  # the weights of only one dtype are in memory
                 torch.cuda.empty_cache()
                 try:
                     pipe = load(family, module, model, device, column)
                 except Refused as refused:
-                    why = str(refused)
-            if why:
-                drawn += [Drawn(one, None, error=why) for one, there in zip(unit, kept) if there is None]
+                    pipe = refused
+            if isinstance(pipe, Refused):
+                drawn += [Drawn(one, None, error=str(pipe)) for one, there in zip(unit, kept) if there is None]
             elif not all(kept):
                 prompts = _encode_all(family, pipe, unit, encoded, column)
                 drawn += _draw(pipe, unit, kept, wanted, prompts)
@@ -130,10 +121,10 @@ def _run(family: Family, options: Namespace) -> int:
 
 
 def units_of(name: str, module: Any, samplers: list[str], options: Namespace) -> list[tuple[int, int, list[Picture]]]:
-    """In the order of drawing: the share, modulo their number that of a process; the column; what is one batch.
+    """In the order of drawing: the process (modulo their number), the column, the pictures of one batch.
 
-    The batches do not depend on what is drawn already or on the number of processes: a picture depends on its batch by
-    the rounding. A sampler that chooses its steps by their error draws alone; so does ComfyUI's stream of noise.
+    A picture depends on its batch by rounding, so batches do not depend on the pictures that are there already or on
+    the number of processes. A sampler that chooses its steps by their error draws alone, and so does ComfyUI's noise.
     """
     seeds = range(options.seed, options.seed + options.seeds)
     places: list[tuple[str, str, int]] = []
@@ -148,17 +139,16 @@ def units_of(name: str, module: Any, samplers: list[str], options: Namespace) ->
     ):
         file = f"sample_{sampler}{'-' * bool(label)}{label.replace(' ', '')}.png"
         pictures = [Picture(*place, sampler, label, options.output / f"{place[0]}-{file}") for place in its_places]
-        alone = options.comfy or "rtol" in module.find_sampler(_variant(sampler)[0]).arguments
-        share = number + block + column  # a slow sampler is not always the same process's
+        alone = options.comfy or "rtol" in module.find_sampler(VARIANTS.get(sampler, [sampler])[0]).arguments
+        share = number + block + column  # so that all processes draw the slow samplers
         units += [(share, column, unit) for unit in ([[one] for one in pictures] if alone else [pictures])]
     # each dtype's network is loaded once
     return sorted(units, key=lambda unit: unit[1]) if options.axis == "dtype" else units
 
 
 def _shown(value: Any) -> str:
-    """A value of an option as it is written on the command line."""
+    """A value of an option as on the command line. A list of levels, too long for a file's name, ends in a hash."""
     text = "scheduler" if value is None else str(value).removesuffix(".0")
-    # a list of levels is too long for the name of a file
     return text if len(text) <= 40 else f"{text[:24]}~{zlib.crc32(text.encode()):08x}"
 
 
@@ -173,9 +163,6 @@ def title_of(count: int, axis: str | None, place: str, settings: dict[str, str])
         f"{place}: {count} samplers of k-diffusion{' as in ComfyUI' * comfy}, {', '.join(shared)}",
         settings["prompt"] + (f"   (not: {negative})" if negative else ""),
     ] + ["levels of 255: root mean square over pixels, from the last picture of the same sampler"] * (axis == "steps")
-
-
-# --- before anything runs --------------------------------------------------------------------------------------------
 
 
 def _check_names(module: Any, options: Namespace, columns: list[Namespace]) -> list[str]:
@@ -199,7 +186,7 @@ def _check_names(module: Any, options: Namespace, columns: list[Namespace]) -> l
 
 
 def _runnable(pipe: Any, samplers: list[str], settings: list[dict[str, dict[str, str]]]) -> list[str]:
-    """The ones of ComfyUI's samplers that run here with the settings of each column. Prints which were left out."""
+    """The samplers of ComfyUI that run here with all columns' settings. Prints how many are left out, and why."""
     runs, why = [], set[str]()
     for name in samplers:
         try:
@@ -216,7 +203,7 @@ def _runnable(pipe: Any, samplers: list[str], settings: list[dict[str, dict[str,
 
 
 def _settings(family: Family, pipe: Any, module: Any, model: str, options: Namespace, sampler: str) -> dict[str, str]:
-    """What a picture depends on, as text for the PNG. `sigmas` are t on FLUX. Raises ValueError for what can't be."""
+    """What a picture depends on, as text for the PNG. `sigmas` are t on FLUX. ValueError: such a picture can't be."""
     flux = family.name == "flux"
     distilled = flux and not pipe.transformer.config.guidance_embeds
     steps = options.steps or (4 if distilled else family.steps)
@@ -224,43 +211,31 @@ def _settings(family: Family, pipe: Any, module: Any, model: str, options: Names
         steps = len(given) - 1
     width, height = size_of(family, pipe, options)
     sigmas = _levels(pipe, options.schedule, steps, width, height, options.discard, sampler if options.comfy else "")
-    name, given_options = (sampler, {}) if options.comfy else _variant(sampler)
+    name, given_options = (sampler, {}) if options.comfy else VARIANTS.get(sampler, (sampler, {}))
     arguments = module.find_sampler(name).arguments if name in module.sampler_names() else {}  # or ComfyUI's own
     sampler_options = {key: arguments[key] for key in arguments if key not in module.GIVEN | {"noise_sampler"}}
-    return {
-        "prompt": options.prompt,
-        "negative_prompt": options.negative_prompt or "",
-        "model": model,
-        "steps": str(steps),
-        "schedule": options.schedule or "scheduler",
-        "sigmas": json.dumps([round(sigma, 6) for sigma in sigmas.tolist()]),
-        "guidance": str(options.guidance),
-        **({"true_cfg": str(1.0 if options.negative_prompt is None else options.true_cfg)} if flux else {}),
-        "seed": str(options.seed),
-        "comfy": COMFY if options.comfy else "False",
-        "size": f"{width}x{height}",
-        "dtype": options.dtype or str((pipe.transformer if flux else pipe.unet).dtype).removeprefix("torch."),
-        "versions": _versions(),
-        "sampler": sampler,
-        "sampler_options": json.dumps(sampler_options | given_options),
-        **({"discard": "True"} if options.discard else {}),
-    }
-
-
-def _variant(sampler: str) -> tuple[str, dict[str, Any]]:
-    """k-diffusion's name of a sampler, and its options."""
-    return VARIANTS.get(sampler, (sampler, {}))
+    network = pipe.transformer if flux else pipe.unet
+    settings = {"prompt": options.prompt, "negative_prompt": options.negative_prompt or "", "model": model}
+    settings |= {"steps": str(steps), "schedule": options.schedule or "scheduler"}
+    settings |= {"sigmas": json.dumps([round(sigma, 6) for sigma in sigmas.tolist()])}
+    settings |= {"guidance": str(options.guidance)}
+    if flux:
+        settings |= {"true_cfg": str(1.0 if options.negative_prompt is None else options.true_cfg)}
+    settings |= {"seed": str(options.seed), "comfy": COMFY if options.comfy else "False", "size": f"{width}x{height}"}
+    settings |= {"dtype": options.dtype or str(network.dtype).removeprefix("torch."), "versions": _versions()}
+    settings |= {"sampler": sampler, "sampler_options": json.dumps(sampler_options | given_options)}
+    return settings | ({"discard": "True"} if options.discard else {})
 
 
 def _comfyuis(schedule: str | None, comfy: bool = False) -> bool:
-    """Whether the name is of ComfyUI or a custom node of its."""
+    """Whether ComfyUI or one of its custom nodes makes the levels of this name."""
     return bool(schedule) and not listed(schedule) and (comfy or schedule not in PLAIN)
 
 
 def _levels(
     pipe: Any, named: str | None, steps: int, width: int, height: int, discard: bool, comfy_sampler: str = ""
 ) -> Any:
-    """The levels by name, or those listed. Some of ComfyUI's samplers take another number of them."""
+    """The levels by name, or as listed. Some of ComfyUI's samplers take another number of levels."""
     if _comfyuis(named, bool(comfy_sampler)):
         sigmas = levels(pipe, named, steps + discard, width=width, height=height, sampler_name=comfy_sampler)
     else:
@@ -278,13 +253,10 @@ def _versions() -> str:
     return json.dumps({"diffusers": diffusers.__version__, "torch": torch.__version__, **found})
 
 
-# --- drawing ---------------------------------------------------------------------------------------------------------
-
-
 def _encode_all(
     family: Family, pipe: Any, unit: list[Picture], encoded: dict[Any, dict[str, Any]], options: Namespace
 ) -> dict[str, Any]:
-    """The arguments that carry the unit's prompts. The last few stay in `encoded`, since all samplers draw them."""
+    """The arguments with the unit's prompts. The latest prompts stay in `encoded`: all samplers draw them."""
     keys = [(one.prompt, options.guidance, options.dtype) for one in unit]
     try:
         encoded |= {key: encode(family, pipe, key[0], options) for key in keys if key not in encoded}
@@ -300,7 +272,7 @@ def _encode_all(
 def _draw(
     pipe: Any, unit: list[Picture], kept: list[Drawn | None], settings: list[dict[str, str]], prompts: dict[str, Any]
 ) -> list[Drawn]:
-    """Draws a unit in one batch and writes what is not kept. A failure is noted, not raised: the others go on."""
+    """Draws a unit in one batch and writes what is not kept. A failure is noted, not raised."""
     drawn = [Drawn(one, None) for one in unit]
     calls: list[bool] = []
     network = getattr(pipe, "unet", None) or pipe.transformer
@@ -334,10 +306,10 @@ def _draw(
 
 
 def _plain_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
-    """The arguments of a call, but for the prompts and the generators."""
+    """The arguments of a call, without the prompts and the generators."""
     width, height = map(int, settings["size"].split("x"))
     steps, schedule = int(settings["steps"]), None if settings["schedule"] == "scheduler" else settings["schedule"]
-    sampler, options = _variant(settings["sampler"])
+    sampler, options = VARIANTS.get(settings["sampler"], (settings["sampler"], {}))
     arguments = {"sampler": sampler, "sampler_kwargs": options, "width": width, "height": height}
     discard = "discard" in settings
     if discard or listed(schedule) or _comfyuis(schedule):
@@ -346,31 +318,25 @@ def _plain_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
 
 
 def _comfy_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
-    """The arguments of a call that draws what ComfyUI's KSampler draws, but for the prompts."""
+    """The arguments of a call that draws what ComfyUI's KSampler draws, without the prompts."""
     width, height = map(int, settings["size"].split("x"))
-    with warnings.catch_warnings(record=True) as caught:  # of how far a stand-in is from ComfyUI's own
+    node: dict[str, Any] = {name: int(settings[name]) for name in ("seed", "steps")}
+    node |= {"cfg": float(settings.get("true_cfg", settings["guidance"])), "sampler_name": settings["sampler"]}
+    node |= {"scheduler": listed(settings["schedule"]) or settings["schedule"], "width": width, "height": height}
+    with warnings.catch_warnings(record=True) as caught:  # of how far k-diffusion's latents are from ComfyUI's
         warnings.simplefilter("always")
-        arguments = ksampler(
-            pipe,
-            seed=int(settings["seed"]),
-            steps=int(settings["steps"]),
-            cfg=float(settings.get("true_cfg", settings["guidance"])),
-            sampler_name=settings["sampler"],
-            scheduler=listed(settings["schedule"]) or settings["schedule"],
-            width=width,
-            height=height,
-        )
+        arguments = ksampler(pipe, **node)
     for warning in caught:
         print(warning.message, file=sys.stderr)
     return arguments
 
 
 def _kept(picture: Picture, wanted: dict[str, str]) -> Drawn | None:
-    """The picture that is there already, whole and with these settings."""
+    """The picture that is there already, complete and with these settings."""
     try:
-        found = {"comfy": "False", **(read_settings(picture.path) or {})}  # what plain pictures did not say once
+        found = {"comfy": "False", **(read_settings(picture.path) or {})}  # older plain pictures do not name it
     except ValueError:
         return None
-    if {key: found.get(key) for key in wanted} != wanted:
+    if any(found.get(key) != value for key, value in wanted.items()):
         return None
     return Drawn(picture, picture.path, float(found.get("seconds", 0)), int(found.get("evaluations", 0)), note="kept")

@@ -1,4 +1,4 @@
-"""A model for the scripts: loading it, its kind and sizes, its prompts, and what went wrong in words."""
+"""A model for the scripts: loading, kind, sizes, prompts, and errors in words."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def check_output(folder: Path) -> None:
     """Makes the folder. Raises Refused where nothing can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own: several processes look at the same time
+        with tempfile.TemporaryFile(dir=folder):  # a unique name: several processes look at the same time
             pass
     except OSError as error:
         raise Refused(f"can't write to {folder}: {error.strerror}. Name another folder with --output") from None
 
 
 def device_of(options: Namespace) -> str:
-    """The device to draw on. Raises Refused where this machine has none of that name."""
+    """The device to draw on. Raises Refused where this machine has no device of that name."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     device = options.device or default
     try:
@@ -58,7 +58,7 @@ def load(family: Family, module: Any, model: str, device: str, options: Namespac
     try:
         if single:
             pipe = pipeline.from_single_file(source, torch_dtype=dtype)
-        else:  # for float16 the hub's files of float16, if any: half as much to fetch
+        else:  # for float16 the hub's files of float16, if there are any: half as much to download
             half = "fp16" if dtype == torch.float16 and not Path(source).is_dir() else None
             try:
                 pipe = pipeline.from_pretrained(source, dtype=dtype, variant=half)
@@ -67,15 +67,11 @@ def load(family: Family, module: Any, model: str, device: str, options: Namespac
                     raise
                 pipe = pipeline.from_pretrained(source, dtype=dtype)
         offload = offload_of(family, pipe, device, options)
-        if offload == "model":
-            pipe.enable_model_cpu_offload(device=device)
-        elif offload == "sequential":
-            pipe.enable_sequential_cpu_offload(device=device)
-        else:
-            pipe.to(device)
+        moves = {"model": pipe.enable_model_cpu_offload, "sequential": pipe.enable_sequential_cpu_offload}
+        moves.get(offload, pipe.to)(device=device)
     except Exception as error:
         if not single:
-            _check_kind(family, source)  # again: a model of the hub has its index here now
+            _check_kind(family, source)  # again: now the index of a model of the hub is here
             _check_parts(source)
         elif _names(error) & OFFLINE:
             hub = f"{source} is read with the configuration of {family.hub_model}"
@@ -86,18 +82,15 @@ def load(family: Family, module: Any, model: str, device: str, options: Namespac
     return pipe
 
 
-# --- what a model is, before it is loaded -----------------------------------------------------------------------------
-
-
 def _check_kind(family: Family, source: str) -> None:
-    """Refuses another family's model by its index, if that is on this machine, and a path that is no model."""
+    """Refuses a model of another family, by its index if that is on this machine, and a path that is no model."""
     import diffusers
 
     if Path(source).is_file():
         raise Refused(f"--model: {source} is a file, but neither a .safetensors nor a .ckpt")
     index = _index_of(source)
     if index is None:
-        return  # what loads the model says why
+        return  # loading the model fails with the reason
     if not index.is_file():
         raise Refused(f"--model: {source} has no model_index.json, so it is no folder of a diffusers pipeline")
     kind = _read_json(index).get("_class_name")
@@ -112,20 +105,20 @@ def _check_kind(family: Family, source: str) -> None:
 
 
 def _index_of(source: str) -> Path | None:
-    """The model_index.json of a folder, or of a hub's model where it is on this machine."""
+    """The model_index.json of a folder, or of a model of the hub that is on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).is_dir():
         return Path(source, "model_index.json")
     try:
         cached = try_to_load_from_cache(source, "model_index.json")
-    except ValueError:  # no name that the hub could have
+    except ValueError:  # not a name that the hub allows
         return None
     return Path(cached) if isinstance(cached, str) else None
 
 
 def _check_file(family: Family, source: str) -> None:
-    """Refuses a file that is no checkpoint of the family, by the names of its tensors."""
+    """Refuses a file that is not a checkpoint of the family, by the names of its tensors."""
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
     if not Path(source).is_file():
@@ -139,7 +132,7 @@ def _check_file(family: Family, source: str) -> None:
     except Exception:
         kind = "v1"
     unets = ("model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight")
-    if kind == "v1" and unets[0] not in tensors:  # it is what is left
+    if kind == "v1" and unets[0] not in tensors:  # diffusers' answer for unknown tensors
         some = ", ".join(sorted(tensors)[:2]) or "none"
         raise Refused(f"--model: {source} is no checkpoint of {family.name.upper()}; its tensors are {some}, ...")
     if kind == "v1" and unets[1] in tensors:
@@ -153,7 +146,7 @@ def _check_file(family: Family, source: str) -> None:
 
 
 def _check_parts(source: str) -> None:
-    """Refuses a folder, or the hub's copy of one, with a JSON or .safetensors file that is broken, and names it."""
+    """Refuses a folder, or the hub's copy of one, with a broken JSON or .safetensors file, and names the file."""
     index = _index_of(source)
     for path in sorted(index.parent.glob("**/*")) if index and index.is_file() else ():
         if path.name in ("model_index.json", "config.json", "scheduler_config.json"):
@@ -175,7 +168,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Any]:
-    """The tensors of a .safetensors file by its header, or of a .ckpt, on the meta device: no values are read."""
+    """The tensors of a .safetensors file by its header, or of a .ckpt, on the meta device without values."""
     from safetensors import SafetensorError, safe_open
 
     if path.suffix == ".ckpt":
@@ -192,11 +185,8 @@ def _tensors(path: Path) -> dict[str, Any]:
         raise Refused(f"--model: {path} is {cut}") from None
 
 
-# --- sizes and memory -------------------------------------------------------------------------------------------------
-
-
 def size_of(family: Family, pipe: Any, options: Namespace) -> tuple[int, int]:
-    """Width and height to draw, in pixels: the model's own where none is named."""
+    """Width and height to draw, in pixels: by default the model's own."""
     side = pipe.vae.config.sample_size
     if family is SDXL:
         side = pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -204,15 +194,14 @@ def size_of(family: Family, pipe: Any, options: Namespace) -> tuple[int, int]:
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that are free on a CUDA device; None on any other."""
+    """Free bytes on a CUDA device; None on other devices."""
     return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else None
 
 
 def needed_memory(family: Family, pipe: Any, options: Namespace) -> int:
-    """Bytes of the weights and of what is in memory beside them at the worst moment: in the VAE's decoder.
+    """Bytes of the weights and of the largest work beside them: four feature maps of the VAE's decoder.
 
-    There, four feature maps of the picture's size and of the last but one block's channels exist at once: the profiler
-    counts 3.76 for SDXL's decoder.
+    They have the picture's size and the channels of the last but one block. The profiler counts 3.76 for SDXL.
     """
     parts = [part for part in pipe.components.values() if hasattr(part, "parameters")]
     weights = sum(tensor.nbytes for part in parts for tensor in part.parameters())
@@ -223,7 +212,7 @@ def needed_memory(family: Family, pipe: Any, options: Namespace) -> int:
 
 
 def offload_of(family: Family, pipe: Any, device: str, options: Namespace) -> str:
-    """How the model is kept: as --offload says, or for "auto" by the free memory of a CUDA device."""
+    """Where the model is kept: as --offload says, or for "auto" by the free memory of a CUDA device."""
     if options.offload != "auto":
         return options.offload
     free, needed = free_memory(device), needed_memory(family, pipe, options)
@@ -233,8 +222,6 @@ def offload_of(family: Family, pipe: Any, device: str, options: Namespace) -> st
     print(f"{device} has {have} GB free, the model and its work need {want} GB: --offload model.", file=sys.stderr)
     return "model"
 
-
-# --- words and prompts ------------------------------------------------------------------------------------------------
 
 OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout"}
 
@@ -256,16 +243,12 @@ def reason(error: BaseException, source: str = "") -> str:
 
 
 def _names(error: BaseException | None) -> set[str]:
-    """The classes of an error and of those that it came from."""
-    seen = set()
-    while error is not None:
-        seen.add(type(error).__name__)
-        error = error.__cause__ or error.__context__
-    return seen
+    """The classes of an error and of its causes."""
+    return {type(error).__name__} | _names(error.__cause__ or error.__context__) if error else set()
 
 
 def short_name(family: Family, model: str) -> str:
-    """What the files begin with: sdxl, flux-dev, flux-schnell, sdxl-demo, or the family and the model's own name."""
+    """The beginning of the files' names: sdxl, flux-dev, flux-schnell, sdxl-demo, or the family and the model."""
     if model == "demo":
         return f"{family.name}-demo"
     last = re.sub(r"\.(safetensors|ckpt)$", "", model.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1])
@@ -275,11 +258,11 @@ def short_name(family: Family, model: str) -> str:
 
 
 def encode(family: Family, pipe: Any, text: str, options: Namespace, length: int | None = None) -> dict[str, Any]:
-    """The arguments that carry one prompt, encoded once for all samplers; FLUX's of `length` tokens."""
+    """The arguments with one prompt, encoded once for all samplers; FLUX's have `length` tokens."""
     with torch.no_grad():
         if family is SDXL:
             names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-            # ComfyUI encodes an empty negative prompt; diffusers takes zeros where there is none
+            # ComfyUI encodes an empty negative prompt; diffusers uses zeros in its place
             negative = options.negative_prompt or ("" if options.comfy else None)
             guided = options.guidance > 1
             embeds = pipe.encode_prompt(text, negative_prompt=negative, do_classifier_free_guidance=guided)

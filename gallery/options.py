@@ -17,7 +17,8 @@ PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
 OFFLOAD = ("auto", "none", "model", "sequential")
 TRUE_CFG = 2.0
 OFFLOAD_HELP = "keep the model in main memory, for small GPUs; auto does where the free memory is too small"
-COMFY_SCHEDULES = "ComfyUI's simple, normal, sgm_uniform, ddim_uniform, beta, linear_quadratic and kl_optimal"
+SCHEDULES = """karras, exponential, polyexponential, ComfyUI's simple, normal, sgm_uniform, ddim_uniform, beta,
+    linear_quadratic and kl_optimal, 'scheduler' for its own"""
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 AXES = ("steps", "schedule", "guidance", "dtype")  # one of them may have several values, the columns of a sheet
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator.manual_seed takes
@@ -46,52 +47,35 @@ class Family:
         return ROOT / "demo" / self.name
 
 
+# fmt: off
 SDXL = Family(
-    name="sdxl",
-    script="test.py",
-    module="sdxl_comfy_pipeline",
-    pipeline="StableDiffusionXLComfyPipeline",
-    stock="StableDiffusionXLPipeline",
-    hub_model="stabilityai/stable-diffusion-xl-base-1.0",
-    dtype="float16",
-    multiple=8,
-    steps=25,
-    guidance=5.0,
+    name="sdxl", script="test.py", module="sdxl_comfy_pipeline", pipeline="StableDiffusionXLComfyPipeline",
+    stock="StableDiffusionXLPipeline", hub_model="stabilityai/stable-diffusion-xl-base-1.0", dtype="float16",
+    multiple=8, steps=25, guidance=5.0, comfy_schedule="normal",
     schedule="karras",  # dpmpp_3m_sde needs small last steps, which the scheduler's own levels lack
-    comfy_schedule="normal",
 )
 FLUX = Family(
-    name="flux",
-    script="test_flux.py",
-    module="flux_comfy_pipeline",
-    pipeline="FluxComfyPipeline",
-    stock="FluxPipeline",
-    hub_model="black-forest-labs/FLUX.1-dev",
-    dtype="bfloat16",
+    name="flux", script="test_flux.py", module="flux_comfy_pipeline", pipeline="FluxComfyPipeline",
+    stock="FluxPipeline", hub_model="black-forest-labs/FLUX.1-dev", dtype="bfloat16",
     multiple=16,  # two by two latents are one token
-    steps=28,
-    guidance=3.5,
-    schedule=None,
-    comfy_schedule="simple",
+    steps=28, guidance=3.5, comfy_schedule="simple", schedule=None,
 )
+# fmt: on
 
 
 def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options of a grid. Raises SystemExit(2) with one line for values that can't be right."""
+    """The options of a grid. Raises SystemExit(2), with one line, for values that can't be right."""
     parser = Parser(
         description=f"Draws every sampler of k-diffusion with {family.name.upper()}, from the same noise, into a grid.",
         epilog="Without --model: the real model on a machine with CUDA, the demo model of this folder on any other."
         " --steps, --schedule, --guidance or --dtype may have several values, which are the columns of a sheet.",
     )
-    add = parser.add_argument
-    model = f"hub id, folder, .safetensors file, or 'demo' (default: {family.hub_model}, or demo)"
-    add("--model", type=text, help=model)
-    add("--samplers", nargs="+", metavar="NAME", help="these only (default: all), with or without 'sample_'")
-    default = f"(default: {family.steps}{', schnell: 4' if family is FLUX else ''})"
-    add("--steps", type=steps, nargs="+", metavar="N", help=default)
-    schedule = f"noise levels (default: {family.schedule or 'scheduler'}): karras, exponential, polyexponential,"
-    schedule += f" {COMFY_SCHEDULES}, 'scheduler' for its own"
-    add("--schedule", type=text, nargs="+", metavar="NAME", help=schedule)
+    add, flux = parser.add_argument, family is FLUX
+    add("--model", type=text, help=f"hub id, folder, .safetensors or 'demo' (default: {family.hub_model} or demo)")
+    add("--samplers", nargs="+", metavar="NAME", help="only these (default: all), with or without 'sample_'")
+    add("--steps", type=steps, nargs="+", metavar="N", help=f"(default: {family.steps}{', schnell: 4' * flux})")
+    schedules = f"noise levels (default: {family.schedule or 'scheduler'}): {SCHEDULES}"
+    add("--schedule", type=text, nargs="+", metavar="NAME", help=schedules)
     discard = "drop the last level but one, as the web UI does for DPM2, DPM2 a and DPM++ 3M SDE"
     add("--discard-penultimate", dest="discard", action="store_true", help=discard)
     add("--width", type=side, help="pixels (default: the model's)")
@@ -99,12 +83,12 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--prompt", help=f"(default: {PROMPT})")
     add("--negative-prompt", help="what not to draw")
     add("--guidance", type=finite, nargs="+", metavar="X", default=family.guidance, help="scale (default: %(default)s)")
-    if family is FLUX:
+    if flux:
         add("--true-cfg", type=finite, help=f"scale of the negative prompt (default: {TRUE_CFG})")
     add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead of --prompt")
     add("--seed", type=seed, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
-    add("--seeds", type=_seeds, default=1, metavar="N", help="draw N of them, from --seed on (default: 1)")
-    batch = "draw N prompts and seeds at once (default: 1); changes their rounding alone, so --resume keeps any"
+    add("--seeds", type=_seeds, default=1, metavar="N", help="draw N seeds, from --seed on (default: 1)")
+    batch = "draw N prompts and seeds at once (default: 1); changes only their rounding, so --resume keeps any"
     add("--batch", type=_batch, default=1, metavar="N", help=batch)
     comfy = f"draw what ComfyUI's KSampler draws, with all of its samplers that run (levels: {family.comfy_schedule})"
     add("--comfy", action="store_true", help=comfy)
@@ -116,7 +100,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--output", type=Path, default=Path("output"), help="folder (default: %(default)s)")
     add("--html", action="store_true", help="write each sheet as a page too, to compare its pictures in place")
     add("--resume", action="store_true", help="keep the pictures that are there already with the same settings")
-    picture = "draw the settings in a picture of ComfyUI's or the web UI's; options beside it go before them"
+    picture = "draw with the settings in a picture of ComfyUI or the web UI; other options take precedence"
     add("--from", dest="picture", type=Path, metavar="PICTURE", help=picture)
     options = parser.parse_args(arguments)
     if options.picture is not None:
@@ -133,7 +117,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     if options.prompt is not None and options.prompts is not None:
         parser.error("argument --prompts: goes without --prompt, its lines are the prompts")
     options.prompt = PROMPT if options.prompt is None else options.prompt
-    if family is FLUX:
+    if flux:
         if not options.comfy:  # ComfyUI guides away from an empty text too
             options.negative_prompt = options.negative_prompt or None
         if (options.true_cfg or 0) > 1 and options.negative_prompt is None:
@@ -152,10 +136,9 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     pictures = len(options.prompts or [options.prompt]) * options.seeds * len(options.columns)
     if pictures > PICTURES:
         parser.error(f"argument --seeds: {pictures} pictures of each sampler; one folder takes at most {PICTURES}")
-    last = options.seed + options.seeds - 1
     if options.comfy and options.seed < 0:
         parser.error(f"argument --seed: ComfyUI's begin at 0, but this is {options.seed}")
-    if last not in SEEDS:
+    if (last := options.seed + options.seeds - 1) not in SEEDS:
         parser.error(f"argument --seeds: the last of them would be {last}, but there are none past {SEEDS[-1]}")
     if options.samplers is not None:
         names = (name.strip() for names in options.samplers for name in names.split(","))
@@ -171,11 +154,11 @@ def _split_columns(parser: argparse.ArgumentParser, options: argparse.Namespace)
     for name in AXES:
         given = getattr(options, name)
         given = given if isinstance(given, list) else [given]
-        first, *others = values = list(dict.fromkeys(None if value == "scheduler" else value for value in given))
-        setattr(options, name, first)
-        if others and options.axis:
-            parser.error(f"argument --{name}: has several values, and so has --{options.axis}; only one option may")
-        if others:
+        values = list(dict.fromkeys(None if value == "scheduler" else value for value in given))
+        setattr(options, name, values[0])
+        if len(values) > 1:
+            if options.axis:
+                parser.error(f"argument --{name}: has several values, and so has --{options.axis}; only one option may")
             options.axis, options.columns = name, [{name: value} for value in values]
 
 
@@ -194,10 +177,7 @@ def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool])
 def _of_picture(
     parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of `--from` as defaults of the options, None for those that can't be known, and why they can't.
-
-    Prints in one line what is not used of them.
-    """
+    """The settings of `--from` as defaults of the options, and why others can't be read. Prints what is not used."""
     from gallery.workflow import import_settings
 
     try:
@@ -226,31 +206,30 @@ def _of_picture(
 
 
 class Parser(argparse.ArgumentParser):
-    """One that refuses in one line; --help has the usage."""
+    """Refuses in one line. --help has the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def unknown(name: str, known: Iterable[str]) -> str:
-    """What to say of a name that is none of the known ones: the nearest of them, or all."""
-    lower = {one.lower(): one for one in known}  # whatever the case
+    """The message for an unknown name: the nearest known names, or all of them."""
+    lower = {one.lower(): one for one in known}
     near = difflib.get_close_matches(name.lower(), lower, n=1 if name.lower() in lower else 3, cutoff=0.75)
     meant = f"did you mean {' or '.join(lower[one] for one in near)}?"
     return f"there is no {name!r}; {meant if near else 'there are ' + ', '.join(lower.values())}"
 
 
 def check_size(parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace) -> None:
-    """Refuses a width or height that the family's latents can't have. Raises SystemExit(2)."""
+    """Raises SystemExit(2) for a width or height that the family's latents can't have."""
     for name in ("width", "height"):
-        side = getattr(options, name)
-        if side is not None and side % family.multiple:
+        if (side := getattr(options, name) or 0) % family.multiple:
             wanted = f"divisible by {family.multiple} for {family.name.upper()}"
             parser.error(f"argument --{name}: has to be {wanted}, but is {side}")
 
 
 def text(value: str) -> str:
-    """A `type` for argparse: an empty value would mean the default, which nobody asks for so."""
+    """A `type` for argparse that refuses an empty value."""
     if not value.strip():
         raise argparse.ArgumentTypeError("is empty; name one, or leave it out")
     return value

@@ -8,12 +8,10 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from gallery.pictures import read_settings, write_whole
+from gallery.pictures import Cells, read_settings, write_whole
 
 
-def write_page(
-    path: Path, title: list[str], cells: list[tuple[str, str, Path | None]], top: Sequence[str], left: Sequence[str]
-) -> None:
+def write_page(path: Path, title: list[str], cells: Cells, top: Sequence[str], left: Sequence[str]) -> None:
     """Writes the cells that `contact_sheet` draws, with their files inside."""
     columns = len(top) or min(5, len(cells))
     parts = ["<b class=corner></b>"] * bool(top) + [f"<b>{escape(label)}</b>" for label in top]

@@ -4,9 +4,9 @@
     Negative prompt: what not to draw
     Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5.0, Seed: 2, Size: 1024x1024, Model: ...
 
-A value with a comma, a colon or a line break is quoted as JSON. Names that the web UI lacks stand as they are. What its
-form can't hold is there a second time: a sampler that it spells like another as `ComfyUI sampler`, a prompt that would
-be read as something else as `Exact prompt`.
+A value with a comma, a colon or a line break is quoted as JSON. Names that the web UI lacks stand unchanged. What the
+text can't express has a second entry: `ComfyUI sampler` for a sampler that the web UI spells like another one, and
+`Exact prompt` for a prompt that would be read as something else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCHEDULES = {
     "normal": "Normal", "sgm_uniform": "SGM Uniform", "ddim_uniform": "DDIM", "beta": "Beta",
     "kl_optimal": "KL Optimal",
 }
-# the text's names, and those of the settings beside them in the picture
+# names in the text: names of the settings in the picture
 NAMES = {
     "Steps": "steps", "Sampler": "sampler", "Schedule type": "schedule", "Discard penultimate sigma": "discard",
     "CFG scale": "guidance", "Distilled CFG Scale": "distilled", "Seed": "seed", "Size": "size", "Model": "model",
@@ -34,18 +34,18 @@ NAMES = {
 }
 # fmt: on
 ALIASES = {"ddim": "DDIM"} | {f"dpmpp_{sde}_gpu": SAMPLERS[f"dpmpp_{sde}"] for sde in ("sde", "2m_sde", "3m_sde")}
-# ComfyUI's name for a sampler of k-diffusion with an option, which has a label of its own in the web UI
+# samplers of k-diffusion with an option, by ComfyUI's names; the web UI has labels for them
 VARIANTS = {"dpmpp_2m_sde_heun": ("dpmpp_2m_sde", {"solver_type": "heun"})}
 LABELS = SAMPLERS | ALIASES | {"dpmpp_2m_sde_heun": "DPM++ 2M SDE Heun"}
-# For these the web UI makes one level more and drops the last but one. ComfyUI does the same for the first two.
+# For these the web UI makes one more level and drops the last but one. ComfyUI does so for the first two.
 DISCARDING = ("dpm_2", "dpm_2_ancestral", "dpmpp_3m_sde")
-# The web UI's "Automatic" is the sampler's own schedule. All other samplers have levels even in the trained timesteps,
-# which the web UI calls "Uniform" and ComfyUI "normal". So has a sampler's name without a schedule before version 1.9.
+# The web UI's "Automatic" is the sampler's own schedule. Other samplers, and samplers without a schedule before version
+# 1.9, have levels even in the trained timesteps: the web UI's "Uniform", ComfyUI's "normal".
 AUTOMATIC = dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_ancestral", "dpm_2", "dpm_2_ancestral"), "karras")
 AUTOMATIC |= dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"), "exponential")
 EVEN = "normal"
 _NEGATIVE = "Negative prompt:"
-# a sampler and a schedule, of which a node or an old version made one name; "rk_beta" of RES4LYF's is a sampler
+# a sampler and a schedule in one name, as of nodes and old versions; "rk_beta" of RES4LYF is a sampler
 _IN_ONE = r"(.{3,}?)[ _](karras|(?:poly)?exponential|simple|normal|(?:sgm|ddim)[ _]?uniform|beta57|beta|kl[ _]optimal"
 _IN_ONE += r"|linear_quadratic|bong_tangent)"
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
@@ -54,12 +54,12 @@ _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 def write_parameters(settings: dict[str, str]) -> str:
     """The text of a picture's settings. FLUX's guidance is its `Distilled CFG Scale`, and true CFG its `CFG scale`.
 
-    Where the web UI drops a level that this picture was drawn with, or the reverse, the text says so.
+    Where the web UI drops a level with which this picture was drawn, or the reverse, the text says so.
     """
     values = dict(settings)
     sampler = values.get("sampler", "")
     values["sampler"] = LABELS.get(sampler, sampler)
-    if sampler in ALIASES:  # of ComfyUI's, for a sampler that has another name too
+    if sampler in ALIASES:  # ComfyUI's second name for a sampler
         values["alias"] = sampler
     if values.get("comfy") == "False":
         del values["comfy"]
@@ -79,10 +79,10 @@ def write_parameters(settings: dict[str, str]) -> str:
 
 
 def read_parameters(text: str) -> dict[str, str]:
-    """The settings of a text that `write_parameters` wrote, or the web UI, as far as it holds them.
+    """The settings in a text of `write_parameters` or of the web UI.
 
-    A sampler or a schedule that is not known here has its name in the text. `discard` is "True" where the last level
-    but one was dropped.
+    Unknown samplers and schedules keep their names in the text. `discard` is "True" where the last level but one was
+    dropped.
     """
     lines, found = read_pairs(text)
     settings = dict(zip(("prompt", "negative_prompt"), _prompts(lines)))
@@ -91,7 +91,7 @@ def read_parameters(text: str) -> dict[str, str]:
         settings |= {key: settings.pop(f"exact_{key}", "") for key in ("prompt", "negative_prompt")}
     if found.get("Version", "").lower().startswith("comfy"):
         settings.setdefault("comfy", "True")
-    for name in ("Scheduler", "Sampler sigma"):  # of nodes for ComfyUI; of SD.Next, where both may be other things
+    for name in ("Scheduler", "Sampler sigma"):  # of ComfyUI's nodes; of SD.Next, where both may mean something else
         if schedule_name(found.get(name, "")) in (SCHEDULES if name == "Scheduler" else ("karras", "exponential")):
             settings.setdefault("schedule", found[name])
     if "sampler" in settings:
@@ -108,16 +108,16 @@ def read_parameters(text: str) -> dict[str, str]:
 
 
 def read_pairs(text: str) -> tuple[list[str], dict[str, str]]:
-    """The lines of the prompts, and the pairs of the line after them. Lines that follow it are of templates."""
+    """The lines of the prompts, and the pairs in the line after them. Later lines are templates'."""
     lines = text.strip().split("\n")
     for last in [i for i in reversed(range(len(lines))) if lines[i].startswith("Steps: ")] + [len(lines) - 1]:
         if len(found := dict(_PAIR.findall(lines[last]))) >= 3:
             return lines[:last], found
-    return lines, {}  # as the web UI has it: then the last is a line of the prompt
+    return lines, {}  # as in the web UI: then the last line belongs to the prompt
 
 
 def _prompts(lines: list[str]) -> tuple[str, str]:
-    """The prompt and the negative one, divided as in the web UI: by the first line that says so."""
+    """The prompt and the negative prompt, which begins at the first line that says so, as in the web UI."""
     stripped = [line.strip() for line in lines]
     first = next((i for i, line in enumerate(stripped) if line.startswith(_NEGATIVE)), len(lines))
     negative = [line.removeprefix(_NEGATIVE).strip() for line in stripped[first:]]
@@ -125,18 +125,18 @@ def _prompts(lines: list[str]) -> tuple[str, str]:
 
 
 def _form(name: str) -> str:
-    """What the ways to write a name have in common: "DPM++ 2S a", "dpmpp_2s_a" and "k_dpmpp_2s_a" are one."""
+    """A common form of a name's spellings: "DPM++ 2S a", "dpmpp_2s_a" and "k_dpmpp_2s_a" are the same."""
     return re.sub(r"[\s_-]", "", name.strip().lower().removeprefix("sample_").removeprefix("k_").replace("++", "pp"))
 
 
 def split_sampler(label: str) -> tuple[str, str]:
-    """A sampler by its label or name, and its schedule where both stand in one: "DPM++ 2M Karras", "dpmpp_2m_karras".
+    """A sampler by its label or name, and its schedule where the label has both: "DPM++ 2M Karras".
 
-    An unknown sampler stays as it is. A folder before the name, as of RES4LYF's, is left out.
+    An unknown sampler keeps its name, without a folder before it, as in RES4LYF's.
     """
     label = label.strip().rpartition("/")[2]
     names = {_form(name): name for name in LABELS} | {_form(LABELS[name]): name for name in (*SAMPLERS, *VARIANTS)}
-    names["ddim"] = "euler"  # which it is, without eta
+    names["ddim"] = "euler"  # the same without eta
     known = _form(label) not in names and re.fullmatch(_IN_ONE, label, re.IGNORECASE)
     alone, schedule = known.groups() if known else (label, "")
     return names.get(_form(alone), alone), schedule_name(schedule)
@@ -150,7 +150,7 @@ def schedule_name(label: str, sampler: str = "") -> str:
 
 
 def listed(schedule: str | None) -> list[float] | None:
-    """The levels that stand in place of a schedule's name: "14.6, 3, 0"."""
+    """Levels in place of a schedule's name: "14.6, 3, 0"."""
     try:
         return [float(level) for level in schedule.split(",")] if schedule and "," in schedule else None
     except ValueError:
@@ -164,5 +164,5 @@ def _quoted(value: str, always: bool = False) -> str:
 def _unquoted(value: str) -> str:
     try:
         return json.loads(value) if value.startswith('"') else value.strip()
-    except json.JSONDecodeError:  # a quote that is a value's own
+    except json.JSONDecodeError:  # the quote belongs to the value
         return value.strip()

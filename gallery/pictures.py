@@ -20,13 +20,14 @@ CHUNK = "k-diffusing"  # no other tool's: ComfyUI takes a chunk `prompt` for its
 TITLE_LINES = 6  # of one text above a sheet
 SHEET_WIDTH = 1600  # pixels, where the type of a table can be read
 FONTS = ("PingFang.ttc", "AppleGothic.ttf", "msyh.ttc", "malgun.ttf", "NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
+Cells = list[tuple[str, str, Path | None]]  # label, note, and the picture's file, or None if it failed
 Font = Any  # ImageFont.FreeTypeFont, or ImageFont.ImageFont where Pillow has no FreeType
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with another name in the same folder and renames the file, so that `path` is complete or absent.
+    """Calls `write` with a temporary name in the same folder and renames the file: `path` is complete or absent.
 
-    The other name is this call's alone, and no other file is removed: several processes may write to one folder.
+    The temporary name is unique, since several processes may write to one folder.
     """
     temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -37,7 +38,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_png(image: Image.Image, path: Path, settings: dict[str, str] | None = None, parameters: str = "") -> None:
-    """Writes `image` with its `settings` in a chunk of our own, and `parameters` as other tools read them."""
+    """Writes `image` with its `settings` in our own chunk, and `parameters` as other tools read them."""
     info = PngImagePlugin.PngInfo()
     if settings:
         info.add_itxt(CHUNK, json.dumps(settings, ensure_ascii=False))
@@ -47,13 +48,10 @@ def write_png(image: Image.Image, path: Path, settings: dict[str, str] | None = 
 
 
 def read_settings(path: Path) -> dict[str, str] | None:
-    """The settings of a complete picture and its `parameters`; None if there is none at `path`.
+    """The settings of a complete picture and its `parameters`; None if there is none. ValueError: too much text.
 
     PNGs of older versions have a chunk for each setting. JPEG and WebP have EXIF: the web UI's text is a comment there,
     and ComfyUI's graph, "prompt:{...}", any of its first texts.
-
-    Raises:
-        ValueError: more text than Pillow reads.
     """
     try:
         with Image.open(path) as image:
@@ -70,7 +68,7 @@ def read_settings(path: Path) -> dict[str, str] | None:
             chunks.setdefault(name.lower(), value)
     try:
         return chunks | json.loads(chunks.pop(CHUNK, "{}"))
-    except (ValueError, TypeError):  # somebody else's
+    except (ValueError, TypeError):  # another tool's
         return chunks
 
 
@@ -81,7 +79,7 @@ def difference(one: Path, other: Path) -> float:
 
 
 def _comment(comment: bytes | str) -> str:
-    """EXIF's UserComment, whose first eight bytes name its encoding. UTF-16's order is told by where the zeros are."""
+    """EXIF's UserComment: eight bytes that name its encoding, then the text. The zeros tell UTF-16's byte order."""
     if isinstance(comment, str):
         return comment
     code, text = comment[:8], comment[8:]
@@ -93,31 +91,25 @@ def _comment(comment: bytes | str) -> str:
 
 
 def contact_sheet(
-    title: list[str],
-    entries: list[tuple[str, str, Path | None]],
-    columns: int = 5,
-    cell: int = 320,
-    top: Sequence[str] = (),
-    left: Sequence[str] = (),
+    title: list[str], entries: Cells, cell: int = 320, top: Sequence[str] = (), left: Sequence[str] = ()
 ) -> Image.Image:
-    """A labelled grid, or with `top` and `left` a table, at most 1,600 pixels wide up to 17 columns.
+    """A labelled grid, or with `top` and `left` a table; up to 17 columns are at most 1,600 pixels wide.
 
     Args:
-        title: texts above the grid, the first of them larger. A long one ends in an ellipsis.
-        entries: row by row: label, note, and the picture's file, or None for one that failed (the note says why). The
-            note is a line above its picture, in a table one or more below.
+        title: texts above the grid, the first one larger. A long text ends in an ellipsis.
+        entries: row by row. The note is a line above its picture, in a table lines below it, or why it failed.
         cell: pixels of a picture's longer side; in a table at most, and at most twice the picture's own.
         top, left: labels of a table's columns and rows.
     """
     font, large = ImageFont.load_default(size=15), ImageFont.load_default(size=19)
     margin, line_height = 14, 19
-    columns = len(top) or min(columns, len(entries)) or 1
+    columns = len(top) or min(5, len(entries)) or 1
     side = max((math.ceil(large.getlength(label)) + margin for label in left), default=0)
     size = next((Image.open(path).size for *_, path in entries if path), (1, 1))
     if top:
         cell = max(min(cell, 2 * max(size), (SHEET_WIDTH - margin - side) // columns - margin), 64)
     width, height = (max(round(pixels * cell / max(size)), 1) for pixels in size)
-    # what is written above or below a picture fits into its column, a line of what failed into its row
+    # texts above or below a picture fit into its column, and a line of an error into its row
     texts = [large.getlength(label) for label in [*top, *(label for label, *_ in entries)]]
     texts += [font.getlength(line) for _, note, path in entries if path for line in note.split("\n")]
     column = max(width, min(math.ceil(max(texts)), cell if top else SHEET_WIDTH))
@@ -145,9 +137,9 @@ def contact_sheet(
         x, y = margin + side + i % columns * (column + margin), start + i // columns * pitch
         draw.text((x, y), label, fill="black", font=large)
         if path:
+            under = y + (height + 4 if top else 25)
             for j, line in enumerate(lines_of_note):
-                at = y + (height + 4 if top else 25) + line_height * j
-                draw.text((x, at), line, fill=(90, 90, 90), font=font)
+                draw.text((x, under + line_height * j), line, fill=(90, 90, 90), font=font)
             picture = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
         else:
             picture = Image.new("RGB", (column, row), (245, 236, 236))
@@ -159,12 +151,9 @@ def contact_sheet(
 
 
 def wrapped(text: str, font: Font, width: float, most: int) -> list[str]:
-    """The text in lines of at most `width` pixels, broken at spaces, and within a word that is wider.
-
-    There are at most `most` lines, the last of them with an ellipsis if there would be more.
-    """
+    """At most `most` lines of at most `width` pixels, broken at spaces or within a wider word; else an ellipsis."""
     lines: list[str] = []
-    rest = re.sub(r"\s", " ", text[: 400 * most]).strip()  # no line has more letters, and measuring takes time
+    rest = re.sub(r"\s", " ", text[: 400 * most]).strip()  # no line has more letters; measuring takes time
     while rest and len(lines) < most:
         fits = bisect.bisect_right(range(min(len(rest), 400) + 1), width, key=lambda n: font.getlength(rest[:n])) - 1
         space = rest.rfind(" ", 0, fits + 1) if fits < len(rest) else -1
@@ -178,11 +167,8 @@ def wrapped(text: str, font: Font, width: float, most: int) -> list[str]:
     return lines
 
 
-# --- letters that Pillow's font lacks ---------------------------------------------------------------------------------
-
-
 def readable(text: str, size: int) -> tuple[str, Font]:
-    """The text and a font that has its letters. Where this machine has none, they are escaped: \\u5b87, \\U0001f680."""
+    """The text and a font with its letters. Letters that no font here has are escaped: \\u5b87, \\U0001f680."""
     text = text[: 400 * TITLE_LINES + 1]
     best = ImageFont.load_default(size=size)
     missing = {letter for letter in text if not (letter.isspace() or letter.isascii() or _has(best, letter))}
@@ -193,7 +179,7 @@ def readable(text: str, size: int) -> tuple[str, Font]:
     for name in (*FONTS, *next(filter(None, fitting), [])):
         try:
             font = ImageFont.truetype(name, size)
-        except OSError:  # not on this machine, or of one size alone, as for coloured emoji
+        except OSError:  # not on this machine, or of a single size, as for coloured emoji
             continue
         lacking = {letter for letter in {*text} if not (letter.isspace() or _has(font, letter))}
         if len(lacking) < len(missing):
@@ -202,19 +188,18 @@ def readable(text: str, size: int) -> tuple[str, Font]:
 
 
 def _has(font: Font, letter: str) -> bool:
-    """Whether the font draws the letter otherwise than one that exists nowhere."""
+    """Whether the font draws the letter differently from a letter that does not exist."""
     mask, none = font.getmask(letter), font.getmask("\U0010ffff")
     return mask.size != none.size or bytes(mask) != bytes(none)
 
 
 @functools.lru_cache(maxsize=64)
 def fonts_with(letters: frozenset[str]) -> list[str]:
-    """The files of fonts with these letters, as fontconfig knows them; none where there is no fontconfig."""
+    """The files of fonts with these letters that fontconfig knows; none without fontconfig."""
     charset = " ".join(f"{ord(letter):x}" for letter in sorted(letters)[:200])
+    command = ["fc-list", f":charset={charset}", "file"]
     try:
-        listed = subprocess.run(
-            ["fc-list", f":charset={charset}", "file"], capture_output=True, text=True, timeout=10, check=True
-        )
+        listed = subprocess.check_output(command, text=True, timeout=10, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return []
-    return sorted(line.rstrip(": ") for line in listed.stdout.splitlines())[:20]
+    return sorted(line.rstrip(": ") for line in listed.splitlines())[:20]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ from gallery.pictures import contact_sheet, difference, write_png
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw. All pictures of a `place` show the same prompt and begin with the same noise.
+    """One picture to draw. The pictures of a `place` are one sheet: the same prompt from the same noise.
 
-    They are one sheet, in whose `row` and `column` the picture is. A sheet of one column has no name for it.
+    `row` and `column` are its place in the sheet. Where there is only one column, `column` is empty.
     """
 
     place: str
@@ -34,7 +34,7 @@ class Picture:
 
 @dataclass
 class Drawn:
-    """What became of one picture: its file, or why there is none."""
+    """The result of one picture: its file, or why there is none."""
 
     picture: Picture
     path: Path | None
@@ -45,19 +45,17 @@ class Drawn:
 
 
 def outcome(one: Drawn) -> str:
-    """What became of a picture, in a few words."""
-    return one.error and f"FAILED: {one.error}" or one.note or f"{one.evaluations} evaluations, {one.seconds:.1f} s"
+    return one.error and f"FAILED: {one.error}" or one.note or _cost(one)
+
+
+def _cost(one: Drawn) -> str:
+    return f"{one.evaluations} evaluations, {one.seconds:.1f} s"
 
 
 def finish(
-    drawn: list[Drawn],
-    model: str,
-    settings: dict[str, str],
-    title_of: Callable[[str, dict[str, str]], list[str]],
-    options: argparse.Namespace,
-    distances: bool,
+    drawn: list[Drawn], model: str, settings: dict[str, str], title_of: Callable, options: Namespace, distances: bool
 ) -> int:
-    """A contact sheet for each prompt and seed, and the table. The exit status: 1 if anything failed."""
+    """Writes a sheet for each prompt and seed, and prints a table. Returns the exit status: 1 if anything failed."""
     places: dict[str, list[Drawn]] = {}
     for one in drawn:
         places.setdefault(one.picture.place, []).append(one)
@@ -66,14 +64,13 @@ def finish(
         path = options.output / f"{place}-{options.axis + '-' if options.axis else ''}grid.png"
         first = its_pictures[0].picture
         its_settings = {**settings, "prompt": first.prompt, "seed": str(first.seed)}
-        title = title_of(place, its_settings)
         try:
-            write_sheet(path, title, its_settings, its_pictures, distances, options.html)
+            write_sheet(path, title_of(place, its_settings), its_settings, its_pictures, distances, options.html)
             sheets.append(path)
         except OSError as error:
             lost.append(f"FAILED: {path}: {reason(error)}")
-    failed = sum(bool(one.error) for one in drawn)
-    summary = f"{len(drawn) - failed} of {len(drawn)} drawn with {model}"
+    failed = [one for one in drawn if one.error]
+    summary = f"{len(drawn) - len(failed)} of {len(drawn)} drawn with {model}"
     wide = max([20, *(len(one.picture.name) + 2 for one in drawn)])
     if len(places) == 1:
         print(f"\n{'':{wide}}{'evaluations':>12}{'seconds':>10}  picture")
@@ -87,9 +84,7 @@ def finish(
             there = [one for one in drawn if one.picture.name == name and one.path]
             kept, evaluations = sum(bool(one.note) for one in there), sum(one.evaluations for one in there)
             print(f"{name:{wide}}{len(there):10}{kept:6}{evaluations:12}{sum(one.seconds for one in there):10.1f}")
-        for one in drawn:
-            if one.error:
-                print(f"FAILED: {one.picture.path}: {one.error}")
+        lost = [*(f"FAILED: {one.picture.path}: {one.error}" for one in failed), *lost]
         summary += f", {len(sheets)} sheets" + "".join(f" like {path}" for path in sheets[:1])
     print(*lost, summary, sep="\n")
     return int(bool(failed or lost))
@@ -98,16 +93,15 @@ def finish(
 def write_sheet(
     path: Path, title: list[str], settings: dict[str, str], drawn: list[Drawn], distances: bool, html: bool
 ) -> None:
-    """The pictures of one prompt and seed side by side, and as a page. The longer side of a table goes down.
+    """Writes the pictures of one prompt and seed as a sheet, and with `html` as a page. The longer side goes down.
 
-    `distances`: under each picture of a table stands how far it is from the last one of its row.
+    `distances`: how far each picture is from the last one of its row stands under the picture.
     """
     at = {(one.picture.row, one.picture.column): one for one in drawn}
     rows, columns = ([*dict.fromkeys(names)] for names in zip(*at))
 
     def cell(one: Drawn) -> tuple[str, str, Path | None]:
-        note = one.error or f"{one.evaluations} evaluations, {one.seconds:.1f} s"
-        last = at[one.picture.row, columns[-1]].path
+        note, last = one.error or _cost(one), at[one.picture.row, columns[-1]].path
         if distances and one.path and last:
             note += f"\n{difference(one.path, last):.1f} levels from the last"
         return "" if one.picture.column else one.picture.row, note, one.path
@@ -117,8 +111,7 @@ def write_sheet(
     cells = [cell(at[(across, down) if turned else (down, across)]) for down in left for across in top]
     if len(columns) == 1:
         top, left = [], []
-    write_png(
-        contact_sheet(title, cells, top=top, left=left), path, settings, "" if top else write_parameters(settings)
-    )
+    page = contact_sheet(title, cells, top=top, left=left)
+    write_png(page, path, settings, "" if top else write_parameters(settings))
     if html:
         write_page(path.with_suffix(".html"), title, cells, top, left)

@@ -1,4 +1,4 @@
-"""How a script starts and ends: refused, interrupted or read no further, it prints one line or none, no traceback."""
+"""Start and end of a script: if it is refused or interrupted, it prints at most one line, and no traceback."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 
 def command(run: Callable[[], int]) -> int:
-    """Runs a script and returns its exit status: that of `run`, 2 if refused, 130 after Ctrl-C, 141 if nobody reads on.
+    """Runs a script and returns its exit status: 2 if refused, 130 after Ctrl-C, 141 if stdout is closed, else `run`'s.
 
-    `run` imports what it needs. Until it calls `raise_on_ctrl_c`, Ctrl-C ends the process at once: an import that is
-    interrupted ends in any kind of traceback, and there is nothing yet to put in order.
+    `run` imports what it needs. Until it calls `raise_on_ctrl_c`, Ctrl-C ends the process at once: an interrupted
+    import ends in any kind of traceback, and nothing is written yet.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the shell ignores the signal
         signal.signal(signal.SIGINT, _leave)
@@ -43,7 +43,7 @@ def command(run: Callable[[], int]) -> int:
 
 
 def raise_on_ctrl_c() -> None:
-    """From here on, Ctrl-C raises KeyboardInterrupt, so that no file is left half written."""
+    """From now on, Ctrl-C raises KeyboardInterrupt, so that no file is left half written."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -56,7 +56,7 @@ def set_wait_policy(options: argparse.Namespace) -> None:
     """Before torch is imported: beside a busy process, torch's OpenMP threads sleep while they wait for each other.
 
     By default they spin, which is several times slower where another process wants the same cores
-    (benchmarks/scripts.py). What the user has set stays, and so do a real model's threads where there is a GPU.
+    (benchmarks/scripts.py). The user's own settings stay, and so do a real model's threads where there is a GPU.
     """
     gpu = any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg"))  # NVIDIA's, AMD's, in WSL
     named = os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
@@ -66,9 +66,9 @@ def set_wait_policy(options: argparse.Namespace) -> None:
 
 
 def _running_processes() -> int:
-    """The threads on this machine that run or are ready to, this one included: the median of five moments.
+    """The threads on this machine that run or are ready to run, with this one: the median of five moments.
 
-    The load average takes a minute to follow. 0 on other systems than Linux.
+    The load average follows only after a minute. 0 on other systems than Linux.
     """
     found = [0] * 5
     with contextlib.suppress(OSError):

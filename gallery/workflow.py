@@ -1,8 +1,8 @@
-"""The settings of a picture that ComfyUI or the web UI drew, from the text that it carries. Nothing in it is run.
+"""The settings of a picture of ComfyUI or the web UI, from the text in the picture. Nothing in the text is run.
 
 ComfyUI writes its graph into `prompt`: {id: {"class_type": ..., "inputs": {name: value or [id, output]}}}. The settings
-are found by going up the links, from a node that saves to the first sampler and from there to what it was given. What
-a node is, its inputs say. What comes out of a node that may change it is not guessed: it is left out, and named.
+are found along the links, from a node that saves, up to the first sampler, and on to the sampler's inputs. A node's
+kind is known by its inputs. The output of a node that may change it is not guessed: it is left out and reported.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from gallery.graph import Graph, Unread, idle, linked, number_of
 from gallery.parameters import ALIASES, NAMES, read_pairs, read_parameters, schedule_name, split_sampler
 from gallery.pictures import read_settings
 
-# Of the web UI's line, what says how the picture was computed and not what it is of.
+# Entries of the web UI's text that are read, or do not change the picture.
 PARAMETERS = {*NAMES, *"Denoising strength|Model hash|Version|VAE|VAE hash|RNG|User|App|Hashes|TI hashes".split("|")}
 PARAMETERS |= {"Lora hashes", "Beta schedule", "Module 1", "Module 2", "Module 3"}
 
 
 @dataclass
 class Settings:
-    """What a picture was drawn with.
+    """The settings of a picture.
 
-    `values` has what was found of `prompt`, `negative_prompt`, `seed`, `steps`, `cfg`, `sampler_name`, `scheduler`,
-    `denoise`, `width`, `height`, `guidance` (FLUX's distilled one) and `model` (a file's name). `family` is "sdxl",
-    "flux", or None where the picture does not say. `unused` names what else the picture was drawn with, and `unread`
-    the node for each setting that can't be known. `comfy` is True for pictures of ComfyUI's, and for those drawn here
-    with `--comfy`. A `scheduler` may be levels, "14.6, 3, 0", and `discard` is True where the last but one is dropped.
+    `values` may have `prompt`, `negative_prompt`, `seed`, `steps`, `cfg`, `sampler_name`, `scheduler`, `denoise`,
+    `width`, `height`, `guidance` (FLUX's distilled guidance), `model` (a file's name) and `discard` (True: the last
+    level but one is dropped). A `scheduler` may be levels, "14.6, 3, 0". `family` is "sdxl", "flux", or None: unknown.
+    `unused` names everything else that the picture depends on, and `unread` the node of each setting that can't be
+    known. `comfy`: ComfyUI drew the picture, or this project with `--comfy`.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -44,14 +44,10 @@ class Settings:
 
 
 def import_settings(path: Path, family: str | None = None) -> Settings:
-    """The settings in a picture of ComfyUI's or the web UI's, PNG, JPEG or WebP.
-
-    Raises:
-        ValueError: in one line: no picture, no settings in it, or a picture of another family than this one.
-    """
+    """The settings in a picture of ComfyUI or the web UI. ValueError, in one line: it has none, or not `family`'s."""
     try:
         texts = read_settings(Path(path))
-    except ValueError as error:  # Pillow's, of more text than it reads
+    except ValueError as error:  # from Pillow: too much text
         raise ValueError(f"{path}: {error}") from error
     if texts is None:
         raise ValueError(f"{path}: can't be read as a picture")
@@ -71,7 +67,7 @@ def import_settings(path: Path, family: str | None = None) -> Settings:
     if family and settings.family not in (None, family):
         raise ValueError(f"{path}: was drawn with {settings.family.upper()}, which this script does not draw")
     wanted = ("prompt", "seed", "steps", "sampler_name", "scheduler", "width")
-    missing = [name for name in wanted if name not in settings.values.keys() | settings.unread.keys()]
+    missing = [name for name in wanted if name not in {*settings.values, *settings.unread}]
     settings.unused += [f"no {name} was found" for name in missing]
     if "prompt" in missing:
         settings.unread["prompt"] = "no text leads to the sampler"
@@ -80,7 +76,7 @@ def import_settings(path: Path, family: str | None = None) -> Settings:
 
 
 def _graph(text: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """{id: (class, inputs)} of what is a node. Empty where the text is no graph: other tools write `prompt` too."""
+    """{id: (class, inputs)} of the nodes. Empty if the text is no graph: other tools write `prompt` too."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -103,7 +99,7 @@ def _read_graph(graph: Graph, settings: Settings) -> None:
     if not passes:
         return
     ways = ([name for name in graph.way([end, 0], "latent") if name in samplers] for end in [*ends, *passes])
-    *later, first = next(filter(None, ways))  # the last on the way up is the pass whose latent no other made
+    *later, first = next(filter(None, ways))  # no other pass made the latent of the last one on the way up
     settings.unused += [f"a later {nodes[name][0]}" for name in later]
     settings.unused += [f"another {nodes[name][0]}" for name in passes if name not in (first, *later)]
     _read_sampler(graph, first, settings)
@@ -120,12 +116,11 @@ def _read_graph(graph: Graph, settings: Settings) -> None:
 
 
 def _family_of(model: str) -> str | None:
-    """By a file's name."""
     return "flux" if "flux" in model.lower() else "sdxl" if "xl" in model.lower() else None
 
 
 def _read_sampler(graph: Graph, name: str, settings: Settings) -> None:
-    """A sampler's own fields, and what its links lead to."""
+    """A sampler's own fields, and the fields at the ends of its links."""
     kind, own = graph.nodes[name]
     values, links, fields = settings.values, graphs.links_of(own), own
     for part in ("guider", "noise", "sampler"):
@@ -153,10 +148,9 @@ def _read_sampler(graph: Graph, name: str, settings: Settings) -> None:
             if "scheduler" in values:
                 values["steps"] = fields["steps"] = values["scheduler"].count(",")
     fields = {"seed": fields.get("noise_seed"), "positive": fields.get("conditioning"), **fields}
-    for setting, number in {"seed": int, "steps": int, "cfg": float, "denoise": float}.items():
-        read(setting, graph.number, fields.get(setting), setting, number)
-    for setting in ("sampler_name", "scheduler"):
-        read(setting, graph.text, fields.get(setting), setting)
+    kinds = {"seed": int, "steps": int, "cfg": float, "denoise": float, "sampler_name": str, "scheduler": str}
+    for setting, type_of in (kinds | {"start_at_step": int, "end_at_step": int}).items():
+        read(setting, graph.typed, fields.get(setting), setting, type_of)
     if "sampler_name" in values and values["sampler_name"] not in ALIASES:
         values["sampler_name"], schedule = split_sampler(values["sampler_name"])
         if schedule:
@@ -170,51 +164,48 @@ def _read_sampler(graph: Graph, name: str, settings: Settings) -> None:
                 miss(setting, source)
     if str(fields.get("add_noise")).lower() in ("disable", "false"):
         settings.unused.append("add_noise: disable")
-    for setting in ("start_at_step", "end_at_step"):
-        read(setting, graph.number, fields.get(setting), setting, int)
     start, end = values.pop("start_at_step", None), values.pop("end_at_step", None)
     if start or (end is not None and end < values.get("steps", 0)):
         settings.unused.append(f"steps {start or 0} to {end} alone")
     for setting, side in (("prompt", "positive"), ("negative_prompt", "negative")):
         read(setting, _read_prompt, graph, fields.get(side), side, settings)
     for node in graph.way(fields.get("positive"), "conditioning", "positive"):
-        if "guidance" not in values.keys() | settings.unread.keys():  # FLUX's, on the way to the text
-            read("guidance", graph.number, graph.nodes[node][1].get("guidance"), "guidance", float)
+        if "guidance" not in {*values, *settings.unread}:  # of FLUX, on the way to the text
+            read("guidance", graph.typed, graph.nodes[node][1].get("guidance"), "guidance", float)
     for node in graph.way(fields.get("latent_image"), "latent"):
         for key, value in graph.nodes[node][1].items():
             side = key.removeprefix("empty_latent_")
             if side in {"width", "height"} - {*values, *settings.unread}:
-                read(side, graph.number, value, side, int)
+                read(side, graph.typed, value, side, int)
     for node in graph.way(fields.get("model"), "model"):
         inputs = graph.nodes[node][1]
         if isinstance(file := inputs.get("ckpt_name", inputs.get("unet_name")), str):
             values["model"] = file
-    for key, value in own.items() if kind not in graphs.SAMPLERS else ():  # what KSampler has not
+    for key, value in own.items() if kind not in graphs.SAMPLERS else ():  # inputs that KSampler lacks
         plain = idle(value) or linked(value) or value in (0, -1) or graphs.KNOB.search(key)
         if not plain and key not in graphs.SETTINGS | {"positive", "negative"}:
             settings.unused.append(f"{kind}'s {key} {str(value)[:40]}")
 
 
 def _levels(graph: Graph, node: str, inputs: dict[str, Any]) -> str:
-    """The levels of a node that makes them from numbers alone, as KarrasScheduler does, or lists them."""
+    """The levels of a node that lists them, or makes them only from numbers, as KarrasScheduler does."""
     if isinstance(levels := inputs.get("sigmas"), str):
         return ", ".join(re.findall(r"[0-9.]+(?:e[+-]?[0-9]+)?", levels))
     from sdxl_comfy_pipeline import sampling
 
     function = getattr(sampling, f"get_sigmas_{node.removesuffix('Scheduler').lower()}", None)
-    steps = graph.number(inputs.get("steps"), "steps", int)
+    steps = graph.typed(inputs.get("steps"), "steps", int)
     if function is None or steps is None:
         raise Unread(node)
-    numbers = {
-        key: graph.number(inputs[key], key, float) for key in inspect.signature(function).parameters if key in inputs
-    }
+    named = inspect.signature(function).parameters.keys() & inputs.keys()
+    numbers = {key: graph.typed(inputs[key], key, float) for key in named}
     levels = function(min(steps, graphs.LONGEST), **numbers).tolist()
     return ", ".join(f"{level:.9g}" for level in levels)
 
 
 def _read_prompt(graph: Graph, link: Any, side: str, settings: Settings) -> str | None:
     """The text of a conditioning."""
-    if isinstance(link, str):  # of a node that encodes, too
+    if isinstance(link, str):  # the sampler's node encodes, too
         return link
     kind = node = ""
     for node in graph.way(link, "conditioning", side):
@@ -224,24 +215,24 @@ def _read_prompt(graph: Graph, link: Any, side: str, settings: Settings) -> str 
         keys = [key for key in graphs.TEXTS if isinstance(inputs.get(key), str) or linked(inputs.get(key))]
         keys += [side] * isinstance(inputs.get(side), str)
         if keys:
-            if None in (texts := [graph.text(inputs[key], "prompt") for key in keys]):
+            if None in (texts := [graph.typed(inputs[key], "prompt", str) for key in keys]):
                 raise Unread(kind)
             first = next((text for text in texts if text), "")
             if "populated_text" not in keys:
                 settings.unused += [f"{kind}'s other text" for text in texts if text and text != first]
             return first
-    return graph.text([node, 0], "prompt") if node else None
+    return graph.typed([node, 0], "prompt", str) if node else None
 
 
 def _read_parameters(text: str, settings: Settings, whole: bool = False) -> None:
-    """`whole`: the picture is of an older version of this project, which dropped no level and did not say so."""
+    """`whole`: an older version of this project drew the picture. It dropped no level and did not say so."""
     found, others, values = read_parameters(text), read_pairs(text)[1], settings.values
     settings.comfy = "comfy" in found
     names = {"sampler": "sampler_name", "schedule": "scheduler"}
     kept = {"prompt", "negative_prompt", "model", *names}
     values |= {names.get(name, name): found[name] for name in kept & found.keys()}
     if values.get("scheduler") == "scheduler":
-        del values["scheduler"]  # the pipeline's own
+        del values["scheduler"]  # the pipeline's own schedule
     if "discard" in found and not (whole and "Discard penultimate sigma" not in others):
         values["discard"] = True
     flux = "true_cfg" in found
@@ -249,7 +240,7 @@ def _read_parameters(text: str, settings: Settings, whole: bool = False) -> None
     numbers: dict[str, Any] = {"seed": (found.get("seed"), int), "steps": (found.get("steps"), int)}
     numbers["cfg"] = (found.get("true_cfg" if flux else "guidance"), float)
     numbers["guidance"] = (found.get("guidance") if flux else None, float)
-    if not any(name.startswith("Hires") for name in others):  # or it is of the second pass
+    if not any(name.startswith("Hires") for name in others):  # else it belongs to the second pass
         numbers["denoise"] = (others.get("Denoising strength"), float)
     values |= {name: read for name, given in numbers.items() if (read := number_of(*given)) is not None}
     if size := re.fullmatch(r"\s*(\d+)x(\d+)\s*", found.get("size", "")):

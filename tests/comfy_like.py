@@ -1,4 +1,4 @@
-"""Samplers that ask of a model what ComfyUI's ask: the noise levels behind `inner_model`."""
+"""Samplers that look up the same things on a model as ComfyUI's: the noise levels behind `inner_model`."""
 
 
 def _step_noise(model, s_noise):

@@ -1,4 +1,4 @@
-"""What ComfyUI itself computed (tests/data), and the model that it was computed with, behind the pipelines."""
+"""Results of ComfyUI (tests/data), and the model that they were computed with, in the pipelines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def grid(channels: int) -> tuple[torch.Tensor, ...]:
 
 
 def mixture(channels: int) -> Mixture:
-    """The references' model, by the words of their metadata, flat in the order of the latents."""
+    """The references' model, as their metadata describe it, flat in the order of the latents."""
     c, h, w = grid(channels)
     means = torch.stack([torch.sin(0.1 * (k + 1) * (h + 2 * w) + c) for k in range(3)])
     if channels == 16:  # FLUX's network sees them packed: 2x2 patches
@@ -37,7 +37,7 @@ def mixture(channels: int) -> Mixture:
 
 
 def latent_image(channels: int) -> torch.Tensor:
-    """The references' for denoise 0.6."""
+    """The references' initial latents for denoise 0.6."""
     c, h, w = grid(channels)
     return torch.cos(0.2 * (h - w) + c)[None].float()
 
@@ -55,7 +55,7 @@ class Guided(UNet):
 
 
 class GuidedFlow(Transformer):
-    """The same for FLUX, whose pipeline asks for one prompt at a time."""
+    """The same for FLUX, whose pipeline evaluates one prompt at a time."""
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, **conditioning):
         known = self.mixture
@@ -66,7 +66,7 @@ class GuidedFlow(Transformer):
 
 
 def pipelines() -> dict[str, Any]:
-    """Float32, as ComfyUI's sampling."""
+    """Float32, like ComfyUI's sampling."""
     zsnr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     with torch.random.fork_rng():
         return {
@@ -88,7 +88,7 @@ def draw(pipe: Any, **call: Any) -> torch.Tensor:
 
 
 def draw_anywhere(pipe, call):
-    """The latents of a call of ours, also in a stock pipeline: as docs/comfyui.md says."""
+    """The latents of `ksampler`'s call, also in a stock pipeline, as docs/comfyui.md shows."""
     if "ComfyPipeline" in type(pipe).__name__:
         return draw(pipe, **call)
     keys = ("sampler", "sampler_kwargs", "schedule", "parameterization", "quantize_timesteps")

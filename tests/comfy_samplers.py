@@ -1,4 +1,4 @@
-"""Most samplers that ComfyUI has and k-diffusion lacks, from their papers, in the form of functions for ComfyUI.
+"""Most samplers that ComfyUI has and k-diffusion lacks, from their papers, as functions for ComfyUI.
 
 They look up the process on `model` and the seed and guidance in `extra_args`, and make their own noise.
 
@@ -17,7 +17,7 @@ from comfy_ksampler import k_diffusion
 
 
 class Run:
-    """What the samplers below ask of their arguments."""
+    """A run of the samplers below."""
 
     def __init__(self, model, x, sigmas, extra_args, callback, noise_sampler):
         self.model, self.extra_args, self.callback, self.count = model, dict(extra_args), callback, 0
@@ -33,7 +33,7 @@ class Run:
         self.uncond = None
 
     def from_finite_snr(self):
-        """At t = 1 nothing of x0 is left; the samplers that need its share begin a little lower."""
+        """At t = 1 the share of x0 is zero; samplers that divide by it begin a little lower."""
         if self.flow and self.sigmas[0] >= 1:
             self.sigmas[0] = self.sampling.percent_to_sigma(1e-4)
         return self
@@ -51,8 +51,8 @@ class Run:
     def __call__(self, x, sigma, begins=False, shown=None):
         denoised = self.model(x, sigma * x.new_ones([len(x)]), **self.extra_args)
         if begins and self.callback is not None:
-            told = x if shown is None else shown
-            self.callback({"x": told, "i": self.count, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+            reported = x if shown is None else shown
+            self.callback({"x": reported, "i": self.count, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
             self.count += 1
         return denoised
 
@@ -88,7 +88,7 @@ def ancestral(sigma, sigma_next, eta=1.0):
 
 
 def euler_cfg_pp(run, eta=0.0):
-    """CFG++ (Chung et al. 2024, algorithm 2): guided x0, but noise as if unguided."""
+    """CFG++ (Chung et al. 2024, algorithm 2): guided x0, unguided noise."""
     run.with_uncond()
     x = run.x
     for s, t in run.steps():
@@ -199,7 +199,7 @@ def lcm(run):
 
 
 def ipndm(run):
-    """Zhang and Chen 2022: Adams-Bashforth of order 4. Tells the callback the first x in every step, as ComfyUI's."""
+    """Zhang and Chen 2022: Adams-Bashforth of order 4. Reports its first x in every step, as ComfyUI's does."""
     weights = [(1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)]
     x, slopes = run.x, []
     for s, t in run.steps():

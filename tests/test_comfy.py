@@ -1,4 +1,4 @@
-"""comfy_ksampler.py against what ComfyUI 0.27.0 and 0.3.64 themselves computed (tests/data)."""
+"""comfy_ksampler.py against latents and levels that ComfyUI 0.27.0 and 0.3.64 computed (tests/data)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def no_comfyui(monkeypatch):
 
 @pytest.mark.parametrize("sampler_name", [*SAME, *FLUX_APART])
 def test_sdxl_latents_are_comfyuis(pipes, record_property, sampler_name):
-    """At cfg 1 and 7, denoise 1 and 0.6. What is left is the rounding of float32: k-diffusion orders sums otherwise."""
+    """At cfg 1 and 7, denoise 1 and 0.6, to the rounding of float32: k-diffusion adds in another order."""
     worst = 0.0
     for key in references("sdxl", sampler_name):
         with warnings.catch_warnings():
@@ -85,7 +85,7 @@ def test_sdxl_latents_are_comfyuis(pipes, record_property, sampler_name):
 
 @pytest.mark.parametrize("sampler_name", SAME)
 def test_flux_latents_are_comfyuis(pipes, record_property, sampler_name):
-    """The operations are the same. Another processor's exp and log move the levels by an ulp, the latents by 2e-7."""
+    """The operations are the same. exp and log of another processor move the levels by an ulp, the latents by 2e-7."""
     keys = references("flux", sampler_name)
     drawn = [draw(pipes["flux"], **ksampler(pipes["flux"], **settings(key))) for key in keys]
     worst = max(relative(latents, LATENTS.get_tensor(key)) for key, latents in zip(keys, drawn))
@@ -95,14 +95,14 @@ def test_flux_latents_are_comfyuis(pipes, record_property, sampler_name):
 
 @pytest.mark.parametrize("sampler_name", FLUX_APART)
 def test_flux_samplers_that_comfyui_writes_anew(pipes, record_property, sampler_name):
-    """Without ComfyUI k-diffusion's are drawn, with one warning, which says no less than how far they are."""
+    """Without ComfyUI, k-diffusion's samplers run, with one warning that gives at least their distance."""
     worst = 0.0
     for key in references("flux", sampler_name):
         with pytest.warns(
             UserWarning, match=f"{sampler_name} is k-diffusion's, {FLUX_APART[sampler_name]} off"
-        ) as told:
+        ) as caught:
             call = ksampler(pipes["flux"], **settings(key))
-        assert len(told) == 1
+        assert len(caught) == 1
         worst = max(worst, relative(draw(pipes["flux"], **call), LATENTS.get_tensor(key)))
     record_property("distance", f"flux {sampler_name} {worst:.0e} (k-diffusion's)")
     assert 0.8 * FLUX_APART[sampler_name] < worst < 1.1 * FLUX_APART[sampler_name]
@@ -110,7 +110,7 @@ def test_flux_samplers_that_comfyui_writes_anew(pipes, record_property, sampler_
 
 @pytest.mark.parametrize("key", BEFORE.keys())
 def test_latents_are_those_of_before(pipes, key):
-    """Of ComfyUI 0.3.64, whose white step noise comes from the seed itself. They are of all levels, dpm_2's too.
+    """ComfyUI 0.3.64's, whose white step noise comes from the seed itself. They have all levels, dpm_2's too.
 
     Two versions of ComfyUI are 3e-6 apart, in lms.
     """
@@ -121,7 +121,7 @@ def test_latents_are_those_of_before(pipes, key):
 
 
 def test_one_seed_draws_a_batch_at_once(pipes):
-    """One draw of the whole shape, so that the first image is that of a batch of one."""
+    """One draw of the whole shape: the first image is the same as in a batch of one."""
     for pipe in (pipes["sdxl"], pipes["flux"]):
         fields = settings("either/euler/simple/4/3")
         batch = draw(pipe, **ksampler(pipe, **fields, batch_size=2))
@@ -131,7 +131,7 @@ def test_one_seed_draws_a_batch_at_once(pipes):
 
 @pytest.mark.parametrize("scheduler", ["normal", "ddim_uniform"])
 def test_start(pipes, scheduler):
-    """What the network is shown first is sigma noise / sqrt(1 + sigma^2) below the highest level, and noise at it."""
+    """The first input of the network: sigma noise / sqrt(1 + sigma^2) below the highest level, noise at it."""
     pipe, shown = pipes["sdxl"], []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: shown.append(args[0].clone()))
     try:
@@ -145,7 +145,7 @@ def test_start(pipes, scheduler):
 
 
 def test_latents_do_not_depend_on_the_scheduler_that_keeps_the_betas(pipes):
-    """The latents beside levels are x0 + sigma noise, also where the scheduler's own convention is another."""
+    """With given levels, latents are x0 + sigma noise, whatever the scheduler's own convention is."""
     pipe, key = pipes["sdxl"], "sdxl/dpmpp_2m/karras/20/0/7/1"
     other = type(pipe)(
         **{**pipe.components, "scheduler": DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)}
@@ -160,7 +160,7 @@ def test_latents_do_not_depend_on_the_scheduler_that_keeps_the_betas(pipes):
     + ["flux/heun/beta/20/0/1/1", "flux/dpm_2/simple/20/0/1/0.6"],
 )
 def test_in_a_stock_pipeline(pipes, key):
-    """The scheduler takes the sampler's part of the arguments, the stock pipeline the rest."""
+    """The scheduler takes the sampler's arguments, the stock pipeline the rest."""
     pipe = parent_of(pipes[key.split("/")[0]], key.split("/")[0])
     pipe.set_progress_bar_config(disable=True)
     assert relative(draw_anywhere(pipe, ksampler(pipe, **settings(key))), LATENTS.get_tensor(key)) < 2e-6
@@ -182,7 +182,7 @@ def test_nothing_global_is_drawn_from(pipes):
 
 
 def test_churn_goes_on_where_the_initial_noise_ended(pipes):
-    """ComfyUI draws both from one generator."""
+    """ComfyUI draws both from the same generator."""
     call = ksampler(pipes["sdxl"], **settings("sdxl/euler/karras/8/6")) | {"sampler_kwargs": {"s_churn": 4.0}}
     generator = seeded(6)
     torch.randn(1, 4, 16, 16, generator=generator)
@@ -194,7 +194,7 @@ def test_churn_goes_on_where_the_initial_noise_ended(pipes):
 @pytest.mark.parametrize("sampler_name", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
 @pytest.mark.filterwarnings("ignore:.*is k-diffusion's")
 def test_a_float64_network_gets_the_same_noise(pipes, model, sampler_name):
-    """Drawn in float32 and then widened, so that a comparison in float64 is one of the same picture."""
+    """It is drawn in float32 and then converted, so that a comparison in float64 is of the same picture."""
     exact = sdxl_pipeline(mixture(4)) if model == "sdxl" else flux_pipeline(mixture(16), mu=SHIFT, channels=64)
     fields = settings(f"{model}/{sampler_name}/simple/8/4")
     latents = draw(exact, **ksampler(exact, **fields))
@@ -218,21 +218,21 @@ def comfyui(monkeypatch):
     "model, name", [("sdxl", name) for name in ON_BOTH] + [("flux", name) for name in ON_BOTH | ON_FLUX]
 )
 def test_comfyuis_functions_give_its_latents(comfyui, pipes, record_property, model, name):
-    """test_comfyui.py runs ComfyUI's own; these look up the same things, ComfyUI's CONST among them."""
+    """test_comfyui.py runs ComfyUI's own functions; these look up the same things, such as ComfyUI's CONST."""
     pipe, worst = pipes[model], 0.0
     for key in references(model, name):
         call = ksampler(pipe, **settings(key))
         assert callable(call["sampler"]), "ComfyUI's is taken where k-diffusion's is another"
         worst = max(worst, relative(draw(pipe, **call), LATENTS.get_tensor(key)))
     record_property("distance", f"{model} {name} {worst:.0e} (a function like ComfyUI's)")
-    # float32, whose sums are ordered otherwise: a Brownian tree tells the last digits of its times apart, and guidance
+    # float32, with sums in another order: a Brownian tree depends on the last digits of its times, and a guidance
     # of 7 multiplies them
     assert worst < (1e-5 if "_sde" in name or "cfg_pp" in name else 1e-6)
 
 
 @pytest.mark.parametrize("name", ["lcm", "euler_ancestral"])
 def test_comfyuis_functions_with_the_noise_of_before(comfyui, pipes, name):
-    """Their noise of today from one seed is that of before from the next."""
+    """Today's noise of a seed is the older noise of the next seed."""
     pipe, calls = pipes["flux"], []
     for seed, noise in ((3, "today"), (4, "before 0.7"), (3, "before 0.7")):
         call = ksampler(pipe, **settings(f"flux/{name}/simple/5/{seed}", noise=noise))
@@ -244,7 +244,7 @@ def test_comfyuis_functions_with_the_noise_of_before(comfyui, pipes, name):
 
 
 def test_custom_nodes(comfyui, pipes, tmp_path):
-    """The names that they add are known where they are loaded, and nothing is written into ComfyUI's folder."""
+    """Their names are known after loading, and nothing is written into ComfyUI's folder."""
     pipe, fields = pipes["sdxl"], settings("sdxl/stand_in/halves/4/0")
     with pytest.raises(ValueError, match="no 'stand_in'.*ComfyUI was found, and loaded are no custom nodes"):
         ksampler(pipe, **fields)
@@ -281,7 +281,7 @@ def test_custom_nodes_need_comfyui():
 @pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
 @pytest.mark.parametrize("model, cfg", [("sdxl", 1.0), ("sdxl", 3.0), ("flux", 1.0)])
 def test_a_custom_nodes_sampler(comfyui, pipes, model, cfg, stock):
-    """Euler's method with a tenth of new noise of the next level, from the generator of the next seed for a batch."""
+    """Euler's method, plus a tenth of the next level's noise, from one generator with the next seed for a batch."""
     load_custom_nodes("stand_in")
     pipe = parent_of(pipes[model], model) if stock else pipes[model]
     pipe.set_progress_bar_config(disable=True)
@@ -313,7 +313,7 @@ def test_a_scheduler_has_no_prediction_without_guidance(comfyui, pipes):
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 def test_a_function_written_for_comfyui(pipes, model):
-    """It is k-diffusion's `euler`, so its latents are the same, to float32; on FLUX it sees them unpacked."""
+    """It is k-diffusion's `euler`: its latents agree to float32. On FLUX it sees them unpacked."""
     pipe, fields = pipes[model], settings(f"{model}/euler/simple/6/0")
     call = ksampler(pipe, **fields)
     ours = draw(pipe, **call | {"sampler": comfy_sampler(comfy_like.sample_euler, pipe, **SIZE)})
@@ -322,7 +322,7 @@ def test_a_function_written_for_comfyui(pipes, model):
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 def test_its_noise_is_the_pipelines_or_the_seeds(pipes, model):
-    """Without a seed a `noise_sampler` comes from the caller's generator; with one the function makes its own."""
+    """Without a seed, `noise_sampler` draws from the caller's generator; with a seed the function makes its noise."""
     pipe = pipes[model]
     call = ksampler(pipe, **settings(f"{model}/euler/simple/6/0"))
     call |= {"sampler": comfy_sampler(comfy_like.sample_lcm, pipe, **SIZE), "sampler_kwargs": {"s_noise": 0.1}}
@@ -338,7 +338,7 @@ def test_its_noise_is_the_pipelines_or_the_seeds(pipes, model):
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 def test_callbacks_see_its_steps(comfyui, pipes, model):
-    """Packed on FLUX: the state that each evaluation got, also of ipndm, which shows its first x each time."""
+    """They see the state of each evaluation, packed on FLUX, also of ipndm, which always reports its first x."""
     pipe, call, seen = pipes[model], ksampler(pipes[model], **settings(f"{model}/ipndm/simple/6/0")), []
 
     def look(pipe, step, timestep, tensors):
@@ -357,16 +357,48 @@ def test_callbacks_see_its_steps(comfyui, pipes, model):
         draw(pipe, **call)
 
 
-def test_uncond_denoised(pipes):
-    """What `model_options` name is called after guidance, with its result and the prediction for the negative prompt.
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+@pytest.mark.parametrize("reported", [[], ["sigma"], ["sigma", "sigma_hat"]], ids=len)
+def test_what_a_callback_gets_of_two_evaluations_per_step(pipes, model, reported):
+    """The last evaluation's prediction with its x, packed on FLUX; sigma and sigma_hat as the function reports them.
 
-    By symmetry that is minus the positive one at -x. Guidance is negative + cfg (positive - negative).
+    As RES4LYF's functions do, this one reports the step's sigma and its last evaluation's sigma_hat.
     """
-    pipe, told = pipes["sdxl"], []
+    pipe, given, seen = pipes[model], ksampler(pipes[model], **settings(f"{model}/euler/simple/3/0")), []
+
+    def midpoint(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+            middle, ones = (sigma + after) / 2, x.new_ones([len(x)])
+            x_2 = x + (x - model(x, sigma * ones)) / sigma * (middle - sigma)
+            denoised = model(x_2, middle * ones)
+            info = {"x": x, "i": i, "sigma": sigma, "sigma_hat": middle, "denoised": denoised}
+            callback({key: value for key, value in info.items() if key in reported or "sigma" not in key})
+            x = x + (x_2 - denoised) / middle * (after - sigma)
+        return x
+
+    def network(x, sigma):
+        asked.append((x.clone(), float(sigma[0]), 0.9 * x))
+        return asked[-1][-1]
+
+    asked, sigmas = [], given["schedule"]
+    comfy_sampler(midpoint, pipe, **SIZE)(network, given["latents"], sigmas, callback=seen.append)
+    for step, (info, (x, middle, denoised)) in enumerate(zip(seen, asked[1::2], strict=True)):
+        assert info["i"] == step and info["x"].equal(x) and info["denoised"].equal(denoised)
+        sigma = float(sigmas[step]) if reported else middle
+        assert float(info["sigma"]) == sigma
+        assert float(info["sigma_hat"]) == (sigma if reported == ["sigma"] else middle)
+
+
+def test_uncond_denoised(pipes):
+    """The functions in `model_options` are called after guidance, with its result and the negative prompt's prediction.
+
+    By symmetry the latter is minus the prompt's prediction at -x. Guidance is negative + cfg (positive - negative).
+    """
+    pipe, seen = pipes["sdxl"], []
 
     def look(model, x, sigmas, extra_args=None, callback=None, disable=None):
         def after(arguments):
-            told.append(arguments)
+            seen.append(arguments)
             return arguments["denoised"] * 0
 
         options = {**extra_args["model_options"], "sampler_post_cfg_function": [after]}
@@ -375,7 +407,7 @@ def test_uncond_denoised(pipes):
 
     call = ksampler(pipe, **settings("sdxl/euler/karras/4/0/7/1"))
     draw(pipe, **call | {"sampler": comfy_sampler(look, pipe, **SIZE)})
-    (found,) = told
+    (found,) = seen
     x, sigma = found["input"], found["sigma"]
     level = pipe.unet.sigma(model_sampling(pipe).timestep(sigma))[0].item()
     halves = [mixture(4).denoised(sign * x.flatten(1), level).view(x.shape) * sign for sign in (1, -1)]
@@ -396,7 +428,7 @@ def test_uncond_denoised_needs_guidance(pipes, model):
 
 
 def test_levels_are_a_copy_and_the_last_one_counts(pipes):
-    """uni_pc writes 0.001 into the levels that it gets; ComfyUI then divides FLUX's latents by 1 - 0.001."""
+    """uni_pc writes 0.001 into its levels; ComfyUI then divides FLUX's latents by 1 - 0.001."""
 
     def writes(model, x, sigmas, extra_args=None, callback=None, disable=None):
         sigmas[-1] = 0.001
@@ -418,7 +450,7 @@ def test_flux_needs_the_pictures_size(pipes):
 
 
 def test_the_names_are_comfyuis():
-    """All that the references have, so all of 0.27's: k-diffusion has sixteen of the 44, and an alias."""
+    """All names in the references, so all of version 0.27: k-diffusion has sixteen of the 44, and an alias."""
     assert len(SAMPLERS) == len(set(SAMPLERS)) == 44
     assert set(SAMPLERS) == {key.split("/")[1] for key in LATENTS.keys()}
     assert set(SCHEDULERS) == set(SIGMAS["sdxl"]) and set(ON_BOTH) < set(OWN)
@@ -451,7 +483,7 @@ def test_what_is_refused(pipes, changes, message):
 
 
 def test_the_file_works_alone():
-    """It imports the standard library, torch and scipy; k-diffusion and ComfyUI when they are asked for."""
+    """It imports the standard library, torch and scipy; k-diffusion and ComfyUI only when they are needed."""
     tree = ast.parse((ROOT / "comfy_ksampler.py").read_text())
     imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -464,10 +496,10 @@ def test_the_file_works_alone():
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("model", SIGMAS)
 def test_levels_are_comfyuis(pipes, model, scheduler):
-    """At every step count of the file. Other processors' exp and log differ by ulps, karras' seventh power by ten."""
+    """At every step count in the file. exp and log of other processors differ by ulps, karras' seventh power by ten."""
     for steps, expected in SIGMAS[model][scheduler].items():
         ours = levels(pipes[model.removesuffix("_shift_1.15")], scheduler, int(steps), **SIZE)
-        if scheduler == "kl_optimal" and steps == "1":  # NaN there; here one step begins where the others do
+        if scheduler == "kl_optimal" and steps == "1":  # NaN in ComfyUI; here it begins at the highest level
             expected = [SIGMAS[model][scheduler]["2"][0], 0.0]
         assert ours.dtype == torch.float32 and ours.device.type == "cpu"
         torch.testing.assert_close(ours, torch.tensor(expected), rtol=2e-6, atol=0, msg=steps)
@@ -513,7 +545,7 @@ def test_four_samplers_skip_a_level(pipes, name):
 )
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 50])
 def test_levels_of_other_betas(betas, steps):
-    """By another road each: numpy on the trained sigmas, and scipy's Beta."""
+    """By independent formulas: numpy on the trained sigmas, and scipy's Beta."""
     pipe = sdxl_pipeline(mixture(4), torch.float32, **betas)
     trained = ((1 - pipe.scheduler.betas.double()).cumprod(0).reciprocal() - 1).sqrt().numpy()
     last = len(trained) - 1
@@ -571,7 +603,7 @@ def test_levels_of_other_shifts(flux, options, mu):
 
 
 def test_shift_of_other_flow_schedulers(flux):
-    """Wherever diffusers keeps it: half way, t = 1/2, a shift of 3 makes 3/4."""
+    """Wherever diffusers keeps the shift: at t = 1/2 a shift of 3 makes 3/4."""
     set_later = FlowMatchEulerDiscreteScheduler()
     set_later.set_shift(3.0)
     solver = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
@@ -597,7 +629,7 @@ def test_the_shift_is_the_pictures(flux):
 def test_levels_fall_at_every_step_count(pipes, scheduler):
     """Strictly, to zero, from 1 step to more than there are trained levels; where levels coincide there are fewer.
 
-    On the CPU whatever the default device: meta stands in for a GPU, since what is made there has no numbers.
+    On the CPU whatever the default device is: meta stands in for a GPU, since its tensors have no numbers.
     """
     for pipe in (pipes["sdxl"], pipes["flux"]):
         for steps in (1, 2, 3, 9, 100, 1001):
@@ -613,7 +645,7 @@ FLOWS |= {"chroma": 1.0, "qwen_text": math.exp(0.5), "ltx": 2.5}
 
 @pytest.mark.parametrize("kind", ["sd_text", "animate_diff", "pixart_sigma", "stable_audio", *FLOWS])
 def test_levels_of_any_pipeline(kind):
-    """By the kind of its scheduler: the trained betas' ends, EDM's, or t = 1/2 shifted. 256 tokens have mu 0.5."""
+    """By the kind of scheduler: the ends of the trained betas or of EDM, or t = 1/2 shifted. 256 tokens have mu 0.5."""
     pipe = getattr(small_pipelines, kind)(1)[0]
     if kind == "ltx":
         with pytest.raises(ValueError, match="LTXPipeline shifts by more than a width and a height.*shift=exp"):

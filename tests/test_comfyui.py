@@ -1,6 +1,6 @@
-"""ComfyUI's own functions behind the pipelines, all 44 names on both models, against what they computed in ComfyUI.
+"""ComfyUI's own functions in the pipelines, all 44 names on both models, against ComfyUI's results.
 
-Needs ComfyUI's folder, with its requirements installed, and is skipped without:
+Needs ComfyUI's folder, with its requirements installed. Skipped without it:
 
     COMFYUI=/path/to/ComfyUI uv run pytest -s tests/test_comfyui.py
 """
@@ -51,7 +51,7 @@ def table():
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 def test_comfyuis_own_function(pipes, table, model, name):
-    """To the rounding of float32: the pipelines order the sums otherwise; processors' exp and log differ."""
+    """To the rounding of float32: the pipelines add in another order, and exp and log differ between processors."""
     pipe = pipes[model]
     for whose in ("ksampler", "ComfyUI's"):
         for key in references(model, name):
@@ -71,13 +71,15 @@ def test_comfyuis_own_function(pipes, table, model, name):
 
 
 def test_res4lyf(pipes):
-    """All that ComfyUI computed with the pack, in our pipelines and in stock ones, printed as a table."""
+    """All results of ComfyUI with the pack, in our pipelines and in the stock ones, printed as a table."""
     folder = Path(FOLDER)
     if not (folder / "custom_nodes" / "RES4LYF").exists():
         pytest.skip("RES4LYF is not among ComfyUI's custom nodes")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     load_custom_nodes("RES4LYF")
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}, "nothing is written there"
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}, (
+        "nothing is written into ComfyUI's folder"
+    )
     assert {"res_2s", "res_2m", "deis_2m"} < {*names()[0]} and {"bong_tangent", "beta57"} < {*names()[1]}
     rows: dict[str, dict] = {}
     for key in RES4LYF.keys():
@@ -92,11 +94,11 @@ def test_res4lyf(pipes):
         stock = parent_of(pipe, model)
         stock.set_progress_bar_config(disable=True)
         there = relative(draw_anywhere(stock, ksampler(stock, **settings(key))), RES4LYF.get_tensor(key))
-        row = rows.setdefault(name, {"sdxl": 0.0, "flux": 0.0, "a step": 0.0, "seconds": 0.0})
-        found = {model: max(apart, there), "a step": len(calls) / settings(key)["steps"], "seconds": seconds}
+        row = rows.setdefault(name, {"sdxl": 0.0, "flux": 0.0, "per step": 0.0, "seconds": 0.0})
+        found = {model: max(apart, there), "per step": len(calls) / settings(key)["steps"], "seconds": seconds}
         row.update({column: max(value, row[column]) for column, value in found.items()})
         # on another machine ComfyUI itself is 1.5e-6 from these FLUX latents, and ours 3e-8 from it
         assert max(apart, there) < (1e-5 if model == "sdxl" else 2e-6), key
-    print("\n\n| sampler | SDXL | FLUX | evaluations a step | CPU seconds |\n|---|---|---|---|---|")
+    print("\n\n| sampler | SDXL | FLUX | evaluations per step | CPU seconds |\n|---|---|---|---|---|")
     for name, row in rows.items():
-        print(f"| `{name}` | {row['sdxl']:.0e} | {row['flux']:.0e} | {row['a step']:.1f} | {row['seconds']:.1f} |")
+        print(f"| `{name}` | {row['sdxl']:.0e} | {row['flux']:.0e} | {row['per step']:.1f} | {row['seconds']:.1f} |")

@@ -1,4 +1,4 @@
-"""What diffusers asks of each of its own pipelines in their tests, asked of these two."""
+"""diffusers' tests of each of its own pipelines, for these two."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENCODED = {
 
 @FAMILIES
 def test_signature_is_the_parents_and_more(name):
-    """Every argument of the parent, in its place, with its default; what is new comes after, by keyword alone.
+    """Every argument of the parent, in its place, with its default; new arguments follow, by keyword only.
 
     The parent's `**kwargs` is left out: it takes `callback` and `callback_steps`, which diffusers has deprecated, and
     swallows every misspelt argument.
@@ -53,7 +53,7 @@ def test_output_types_show_one_picture(family):
 
 
 def test_batch_is_consistent(family):
-    """Prompts of three lengths in one batch are drawn as each is alone, with its own generator."""
+    """Prompts of three lengths in one batch give the same as each alone, with its own generator."""
     name, pipe = family
     batch = draw(pipe, name, prompt=PROMPTS, generator=[seeded(i) for i in range(3)])
     assert len(batch) == 3
@@ -66,7 +66,7 @@ def test_batch_is_consistent(family):
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_number_of_images(family, images, prompts):
-    """Those of one prompt come one after the other, from noise of their own."""
+    """The images of a prompt are adjacent, each from its own noise."""
     name, pipe = family
     drawn = draw(pipe, name, prompt=PROMPTS[:prompts], num_images_per_prompt=images)
     assert len(drawn) == images * prompts
@@ -75,7 +75,7 @@ def test_number_of_images(family, images, prompts):
 
 
 def test_callback_inputs(family):
-    """All that is offered can be asked for, nothing else; only what was asked for is passed."""
+    """Every listed tensor can be requested, and no other; only requested tensors are passed."""
     name, pipe = family
     offered = pipe._callback_tensor_inputs
     assert offered == [*PARENTS[name]._callback_tensor_inputs, "denoised", "sigma"]
@@ -96,7 +96,7 @@ def test_callback_inputs(family):
 # --- the components --------------------------------------------------------------------------------------------------
 
 
-def test_components_make_the_pipeline_again(family):
+def test_the_components_make_an_equal_pipeline(family):
     name, pipe = family
     again = CHILDREN[name](**pipe.components)
     assert set(pipe.components) == {*inspect.signature(type(pipe).__init__).parameters} - {
@@ -108,7 +108,7 @@ def test_components_make_the_pipeline_again(family):
 
 
 def test_encode_prompt_in_isolation(family):
-    """Text encoders alone encode; a pipeline without them, saved and loaded so, draws the same from what they give."""
+    """A pipeline of only text encoders encodes; one without them draws the same from the embeddings."""
     name, pipe = family
     texts = {part: getattr(pipe, part) for part in pipe.components if part.startswith(("text", "tokenizer"))}
     rest = {part: value for part, value in pipe.components.items() if part not in texts}
@@ -142,7 +142,7 @@ def test_save_and_load_with_optional_components(name, tmp_path):
 
 
 def test_scheduler_can_be_exchanged(family):
-    """Any of the compatible schedulers may be set on the pipeline, and gives its levels to the next call."""
+    """A compatible scheduler can be set on the pipeline, and the next call uses its levels."""
     name, pipe = family
     pipe = copy.copy(pipe)
     before = draw(pipe, name)
@@ -156,7 +156,7 @@ def test_scheduler_can_be_exchanged(family):
 
 @FAMILIES
 def test_to(name):
-    """Device and dtype go to every network, alone and together; the pipeline says where it is."""
+    """`to` moves every network, by device, by dtype and by both; the pipeline reports where it is."""
     pipe = load(CHILDREN[name], name)
     networks = [one for one in pipe.components.values() if isinstance(one, torch.nn.Module)]
     assert pipe.to("cpu") is pipe and pipe.device == torch.device("cpu") and pipe.dtype == torch.float32
@@ -172,7 +172,7 @@ def test_half_precision_draws_the_same_picture(name, dtype, sdxl, flux):
     """To the network's rounding (5e-4 and 4e-3 of each value, through two steps); the latents are float32."""
     half = load(CHILDREN[name], name, dtype)
     shape = {"sdxl": (1, 4, 8, 8), "flux": (1, 16, 64)}[name]
-    noise = torch.randn(shape, generator=seeded())  # older torch draws other noise in bfloat16
+    noise = torch.randn(shape, generator=seeded())  # older versions of torch draw other noise in bfloat16
     drawn = draw(half, name, latents=noise)
     assert drawn.dtype == torch.float32
     expected = draw({"sdxl": sdxl, "flux": flux}[name], name, latents=noise)

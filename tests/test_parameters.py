@@ -1,4 +1,4 @@
-"""The `parameters` text of the pictures, `--comfy`, and that the text draws the picture again."""
+"""The `parameters` text of the pictures, `--comfy`, and drawing a picture again from its text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gallery.parameters import ALIASES, AUTOMATIC, EVEN, SAMPLERS, SCHEDULES, re
 from gallery.pictures import read_settings, write_png
 from sdxl_comfy_pipeline import sampler_names
 
-# as the web UI writes it: infotext of a picture of version 1.10, with a weight, a LoRA and values in quotes
+# the web UI's text of a picture of version 1.10, with a weight, a LoRA and values in quotes
 WEB_UI = """(astronaut:1.2) in a jungle,
 detailed <lora:cold:0.5>
 Negative prompt: snow, cars
@@ -45,8 +45,8 @@ def test_text_of_the_web_ui_is_read():
     }
 
 
-# Texts of the web UI's form: prompt, lines after "Negative prompt:", pairs; and what they say. 50 of them, by grammar.
-LABELS = {  # sampler and schedule as versions since 1.9 spell them, and what they are
+# 50 texts in the web UI's form (prompt, lines after "Negative prompt:", pairs) and their meaning, by grammar.
+LABELS = {  # sampler and schedule as spelt since version 1.9, and their names here
     ("Euler", "Automatic"): ("euler", "normal"),
     ("Euler a", "Automatic"): ("euler_ancestral", "normal"),
     ("Heun", "Automatic"): ("heun", "normal"),
@@ -72,7 +72,7 @@ LABELS = {  # sampler and schedule as versions since 1.9 spell them, and what th
     ("Euler", "Normal"): ("euler", "normal"),
     ("Euler", "DDIM"): ("euler", "ddim_uniform"),
     ("Euler", "Beta"): ("euler", "beta"),
-    # as versions before 1.9 spell both in one, and a name without a schedule
+    # both in one name, as before version 1.9, and a name without a schedule
     ("DPM++ 2M Karras", None): ("dpmpp_2m", "karras"),
     ("DPM++ SDE Karras", None): ("dpmpp_sde", "karras"),
     ("DPM++ 2S a Karras", None): ("dpmpp_2s_ancestral", "karras"),
@@ -87,7 +87,7 @@ LABELS = {  # sampler and schedule as versions since 1.9 spell them, and what th
     ("DPM++ 3M SDE", None): ("dpmpp_3m_sde", "normal"),
     ("Euler a", None): ("euler_ancestral", "normal"),
     ("Euler A", None): ("euler_ancestral", "normal"),
-    # names that k-diffusion has not: as they stand, for the scripts to refuse
+    # names that k-diffusion lacks stay as they are; the scripts refuse them
     ("Restart", "Karras"): ("Restart", "karras"),
     ("Euler", "Align Your Steps"): ("euler", "Align Your Steps"),
 }
@@ -129,7 +129,7 @@ def test_fifty_texts():
 
 
 def test_the_schedulers_own_levels_are_not_called_automatic():
-    """That is the sampler's own in the web UI, another picture."""
+    """In the web UI that is the sampler's own schedule, which draws another picture."""
     settings = {"prompt": "a cat", "sampler": "dpmpp_2m", "schedule": "scheduler", "steps": "4"}
     assert "Schedule type: scheduler" in write_parameters(settings)
     assert read_parameters(write_parameters(settings))["schedule"] == "scheduler"
@@ -203,7 +203,7 @@ def test_any_settings_come_back(prompt, negative, model, sampler, schedule, true
 
 
 def test_names_are_known_to_both_sides():
-    """Of the samplers all, so that a new one of k-diffusion's gets a label; of the schedules those of the web UI."""
+    """All samplers, so that a new one of k-diffusion gets a label; and the schedules that the web UI has."""
     assert set(SAMPLERS) == set(sampler_names())
     assert set(ALIASES) | set(SAMPLERS) <= set(COMFY_SAMPLERS)
     assert set(SCHEDULES) - {"polyexponential"} <= set(SCHEDULERS)
@@ -226,7 +226,7 @@ def test_names_are_known_to_both_sides():
     ids=lambda value: value[1] if isinstance(value, tuple) else value.name,
 )
 def test_the_text_draws_the_picture_again(tmp_path, family, options):
-    """With nothing but what the `parameters` of the first picture say."""
+    """From only the `parameters` of the first picture."""
     run(family, "--width", 64, "--height", 64, *options, "--steps", 4, "--output", tmp_path / "first")
     (first,) = (tmp_path / "first").glob("*-sample_*.png")
     read = read_parameters(read_settings(first)["parameters"])
@@ -243,7 +243,7 @@ def test_the_text_draws_the_picture_again(tmp_path, family, options):
 
 
 def test_resume_tells_pictures_of_comfyui_from_plain_ones(tmp_path, capsys):
-    """With the same levels and seed, whichever was there first."""
+    """With the same levels and seed, in either order."""
     arguments = ["--samplers", "euler", "--steps", 2, "--schedule", "karras", "--output", tmp_path, "--resume"]
     kept = []
     for comfy in (["--comfy"], [], [], ["--comfy"], ["--comfy"]):
@@ -253,7 +253,7 @@ def test_resume_tells_pictures_of_comfyui_from_plain_ones(tmp_path, capsys):
 
 
 def test_resume_keeps_plain_pictures_that_do_not_say_so(tmp_path, capsys):
-    """As the committed ones: `comfy` stood in ComfyUI's alone once."""
+    """Older plain pictures, like the committed ones, have no `comfy`."""
     arguments = ["--samplers", "euler", "--steps", 2, "--output", tmp_path]
     run(SDXL, *arguments)
     (path,) = tmp_path.glob("*-sample_euler.png")
@@ -265,7 +265,7 @@ def test_resume_keeps_plain_pictures_that_do_not_say_so(tmp_path, capsys):
 
 
 def test_comfy_in_the_options(capsys):
-    """ComfyUI's usual levels, unless others are named."""
+    """ComfyUI's usual levels, unless others are requested."""
     assert parse(SDXL, ["--comfy"]).schedule == "normal" and parse(FLUX, ["--comfy"]).schedule == "simple"
     assert parse(SDXL, ["--comfy", "--schedule", "beta"]).schedule == "beta"
     assert parse(SDXL, []).schedule == "karras" and parse(FLUX, []).schedule is None
@@ -291,7 +291,7 @@ def test_names_that_comfyui_or_k_diffusion_has_not(tmp_path, capsys, options, me
 
 @pytest.mark.parametrize("name, family", [("sdxl", SDXL), ("flux", FLUX)])
 def test_comfy_draws_what_ksampler_says(request, tmp_path, name, family):
-    """The picture by hand, from the fields of the node."""
+    """The same picture as from the node's fields in Python."""
     pipe = request.getfixturevalue(name)
     fields = {"seed": 5, "steps": 3, "sampler_name": "dpm_2", "scheduler": "beta", "width": 96, "height": 64}
     negative = {"negative_prompt": "snow"}
@@ -310,19 +310,19 @@ GUIDANCE = {"sdxl": {}, "flux": {"guidance_scale": 3.5}}
 
 
 def test_comfy_draws_all_that_run(tmp_path, capsys):
-    """Without --samplers, those of ComfyUI's that this machine has. A line tells of the others."""
+    """Without --samplers, all of ComfyUI's samplers that run here. A line reports the others."""
     run(SDXL, "--comfy", "--steps", 1, "--width", 64, "--height", 64, "--output", tmp_path)
     drawn = {path.stem.partition("sample_")[2] for path in tmp_path.glob("*-sample_*.png")}
     assert {*sampler_names(), "ddim", "dpmpp_sde_gpu"} <= drawn <= set(COMFY_SAMPLERS)
-    told = "of ComfyUI's samplers are left out" in capsys.readouterr().out
-    assert told == (drawn != set(COMFY_SAMPLERS))
+    reported = "of ComfyUI's samplers are left out" in capsys.readouterr().out
+    assert reported == (drawn != set(COMFY_SAMPLERS))
 
 
 # --- --from ---
 
 
 def graph(**fields) -> dict[str, dict]:
-    """A picture of ComfyUI's, in the form of its text-to-image template."""
+    """A picture of ComfyUI, in the form of its text-to-image template."""
     sampler = {"seed": 7, "steps": 3, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
     links = {"model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}
     nodes = {
@@ -345,7 +345,7 @@ def of_comfyui(path, **fields):
 
 
 def test_from_a_picture_of_comfyui(tmp_path, capsys):
-    """Its settings and its sampler; and what is named beside it goes before."""
+    """With the picture's settings and sampler. Options on the command line take precedence."""
     picture = of_comfyui(tmp_path / "comfyui.png")
     options = parse(SDXL, ["--from", str(picture), "--model", "demo"])
     assert (options.prompt, options.negative_prompt, options.seed, options.steps) == ("a cat", "snow", 7, 3)
@@ -389,7 +389,7 @@ def test_from_refuses_in_one_line(tmp_path, capsys, family, fields, message):
     [("steps", "--steps=5"), ("cfg", "--guidance=5"), ("seed", "--seed=5"), ("positive", "--prompt=a dog")],
 )
 def test_what_cannot_be_known_is_named_on_the_command_line(tmp_path, capsys, field, option):
-    """Or nothing is drawn."""
+    """If the command line lacks it, nothing is drawn."""
     picture = ["--from", str(of_comfyui(tmp_path / "a.png", **{field: ["4", 0] if field == "positive" else ["7", 0]}))]
     with pytest.raises(SystemExit, match="2"):
         parse(SDXL, picture)
@@ -403,12 +403,12 @@ def test_what_cannot_be_known_is_named_on_the_command_line(tmp_path, capsys, fie
     "sampler, drops", [("DPM2 a Karras", True), ("DPM++ 3M SDE", True), ("DPM++ 2M Karras", False)]
 )
 def test_levels_that_the_web_ui_drops(tmp_path, sampler, drops):
-    """Are dropped here, and what is drawn without says so."""
+    """They are dropped here too, and a picture that is drawn without them says so."""
     text = "a cat\n" + PAIRS.format(sampler=f"Sampler: {sampler}, ")
     write_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", None, text)
     assert parse(SDXL, ["--from", str(tmp_path / "a.png")]).discard == drops
     assert not parse(SDXL, ["--from", str(tmp_path / "a.png"), "--samplers", "euler"]).discard
-    for own in ({}, {"discard": "True"}):  # a picture of this project's, of today and of before it said so
+    for own in ({}, {"discard": "True"}):  # pictures of this project, of today and of an older version
         write_png(Image.new("RGB", (8, 8)), tmp_path / "b.png", {"sigmas": "[1, 0]", **own}, text)
         assert parse(SDXL, ["--from", str(tmp_path / "b.png")]).discard == (drops and bool(own))
     read = read_parameters(text)
@@ -419,7 +419,7 @@ def test_levels_that_the_web_ui_drops(tmp_path, sampler, drops):
 
 
 def test_from_a_picture_of_the_web_ui(tmp_path):
-    """Without --comfy: its noise is its own."""
+    """Without --comfy: the web UI has noise of its own."""
     write_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", None, "a cat\n" + PAIRS.format(sampler="Sampler: DPM2, "))
     options = parse(SDXL, ["--from", str(tmp_path / "a.png")])
     assert (options.prompt, options.samplers, options.schedule) == ("a cat", ["dpm_2"], "normal")
@@ -433,7 +433,7 @@ def test_from_a_picture_with_prompts_of_a_file(tmp_path):
 
 
 def test_comfyui_guides_away_from_an_empty_text(tmp_path):
-    """As its KSampler does where cfg is above 1: FLUX's picture is another one, its setting says so."""
+    """As ComfyUI's KSampler does where cfg is above 1. FLUX's picture changes, and its settings say so."""
     pictures = {}
     for name, negative in (("guided", ["--negative-prompt", ""]), ("not", [])):
         out = tmp_path / name

@@ -29,7 +29,7 @@ import work_precision  # noqa: E402
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
-    """One grid of three samplers at four steps, of each family."""
+    """A grid of three samplers at four steps for each family."""
     folder = tmp_path_factory.mktemp("grid")
     arguments = ("--samplers", "euler", "sample_dpm_2", "dpmpp_2m", "--steps", 4, "--output", folder)
     return folder, {script: run(*arguments, script=script) for script in ("test.py", "test_flux.py")}
@@ -64,7 +64,7 @@ def test_resume_draws_only_what_is_missing(grid, tmp_path, capsys):
     half = folder / "sdxl-demo-sample_dpmpp_2m.png"
     before = kept.stat().st_mtime_ns
     gone.unlink()
-    half.write_bytes(half.read_bytes()[:2000])  # as if an older version had been cut off
+    half.write_bytes(half.read_bytes()[:2000])  # as if an older version had been interrupted
     arguments = ("--samplers", "euler", "dpm_2", "dpmpp_2m", "--steps", 4, "--output", folder, "--resume")
     assert run_here(SDXL, *arguments) == 0
     assert capsys.readouterr().out.count("(kept)") == 1
@@ -74,7 +74,7 @@ def test_resume_draws_only_what_is_missing(grid, tmp_path, capsys):
 
 
 def test_a_sampler_that_fails_does_not_stop_the_others(tmp_path, capsys):
-    """A file in the way of one picture."""
+    """A folder where one picture should be written."""
     (tmp_path / "sdxl-demo-sample_euler.png").mkdir()
     assert run_here(SDXL, "--samplers", "euler", "heun", "--steps", 2, "--output", tmp_path) == 1
     out = capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_a_sampler_that_fails_does_not_stop_the_others(tmp_path, capsys):
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_a_sheet_that_cannot_be_written_is_told_beside_the_table(tmp_path, capsys, seeds):
-    """The pictures are there; a folder has the name of the (first) sheet."""
+    """The pictures are written; a folder has the name of the (first) sheet."""
     (tmp_path / f"sdxl-demo{'-seed2' * (seeds > 1)}-grid.png").mkdir()
     arguments = ("--model", "demo", "--samplers", "euler", "--steps", 1, "--seeds", seeds, "--output", tmp_path)
     assert run_here(SDXL, *arguments) == 1
@@ -97,7 +97,7 @@ def test_a_sheet_that_cannot_be_written_is_told_beside_the_table(tmp_path, capsy
 
 @pytest.mark.parametrize("scale", [1, 3])
 def test_evaluations_are_counted_once_a_step_with_true_cfg(tmp_path, scale):
-    """FLUX's transformer is called twice for one evaluation there; SDXL's guidance is one call of twice the batch."""
+    """FLUX's true CFG calls the transformer twice per evaluation; SDXL's guidance is one call of twice the batch."""
     options = ("--negative-prompt", "snow", "--true-cfg", scale, "--samplers", "euler", "heun", "--steps", 2)
     assert run_here(FLUX, "--model", "demo", *options, "--output", tmp_path) == 0
     for sampler, evaluations in (("euler", "2"), ("heun", "3")):
@@ -105,7 +105,7 @@ def test_evaluations_are_counted_once_a_step_with_true_cfg(tmp_path, scale):
 
 
 def test_the_demo_model_by_its_path_has_the_demo_models_names(tmp_path, monkeypatch):
-    """Not the real model's, sdxl-*.png, which it would overwrite."""
+    """The names of the real model's pictures, sdxl-*.png, are not used: these would be overwritten."""
     monkeypatch.chdir(ROOT)
     for folder in ("demo/sdxl", ROOT / "demo" / "sdxl"):
         options = ("--model", folder, "--samplers", "euler", "--steps", 1, "--resume", "--output", tmp_path)
@@ -166,7 +166,7 @@ def test_the_first_and_the_last_seed_draw(tmp_path, seed, comfy):
     ids=lambda value: str(value)[:40],
 )
 def test_what_flux_can_not_draw_is_refused(capsys, arguments, message):
-    """In the options, so before a model is loaded."""
+    """By the options, before a model is loaded."""
     with pytest.raises(SystemExit, match="2"):
         parse(FLUX, list(arguments))
     assert f"error: argument {message}" in capsys.readouterr().err
@@ -254,7 +254,7 @@ def test_idle_threads_sleep_beside_a_busy_process(script, settings, policy):
         (["--model", "some/model", "--device", "cuda"], 3, None),
         (["--model", "demo"], 3, "passive"),
         (["--device", "cpu"], 3, "passive"),
-        (["--model", "demo"], 1, None),  # alone on the machine, spinning is faster
+        (["--model", "demo"], 1, None),  # on an idle machine, spinning is faster
     ],
 )
 def test_a_gpus_model_and_a_quiet_machine_are_left_alone(monkeypatch, arguments, running, policy):
@@ -266,7 +266,7 @@ def test_a_gpus_model_and_a_quiet_machine_are_left_alone(monkeypatch, arguments,
 
 
 def test_help_needs_no_torch():
-    """So that it is there at once."""
+    """So that --help answers quickly."""
     hides = "import sys; sys.modules['torch'] = None; sys.argv = ['test_flux.py', '--help']; import runpy; "
     line = [sys.executable, "-c", hides + "runpy.run_path('test_flux.py', run_name='__main__')"]
     result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
@@ -282,7 +282,7 @@ def test_help_needs_no_torch():
     + [("test.py", "torch.nn"), ("test.py", "diffusers")],
 )
 def test_ctrl_c_while_the_script_starts(tmp_path, script, after):
-    """In the import of a module, where a signal that arrives ends it: 130, and no traceback."""
+    """During the import of a module: exit status 130, and no traceback."""
     interrupts = f"""
 import builtins, os, runpy, signal, sys
 def importing(name, *rest, real=builtins.__import__, **named):
@@ -299,7 +299,7 @@ runpy.run_path({script!r}, run_name="__main__")
 
 
 def test_ctrl_c_while_it_draws(tmp_path, monkeypatch, capsys):
-    """What is drawn is there, no file is half written, and one line says how to go on."""
+    """The finished pictures are kept, no file is half written, and one line says how to continue."""
     drawn = []
 
     def write(image, path, *rest):
@@ -317,7 +317,7 @@ def test_ctrl_c_while_it_draws(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def unread():
-    """The writing end of a pipe that nobody reads, as of `| head -1` when it has its line."""
+    """The writing end of a pipe whose reader has ended, like `| head -1`."""
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w", buffering=1) as end:
@@ -326,7 +326,7 @@ def unread():
 
 def test_nobody_reads_the_help(unread):
     line = [sys.executable, ROOT / "test.py", "--help"]
-    environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": ""}  # argparse drops the error of a write
+    environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": ""}  # argparse ignores an error of a write
     result = subprocess.run(line, stdout=unread, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
     assert (result.returncode, result.stderr) == (141, "")
 
@@ -338,8 +338,8 @@ def test_nobody_reads_what_the_script_says(tmp_path, unread, monkeypatch):
         assert run_here(SDXL, "--samplers", "euler", "--steps", 1, "--output", tmp_path) == 141
 
 
-def test_a_pipe_gets_one_line_a_picture(grid):
-    """And no bar: nothing is drawn over."""
+def test_a_pipe_gets_one_line_per_picture(grid):
+    """And no progress bar, which would draw over the lines."""
     for script, family in (("test.py", "sdxl"), ("test_flux.py", "flux")):
         lines = grid[1][script].stderr.splitlines()
         names = [f"{family}-demo-sample_{sampler}.png" for sampler in ("euler", "dpm_2", "dpmpp_2m")]
@@ -348,7 +348,7 @@ def test_a_pipe_gets_one_line_a_picture(grid):
 
 
 def test_a_picture_that_is_not_finite_has_failed(tmp_path, capsys):
-    """Guidance so strong that float32 overflows. The other picture is drawn."""
+    """The guidance is so strong that float32 overflows. The other picture is drawn."""
     options = ("--samplers", "euler", "--steps", 2, "--guidance", 1e30, "--output", tmp_path)
     assert run_here(SDXL, *options) == 1
     out = capsys.readouterr().out
@@ -357,7 +357,7 @@ def test_a_picture_that_is_not_finite_has_failed(tmp_path, capsys):
 
 
 def test_work_precision_measures_again_for_another_number_of_images(tmp_path, monkeypatch):
-    """What is committed holds for the default number; only samplers without noise, of one image, share it with 2."""
+    """The committed numbers are for the default batch. With a batch of 2, only deterministic samplers agree."""
     file = tmp_path / "work_precision.json"
     shutil.copy(ROOT / "benchmarks" / file.name, file)
     name, before, results = "demo SDXL", json.loads(file.read_text()), work_precision.Results(file)

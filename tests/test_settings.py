@@ -1,4 +1,4 @@
-"""The right numbers whatever the scheduler, torch's defaults and the way latents are handed in and out."""
+"""The numbers are right with any scheduler, with any torch defaults, and with latents in and out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def with_scheduler(pipe, kind, **options):
 
 # --- latents have the scheduler's scale ------------------------------------------------------------------------------
 
-# of the first order each is Euler's step (DPM-Solver, Lu et al. 2022, section 3.1), so that the whole run is known
+# at first order each solver takes Euler's step (DPM-Solver, Lu et al. 2022, section 3.1): the whole run is known
 FIRST_ORDER = {
     "Euler": (EulerDiscreteScheduler, {}),
     "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
@@ -51,7 +51,7 @@ FIRST_ORDER = {
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_hand_over_to_a_stock_refiner(sdxl, name):
-    """`denoising_end`, then diffusers' image-to-image pipeline from there with the same scheduler: the whole run."""
+    """`denoising_end`, then diffusers' image-to-image pipeline with the same scheduler, equal the whole run."""
     kind, options = FIRST_ORDER[name]
     pipe = with_scheduler(sdxl, kind, **options)
     call = {**CALL, "num_inference_steps": 10}
@@ -72,7 +72,7 @@ def test_hand_over_to_a_stock_refiner(sdxl, name):
     ],
 )
 def test_hand_over_is_the_stock_pipelines(sdxl, kind, options, sampler):
-    """The latents at `denoising_end`, in the scale that a stock refiner with this scheduler takes."""
+    """The latents at `denoising_end` have the scale that a stock refiner with this scheduler expects."""
     pipe = with_scheduler(sdxl, kind, **options)
     call = {**CALL, "num_inference_steps": 10, "denoising_end": 0.6}
     ours = pipe(generator=seeded(), sampler=sampler, **call).images
@@ -83,7 +83,7 @@ def test_hand_over_is_the_stock_pipelines(sdxl, kind, options, sampler):
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_a_callback_inpaints_with_add_noise(sdxl, name):
-    """What is kept of a picture is blended in with noise of the level, as in the stock pipeline, by the scheduler."""
+    """As in the stock pipeline, the scheduler adds the level's noise to the kept part of the picture."""
     kind, options = FIRST_ORDER[name]
     pipe = with_scheduler(sdxl, kind, **options)
     noiser = copy.deepcopy(pipe.scheduler)
@@ -113,7 +113,7 @@ def test_a_callback_inpaints_with_add_noise(sdxl, name):
     ids=["DEIS", "SA-Solver", "DPM-Solver"],
 )
 def test_own_levels_are_as_many_as_asked_for_and_end_at_zero(sdxl, kind, options):
-    """These list the lowest level twice."""
+    """These schedulers list the lowest level twice."""
     levels = with_scheduler(sdxl, kind, use_karras_sigmas=True, **options).noise_levels(10)
     assert len(levels) == 11 and levels[-1] == 0 and levels[-2] > 0
 
@@ -127,7 +127,7 @@ def test_own_levels_of_flux(flux):
 
 
 def test_levels_whatever_the_scheduler(sdxl):
-    """`sigmas` are the parent's, for schedulers that take some; `schedule` takes levels for any."""
+    """`sigmas` is for schedulers that take them, as in the parent; `schedule` takes levels for any scheduler."""
     pipe = with_scheduler(sdxl, DDIMScheduler)
     with pytest.raises(ValueError, match="DDIMScheduler takes none; pass them as `schedule`"):
         pipe(sigmas=[10.0, 3.0], **CALL)
@@ -165,7 +165,7 @@ MODES = {
 @FAMILIES
 @pytest.mark.parametrize("mode", MODES)
 def test_levels_under_other_defaults(name, mode, sdxl, flux):
-    """Those of a name, those of the scheduler and given ones."""
+    """Levels by name, the scheduler's levels, and given levels."""
     pipe, tokens = {"sdxl": (sdxl, ()), "flux": (flux, (64,))}[name]
     schedules = [*SCHEDULES, [0.9, 0.5, 0.0], None]
     plain = [pipe.noise_levels(*tokens, 8, schedule=schedule) for schedule in schedules]
@@ -191,7 +191,7 @@ def test_pictures_under_other_defaults(name, mode, sampler, sdxl, flux):
 
 
 def test_four_threads_with_a_pipeline_each(sdxl):
-    """`from_pipe` makes them on the same weights. Each draws with its own guidance, as it does alone.
+    """`from_pipe` makes them with the same weights. Each draws with its own guidance, as it does alone.
 
     The prompt is encoded before, since the tokenizers are shared, and serve one thread at a time.
     """
@@ -220,7 +220,7 @@ def test_four_threads_with_a_pipeline_each(sdxl):
 
 
 def test_image_to_image_on_sdxl(sdxl):
-    """The levels from the middle on, and x0 + sigma noise at the first: StableDiffusionXLImg2ImgPipeline's picture."""
+    """The second half of the levels, from x0 + sigma noise, gives StableDiffusionXLImg2ImgPipeline's picture."""
     x0 = torch.randn(1, 4, 8, 8, generator=seeded(5))
     levels = sdxl.noise_levels(8)[4:]
     noisy = x0 + levels[0].float() * torch.randn(x0.shape, generator=seeded())
@@ -232,7 +232,7 @@ def test_image_to_image_on_sdxl(sdxl):
 
 
 def test_image_to_image_on_flux(flux):
-    """The same with (1 - t) x0 + t noise, packed."""
+    """The same from (1 - t) x0 + t noise, packed."""
     x0 = torch.randn(1, 16, 8, 8, generator=seeded(5))
     noise = torch.randn(x0.shape, generator=seeded())
     levels = flux.noise_levels(16, 8)[4:]

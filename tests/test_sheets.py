@@ -34,17 +34,17 @@ def test_png_is_written_whole_or_not_at_all(tmp_path):
 
 
 PIXEL = Image.new("RGB", (1, 1))
-LONG = "a word of several that tell what failed " * 40
+LONG = "one of several words that say what failed " * 40
 
 
 def ink(entries, changed, labels=None, changed_labels=None):
-    """The box around what is drawn for one text: where the sheet differs with `changed` in place of `entries`."""
+    """The box around one text: where the sheet differs with `changed` in place of `entries`."""
     labels = labels or {}
     one = contact_sheet(["title"], entries, **labels)
     return ImageChops.difference(one, contact_sheet(["title"], changed, **changed_labels or labels)).getbbox()
 
 
-@pytest.mark.parametrize("columns", [0, 2, 17])  # of a table; none: a grid
+@pytest.mark.parametrize("columns", [0, 2, 17])  # of a table; 0: a grid
 @pytest.mark.parametrize("label", ["lms", "dpmpp_2s_ancestral"])
 @pytest.mark.parametrize("size", [(16, 64), (64, 64), (64, 6)])
 def test_labels_of_a_sheet_do_not_overlap(tmp_path, size, label, columns):
@@ -80,7 +80,7 @@ def test_why_a_sampler_failed_stays_in_its_row(tmp_path, size):
 
 @pytest.mark.parametrize("word", ["WWWW ", "iiii ", "W", "a/long-path/with_no_space"])
 def test_text_is_wrapped_by_its_width(word):
-    """No line reaches into the margin, and none is broken long before it."""
+    """No line reaches into the margin, and no line is broken long before it."""
     sheet = contact_sheet([word * 60, word * 60], [("a", "failed", None)])
     right = ImageChops.invert(sheet).getbbox()[2]
     assert 0.85 * (sheet.width - 14) < right <= sheet.width - 14
@@ -109,7 +109,7 @@ def test_title_names_what_the_pictures_have_in_common():
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_the_committed_sheets_are_laid_out_as_they_were(tmp_path, family):
-    """The committed pictures on a sheet are the committed sheet, but for how Pillow's versions draw letters."""
+    """The committed pictures make the committed sheet, apart from the letters of different Pillow versions."""
     sheet = ROOT / "output" / f"{family}-demo-grid.png"
     drawn = []
     for sampler in sampler_names():
@@ -146,7 +146,7 @@ def table(folder, rows, columns, failed=(), **options):
 
 @pytest.mark.parametrize("rows, columns, down", [(2, 2, "rows"), (3, 2, "rows"), (2, 3, "columns"), (1, 4, "columns")])
 def test_the_longer_side_of_a_table_goes_down(tmp_path, monkeypatch, rows, columns, down):
-    """And the last picture of a sampler's row is the one that its distances are from, whichever way the table lies."""
+    """The distances are from the last picture of a sampler, in either orientation of the table."""
     seen = {}
     monkeypatch.setattr(
         sheet, "contact_sheet", lambda title, cells, **labels: seen.update(cells=cells, **labels) or PIXEL
@@ -164,7 +164,7 @@ def test_the_longer_side_of_a_table_goes_down(tmp_path, monkeypatch, rows, colum
         assert note == f"4 evaluations, 1.0 s\n{apart:.1f} levels from the last"
 
 
-# --- what other tools find in a picture ---
+# --- other tools ---
 
 
 def test_no_chunk_of_a_picture_is_another_tools(tmp_path):
@@ -178,7 +178,7 @@ def test_no_chunk_of_a_picture_is_another_tools(tmp_path):
 
 
 @pytest.mark.parametrize("chunk", ["", "{", "[]", "1"])
-def test_a_chunk_that_another_wrote_is_no_settings(tmp_path, chunk):
+def test_a_chunk_of_another_tool_is_no_settings(tmp_path, chunk):
     info = PngInfo()
     info.add_itxt("k-diffusing", chunk)
     info.add_text("parameters", "a cat")
@@ -191,7 +191,7 @@ def test_a_chunk_that_another_wrote_is_no_settings(tmp_path, chunk):
 
 @pytest.mark.parametrize("word", ["word ", "x", "宇航员"])
 def test_a_long_prompt_is_cut_with_an_ellipsis(monkeypatch, word):
-    """A sheet with 60,000 letters is no higher than with 6,000, and measures few of them."""
+    """A sheet with 60,000 letters is as high as with 6,000, and measures only few of them."""
     measured = []
     real = pictures.ImageFont.FreeTypeFont.getlength
 
@@ -221,7 +221,7 @@ def test_letters_that_no_font_has_are_escaped(monkeypatch):
 
 
 def test_a_font_that_has_the_letters_is_used(monkeypatch):
-    """Cyrillic, which Pillow's own lacks: by a font of this machine, if it has one."""
+    """Cyrillic, which Pillow's font lacks, from a font of this machine, if there is one."""
     fonts = pictures.fonts_with(frozenset("Пёс"))
     if not fonts:
         pytest.skip("no font here has Cyrillic letters")

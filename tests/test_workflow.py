@@ -69,7 +69,7 @@ def test_nodes_in_any_order_and_with_any_ids(read):
 
 
 def flux_graph() -> dict:
-    """FLUX.1-dev's example: the parts of the sampler are nodes of their own."""
+    """FLUX.1-dev's example: the parts of the sampler are separate nodes."""
     return {
         "5": node("EmptySD3LatentImage", width=["30", 0], height=768, batch_size=1),
         "6": node("CLIPTextEncode", text=["31", 0], clip=["11", 0]),
@@ -142,7 +142,7 @@ def test_the_other_forms_of_prompts(read):
 
 
 def test_ksampler_advanced(read):
-    """SDXL's example: a base model hands its leftover noise to the refiner."""
+    """SDXL's example: the base model passes its leftover noise to the refiner."""
     graph = plain_graph()
     links = {key: graph["3"]["inputs"][key] for key in ("model", "positive", "negative", "latent_image")}
     fields = {"steps": 25, "cfg": 8.0, "sampler_name": "euler", "scheduler": "normal"}
@@ -169,7 +169,7 @@ def test_sampler_custom(read):
 
 
 def test_what_is_not_used_is_told(read):
-    """LoRA, ControlNet, a picture to begin with, upscaling, a second pass, nodes that nobody knows."""
+    """LoRA, ControlNet, an initial picture, upscaling, a second pass, unknown nodes."""
     graph = plain_graph(latent_image=["12", 0], model=["10", 0], positive=["11", 0], denoise=0.6)
     graph["10"] = node("LoraLoader", lora_name="detail.safetensors", model=["4", 0], clip=["4", 1])
     graph["11"] = node(
@@ -196,7 +196,7 @@ def test_what_is_not_used_is_told(read):
 
 
 def text_node(kind: str, **inputs) -> dict:
-    """A graph whose prompt is this node's, with two texts beside it."""
+    """A graph whose prompt comes from this node, and two more texts."""
     graph = plain_graph()
     graph["6"]["inputs"]["text"] = ["20", 0]
     fox, snow = node("String Literal", string="a fox"), node("CR Prompt Text", prompt="in snow")
@@ -204,7 +204,7 @@ def text_node(kind: str, **inputs) -> dict:
 
 
 FOX, SNOW = ["21", 0], ["22", 0]
-JOINED = [  # nodes that join texts, and what is drawn; None where that can't be known
+JOINED = [  # nodes that join texts, and the prompt; None where it can't be known
     (
         node("JoinStringMulti", inputcount=2, string_1=FOX, string_2=SNOW, delimiter=", ", return_list=False),
         "a fox, in snow",
@@ -258,12 +258,12 @@ def test_linked_texts_are_put_together_or_the_node_is_named(read, joins, prompt)
         assert found.unread["prompt"] == joins["class_type"] and "prompt" in "".join(found.unused)
 
 
-NUMBERS = [  # nodes that lead to a number, and which it is
+NUMBERS = [  # nodes that lead to a number, and the number
     (node("Seed (rgthree)", seed=7), 7),
     (node("Seed Generator", seed=7, control_after_generate="fixed"), 7),
     (node("INTConstant", value=7), 7),
     (node("FloatToInt", float=7.0), 7),
-    (node("SimpleParameters", seed=3, steps=7, cfg=7.0, denoise=7), None),  # its outputs are in this order, or not
+    (node("SimpleParameters", seed=3, steps=7, cfg=7.0, denoise=7), None),  # the order of its outputs is unknown
     (node("MathExpression|pysssss", expression="a * 2", a=7), None),
     (node("ComfyMathExpression", **{"expression": "a + 1", "values.a": 7}), None),
     (node("SimpleMath+", value="a-b", a=9, b=2), None),
@@ -298,8 +298,8 @@ CUSTOM = {"noise": ["20", 0], "guider": ["21", 0], "sampler": ["22", 0], "sigmas
 EVEN = {"23": node("BasicScheduler", scheduler="beta", steps=9, denoise=1.0)}
 PARTS = {"20": node("RandomNoise", noise_seed=1), "22": node("KSamplerSelect", sampler_name="euler")}
 PARTS |= {"21": node("CFGGuider", model=["4", 0], positive=["6", 0], negative=["7", 0], cfg=3.0)}
-EXPONENTIAL = "10, 3.1623, 1, 0.31623, 0.1, 0"  # even in the logarithm, which "exponential" is
-DRAWN = [  # samplers' nodes and what they need, and how their settings differ from `SAMPLER`
+EXPONENTIAL = "10, 3.1623, 1, 0.31623, 0.1, 0"  # even in the logarithm, like "exponential"
+DRAWN = [  # sampler nodes and their inputs, and how their settings differ from `SAMPLER`
     (node("KSampler (Efficient)", **SAMPLER, **LINKS, preview_method="auto", vae_decode="true"), {}, {}),
     (node("KSampler //Inspire", **SAMPLER, **LINKS, noise_mode="CPU"), {}, {}),
     (node("ClownsharKSampler_Beta", **SAMPLER | {"sampler_name": "exponential/res_2s", "scheduler": "bong_tangent"},
@@ -325,7 +325,7 @@ DRAWN = [  # samplers' nodes and what they need, and how their settings differ f
 @pytest.mark.parametrize("sampler, others, differs", DRAWN, ids=lambda value: value.get("class_type", ""))
 def test_samplers_are_found_by_their_inputs(read, sampler, others, differs):
     graph = plain_graph() | {"3": sampler, **others}
-    graph["10"] = node("KSampler", **SAMPLER | {"seed": 5}, **LINKS)  # that nothing is saved of
+    graph["10"] = node("KSampler", **SAMPLER | {"seed": 5}, **LINKS)  # whose result is not saved
     graph["11"] = node("PreviewImage", images=["12", 0])
     graph["12"] = node("VAEDecode", samples=["10", 0], vae=["4", 2])
     found = read(graph)
@@ -335,7 +335,7 @@ def test_samplers_are_found_by_their_inputs(read, sampler, others, differs):
         values["scheduler"] = ", ".join(f"{level:.5g}" for level in levels)
     assert values == {key: value for key, value in expected.items() if key != "denoise" and value is not None}
     assert {key for key, value in expected.items() if value is None} == set(found.unread)
-    if "ClownsharK" in sampler["class_type"]:  # which draws otherwise than KSampler
+    if "ClownsharK" in sampler["class_type"]:  # which draws differently from KSampler
         assert "ClownsharKSampler_Beta's eta 0.5" in found.unused
     if "KSampler (Efficient)" in sampler["class_type"]:
         assert found.unused == ["another KSampler"]
@@ -346,7 +346,7 @@ def test_samplers_are_found_by_their_inputs(read, sampler, others, differs):
 
 
 def test_broken_graphs(read):
-    """Cycles and links to nowhere leave a setting out, and say so; what is no node is passed by."""
+    """Cycles and links to nowhere leave a setting out, with a report. Entries that are no nodes are ignored."""
     graph = plain_graph(
         positive=["20", 0], negative=["99", 0], seed=["nowhere", 0], latent_image=["3", 0], cfg=[1, 2, 3]
     )
@@ -360,7 +360,7 @@ def test_broken_graphs(read):
 
 
 def test_megabytes(read):
-    """Found by the same way, however long: 30,000 nodes that pass one thing on, and as many that save nothing."""
+    """Settings are found along 30,000 nodes that pass a thing on, beside as many that save nothing."""
     graph = plain_graph(positive=["r0", 0], latent_image=["l0", 0])
     count = 30_000
     for i in range(count):
@@ -380,7 +380,7 @@ def test_other_families_are_refused(read):
     with pytest.raises(ValueError, match="was drawn with SDXL"):
         read(plain_graph(), "flux")
     graph = plain_graph()
-    graph["4"]["inputs"]["ckpt_name"] = "dreamshaper.safetensors"  # which may be any family
+    graph["4"]["inputs"]["ckpt_name"] = "dreamshaper.safetensors"  # of an unknown family
     assert read(graph, "flux").family is None
 
 
@@ -388,9 +388,9 @@ def test_other_families_are_refused(read):
     "texts", [{}, {"prompt": "a fox"}, {"prompt": "{}"}, {"prompt": "[1]"}, {"parameters": "a fox"}]
 )
 def test_pictures_without_settings(tmp_path, texts):
-    with pytest.raises(ValueError, match="picture.png: has no settings") as told:
+    with pytest.raises(ValueError, match="picture.png: has no settings") as refused:
         import_settings(picture(tmp_path / "picture.png", **texts))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_what_is_no_picture(tmp_path):
@@ -410,7 +410,7 @@ def test_the_web_uis_text(tmp_path):
         {
             **{"prompt": "a fox in snow,\n(sharp:1.2)", "negative_prompt": "blurry", "model": "sd_xl_base_1.0"},
             **{"sampler_name": "dpmpp_2m_sde", "scheduler": "karras", "seed": 4, "steps": 30, "cfg": 6.5},
-            **{"width": 832, "height": 1216},  # and no denoise, which is the second pass's
+            **{"width": 832, "height": 1216},  # and no denoise, which belongs to the second pass
         },
         "sdxl",
         ["<lora:fur:0.8>", "Hires upscale"],
@@ -418,7 +418,7 @@ def test_the_web_uis_text(tmp_path):
 
 
 WEB = "a fox\nNegative prompt: ice\nSteps: 30, Sampler: {}CFG scale: 5, Seed: 4, Size: 64x96"
-TEXTS = [  # what stands for the sampler and at the end, and what differs from euler, over normal levels
+TEXTS = [  # the sampler's entry, the entries at the end, and what differs from euler over normal levels
     ("DPM++ 2M SDE Heun, ", "", {"sampler_name": "dpmpp_2m_sde_heun"}),
     ("DPM++ 2M SDE Heun Karras, ", "", {"sampler_name": "dpmpp_2m_sde_heun", "scheduler": "karras"}),
     (
@@ -460,7 +460,7 @@ def test_texts_of_web_uis(tmp_path, sampler, end, differs):
 
 
 def test_a_text_beside_a_graph_that_cannot_be_read(tmp_path):
-    """Where no sampler is known, or what leads to one; drawn as ComfyUI draws. A graph that has all goes before it."""
+    """The text is read where the graph has no known sampler or unread settings. A complete graph takes precedence."""
     other, unknown, text = plain_graph(), text_node("LLM", prompt="write!", seed=1), WEB.format("Euler, ")
     other["3"] = node("Draw", **LINKS)
     for graph, prompt in ((other, "a fox"), (unknown, "a fox"), (plain_graph(), "a bottle")):
@@ -471,7 +471,7 @@ def test_a_text_beside_a_graph_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
 @pytest.mark.parametrize("code", ["utf-16-be", "utf-16-le", "ascii", "none"])
 def test_exif(tmp_path, suffix, code):
-    """UserComment, in JPEG and WebP, with either order of bytes."""
+    """UserComment, in JPEG and WebP, in either byte order."""
     text = WEB.format("Euler, ").replace("fox", "fox" if code in ("ascii", "none") else "狐")
     exif = Image.Exif()
     named = {"ascii": b"ASCII\0\0\0", "none": b""}.get(code, b"UNICODE\0")
@@ -494,7 +494,7 @@ def test_the_web_uis_old_names_and_flux(tmp_path):
 
 
 def test_the_text_that_is_written_here(tmp_path):
-    """By `write_parameters`."""
+    """From `write_parameters`."""
     settings = {"prompt": "a fox, in snow", "negative_prompt": "", "sampler": "dpmpp_sde_gpu", "schedule": "beta"}
     settings |= {"steps": "9", "guidance": "5.0", "seed": "3", "size": "64x96", "model": "demo"}
     for comfy in ("True", "False"):

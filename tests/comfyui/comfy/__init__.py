@@ -1,4 +1,4 @@
-"""A stand-in for ComfyUI's package, with what stands between a sampler and its network and what nodes extend."""
+"""A stand-in for ComfyUI's package: the classes between a sampler and its network, and the names that nodes extend."""
 
 import enum
 import math
