@@ -236,7 +236,8 @@ class Session:
         if not self.flux or ours.flow:
             return False
         choice = self.options.parameterization
-        choice = "flow" if choice == "auto" and side.comfy else choice  # ComfyUI's samplers know flows themselves
+        if choice == "auto" and getattr(side.target, "__module__", "").startswith("comfy."):
+            choice = "flow"  # ComfyUI's samplers know flows themselves
         return self.module.uses_ve(choice, self.module.find_sampler(side.target, side.options), ours.levels)
 
     def sampler_sigmas(self, levels: torch.Tensor, ve: bool) -> torch.Tensor:
@@ -299,8 +300,8 @@ class Session:
         self, side: Side, ours: Ours, model: Callable, ve: bool, found: Trajectory, callback: Any, generator: Any
     ) -> torch.Tensor:
         """Calls the sampler over our levels, and notes in `found` what it does in its own coordinates."""
-        sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype)
-        x = ours.start.to(self.dtype)
+        sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype, copy=True)  # the sampler may write on both
+        x = ours.start.to(self.dtype, copy=True)
         if ve:  # at t = 1 the noise alone, as in the pipeline
             x = x * (sigmas[0] if ours.levels[0] == 1 else 1 + sigmas[0]).item()
 

@@ -33,7 +33,7 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     words = "hub id, folder, .safetensors file, or 'demo' (default: %(default)s)"
     add("--model", type=text, default="demo", help=words)
     add("--steps", type=grids.steps, default=25, help="(default: %(default)s)")
-    add("--schedule", type=text, help="noise levels of the k-diffusion side by name (default: those of the other side)")
+    add("--schedule", type=text, help="noise levels of the k-diffusion side by name (default: the other side's)")
     words = "FLUX: what the sampler sees as sigma"
     add("--parameterization", choices=("auto", "flow", "ve"), default="auto", help=words)
     for name in ("--width", "--height"):

@@ -105,9 +105,9 @@ def curves(
             path = " ".join(f"{across:.1f},{down:.1f}" for across, down in placed)
             parts.append(f'<polyline class="{name}" points="{path}"/>')
             parts += [f'<circle class="{name}" cx="{across:.1f}" cy="{down:.1f}" r="2.5"/>' for across, down in placed]
-        at = -math.inf
-        for end, name in sorted((y(line[-1][1]), name) for name, line in lines.items()):
-            at = max(end, at + 15)
+        at = math.inf
+        for end, name in sorted(((y(line[-1][1]), name) for name, line in lines.items()), reverse=True):
+            at = min(end, at - 15)
             parts.append(svg_text(name, width - RIGHT + 8, at + 4, name))
         return "".join(parts) + "</svg>"
 

@@ -50,11 +50,6 @@ class Side:
         return f"{self.text}: {reason(error)}" + (f" ({self.file}, line {lines[-1]})" if lines else "")
 
     @property
-    def comfy(self) -> bool:
-        """Whether it is ComfyUI's own."""
-        return getattr(self.target, "__module__", "").startswith("comfy.")
-
-    @property
     def eta(self) -> float | None:
         """How much step noise a sampler adds, 0 to 1; None for one without the option."""
         parameter = inspect.signature(self.target).parameters.get("eta")

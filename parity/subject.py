@@ -49,16 +49,16 @@ class Subject:
     """
 
     def __init__(
-        self, side: Side, family: Family, module: ModuleType, schedule: str | None = None, choice: str = "auto"
+        self, side: Side, family: Family, module: ModuleType, schedule: str | None = None, parameterization="auto"
     ):
         self.side, self.family, self.module, self.flux = side, family, module, family is FLUX
         self.stock = side.is_scheduler  # in the stock pipeline
         self.schedule = schedule or (None if self.flux else "karras")
         self.parameters = inspect.signature(side.target).parameters
-        self.options = Namespace(seed=0, steps=10, guidance=1.0, parameterization=choice)
+        self.options = Namespace(seed=0, steps=10, guidance=1.0, parameterization=parameterization)
         if not self.stock:
-            levels = Ours(self.levels(10), torch.empty(0))
-            self.options.parameterization = "ve" if self.session().uses_ve(side, levels) else "flow"
+            ve = self.session().uses_ve(side, Ours(self.levels(10), torch.empty(0)))
+            self.options.parameterization = "ve" if ve else "flow"
 
     @functools.cache  # noqa: B019
     def session(self, shape: tuple[int, int, int] = (1, 8, 8), dtype: torch.dtype = torch.float64) -> Session:
@@ -74,12 +74,11 @@ class Subject:
         return found
 
     @functools.cache  # noqa: B019
-    def listed(self, steps: int) -> tuple[Any, list[float], list[float]]:
-        """A scheduler with its timesteps set; in t, the levels of its evaluations, and of its steps and their end."""
+    def listed(self, steps: int) -> tuple[Any, torch.Tensor]:
+        """A scheduler with its timesteps set, and the levels of its steps and their end, in t."""
         session = self.session()
         fresh = prepared(session.scheduler(self.side), steps, session.tokens)
-        levels, ends, _ = levels_of(fresh, session.level_of)
-        return fresh, *([self.t(level) for level in some] for some in (levels, ends))
+        return fresh, self.t(torch.tensor(levels_of(fresh, session.level_of)[1], dtype=torch.float64))
 
     def t(self, level: Any) -> Any:
         """Of a level: sigma, on FLUX t itself."""
@@ -87,9 +86,7 @@ class Subject:
 
     def ts(self, steps: int) -> torch.Tensor:
         """The levels of a run, in t."""
-        if self.stock:
-            return torch.tensor(self.listed(steps)[2], dtype=torch.float64)
-        return self.t(self.levels(steps))
+        return self.listed(steps)[1] if self.stock else self.t(self.levels(steps))
 
     def levels(self, steps: int) -> torch.Tensor:
         """For a function, and for k-diffusion's beside a scheduler: in sigma, on FLUX in t, falling to zero."""
@@ -199,7 +196,7 @@ def run_part(subject: Subject, shape: tuple[int, int, int], skipped: int, steps:
                 output = session.network(scheduler.scale_model_input(x, t), at)[0]
             x = scheduler.step(output, t, x, return_dict=False, **extra)[0].double()
     first, begin, _ = asked[0]
-    ends, alpha_x = subject.listed(steps)[2], not subject.flux and float(scheduler.init_noise_sigma) == 1
-    sigma = ends[-1] / (1 - ends[-1])
+    last, alpha_x = subject.ts(steps)[-1].item(), not subject.flux and float(scheduler.init_noise_sigma) == 1
+    sigma = last / (1 - last)
     end = subject.state(x * (math.hypot(1, sigma) if alpha_x else 1.0), sigma)
-    return Run(begin, first, asked, end, ends[-1], Trajectory([], [], [], end))
+    return Run(begin, first, asked, end, last, Trajectory([], [], [], end))

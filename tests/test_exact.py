@@ -25,7 +25,7 @@ def subject(text: str, family=SDXL, parameterization: str = "auto") -> Subject:
     module = importlib.import_module(family.module)
     own = text.partition("(")[0] in vars(exact_samplers)
     side = find_side(f"{OWN}:{text}" if own else text, module, "--sampler")
-    return Subject(side, family, module, choice=parameterization)
+    return Subject(side, family, module, parameterization=parameterization)
 
 
 @pytest.mark.parametrize(
