@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 
 from gallery.options import Family, unknown
 from gallery.refused import Refused
@@ -17,9 +18,11 @@ from gallery.start import raise_on_ctrl_c
 from parity.result import Result, write_text
 from parity.sides import Side, find_side
 
+Answered = tuple[dict[str, Any], Callable[[], str], int]  # data for --json, the page for --html, exit status
+
 
 def run(options: argparse.Namespace, family: Family) -> int:
-    """Exit status: 0 within the tolerance, 1 past it. Raises Refused for what the user can fix."""
+    """Exit status: 0 within the tolerance, or right; 1 if not. Raises Refused for what the user can fix."""
     raise_on_ctrl_c()
     if options.all:
         from parity.table import write_table
@@ -34,12 +37,21 @@ def run(options: argparse.Namespace, family: Family) -> int:
         module = importlib.import_module(family.module)
     except ImportError as error:
         raise Refused(str(error)) from error
-    out = sys.stderr if options.json == "-" else sys.stdout
-    ours = find_side(options.sampler, module, "--sampler")
-    return (_judge if options.against == "exact" else _compare)(options, family, module, out, ours)
+    show = functools.partial(print, file=sys.stderr if options.json == "-" else sys.stdout, flush=True)
+    answer = _judge if options.against == "exact" else _compare
+    found, page, status = answer(options, family, module, find_side(options.sampler, module, "--sampler"), show)
+    text = json.dumps(found, indent=1)
+    if options.json == "-":
+        print(text)
+    elif options.json:
+        write_text(Path(options.json), text + "\n")
+    if options.html:
+        write_text(Path(options.html), page())
+        show(f"report in {options.html}")
+    return status
 
 
-def _compare(options: argparse.Namespace, family: Family, module: ModuleType, out: TextIO, ours: Side) -> int:
+def _compare(options: argparse.Namespace, family: Family, module: ModuleType, ours: Side, show: Callable) -> Answered:
     from comfy_ksampler import SCHEDULERS
     from parity.diagnose import compare_sides
     from parity.follow import Session
@@ -49,53 +61,40 @@ def _compare(options: argparse.Namespace, family: Family, module: ModuleType, ou
     if ours.is_scheduler:
         raise Refused("--sampler: has to be a sampler; name the scheduler with --against")
     theirs.check_family(family)
-    if options.schedule is not None and options.schedule not in (known := [*module.SCHEDULES, *SCHEDULERS]):
-        raise Refused(f"--schedule: {unknown(options.schedule, known)}")
+    _check_schedule(options, [*module.SCHEDULES, *SCHEDULERS])
     session = Session.load(family, module, options)
 
-    def show(result: Result, words: str) -> None:
+    def show_part(result: Result, words: str) -> None:
         """The table with the first words; a paragraph for the others."""
         if words == result.parting():
-            print(f"ours    {result.ours}\ntheirs  {result.theirs}\n\n{result.table()}", file=out)
+            show(f"ours    {result.ours}\ntheirs  {result.theirs}\n\n{result.table()}")
             for note in result.notes:
-                print(f"note: {note}", file=out)
-        print(f"\n{words}", file=out, flush=True)
+                show(f"note: {note}")
+        show(f"\n{words}")
 
-    result, a, b = compare_sides(session, ours, theirs, truths={} if options.truth else None, show=show)
-    _write(options, result.as_json(), lambda: report(session, result, a, b), out)
-    return int(result.cause is not None)
+    result, a, b = compare_sides(session, ours, theirs, truths={} if options.truth else None, show=show_part)
+    return result.as_json(), lambda: report(session, result, a, b), int(result.cause is not None)
 
 
-def _judge(options: argparse.Namespace, family: Family, module: ModuleType, out: TextIO, side: Side) -> int:
+def _judge(options: argparse.Namespace, family: Family, module: ModuleType, side: Side, show: Callable) -> Answered:
     """`--against exact`: a sampler by itself."""
     from parity.judge import judge
-    from parity.subject import Function, Stock
+    from parity.subject import Subject
 
     side.check_family(family, "--sampler")
     if side.is_scheduler and options.schedule is not None:
         raise Refused("--schedule: a scheduler has its own levels; name them by its options, as use_karras_sigmas=True")
-    if options.schedule not in (None, *module.SCHEDULES):
-        raise Refused(f"--schedule: {unknown(options.schedule, list(module.SCHEDULES))}")
-    choice = options.schedule, options.parameterization
-    subject = Stock(side, family, module) if side.is_scheduler else Function(side, family, module, *choice)
-    answer = judge(subject, lambda words: print(words, file=out, flush=True))
+    _check_schedule(options, module.SCHEDULES)
+    answer = judge(Subject(side, family, module, options.schedule, options.parameterization), show)
 
     def page() -> str:
         from parity.page import page
 
         return page(answer)
 
-    _write(options, answer.as_json(), page, out)
-    return int(not answer.right)
+    return answer.as_json(), page, int(not answer.right)
 
 
-def _write(options: argparse.Namespace, found: dict[str, Any], page: Callable[[], str], out: TextIO) -> None:
-    """What --json and --html ask for."""
-    text = json.dumps(json.loads(json.dumps(found), parse_constant=lambda _: None), indent=1)  # JSON has no NaN
-    if options.json == "-":
-        print(text)
-    elif options.json:
-        write_text(Path(options.json), text + "\n")
-    if options.html:
-        write_text(Path(options.html), page())
-        print(f"report in {options.html}", file=out)
+def _check_schedule(options: argparse.Namespace, known: Any) -> None:
+    if options.schedule is not None and options.schedule not in known:
+        raise Refused(f"--schedule: {unknown(options.schedule, list(known))}")

@@ -6,8 +6,7 @@ y = x0 + sigma noise, FLUX's x = (1 - t) x0 + t noise with t = sigma / (1 + sigm
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ if TYPE_CHECKING:  # each takes a second or more to import: only the one that is
     from flux_comfy_pipeline import FluxComfyPipeline
     from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
 
+MISSING = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
@@ -33,23 +33,12 @@ class Mixture:
     """
 
     def __init__(self, means: torch.Tensor, stds: torch.Tensor):
-        self.means, self.stds = means.double(), stds.double()
-        self._squares = self.means.square().sum(-1)
-
-    @property
-    def dimensions(self) -> int:
-        return self.means.shape[1]
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """Of shape (d,)."""
-        return self.means.mean(0)
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        """Of shape (d, d): that of the means, and the mean of the components' own."""
+        self.means, self.stds, self.dimensions = means.double(), stds.double(), means.shape[1]
+        self.mean = self.means.mean(0)  # (d,)
         centred = self.means - self.mean
-        return centred.T @ centred / len(self.means) + self.stds.square().mean() * torch.eye(self.dimensions).double()
+        within = self.stds.square().mean() * torch.eye(self.dimensions, dtype=torch.float64)
+        self.covariance = centred.T @ centred / len(centred) + within  # (d, d)
+        self._squares = self.means.square().sum(-1)
 
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """True samples, of shape (n, d), float64."""
@@ -104,13 +93,7 @@ class UNet(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(
-        self,
-        in_channels: int = 4,
-        sample_size: int = 16,
-        addition_time_embed_dim: int = 1,
-        cross_attention_dim: int = 1,
-    ):
+    def __init__(self, in_channels=4, sample_size=16, addition_time_embed_dim=1, cross_attention_dim=1):
         super().__init__()
         self.parameter = torch.nn.Parameter(torch.zeros(()))  # for the module's dtype and device
         self.add_embedding = torch.nn.Module()
@@ -146,13 +129,7 @@ class Transformer(ModelMixin, ConfigMixin, CacheMixin):
     """FLUX's network for a mixture: the velocity noise - x0 at x = (1 - t) x0 + t noise of (b, tokens, channels)."""
 
     @register_to_config
-    def __init__(
-        self,
-        in_channels: int = 16,
-        guidance_embeds: bool = False,
-        joint_attention_dim: int = 1,
-        pooled_projection_dim: int = 1,
-    ):
+    def __init__(self, in_channels=16, guidance_embeds=False, joint_attention_dim=1, pooled_projection_dim=1):
         super().__init__()
         self.parameter = torch.nn.Parameter(torch.zeros(()))
 
@@ -204,10 +181,7 @@ def sdxl_pipeline(
 
     scheduler = EulerDiscreteScheduler(**{**SDXL_BETAS, **scheduler})
     unet = torch.nn.Module.to(network(), dtype).answering(known, scheduler)
-    missing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipe = StableDiffusionXLComfyPipeline(unet=unet, scheduler=scheduler, add_watermarker=False, **missing)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return _quiet(StableDiffusionXLComfyPipeline(unet=unet, scheduler=scheduler, add_watermarker=False, **MISSING))
 
 
 def flux_pipeline(
@@ -222,8 +196,10 @@ def flux_pipeline(
 
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=mu, max_shift=mu)
     transformer = torch.nn.Module.to(network(in_channels=channels), dtype).answering(known)
-    missing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipe = FluxComfyPipeline(transformer=transformer, scheduler=scheduler, **missing)
+    return _quiet(FluxComfyPipeline(transformer=transformer, scheduler=scheduler, **MISSING))
+
+
+def _quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -235,37 +211,12 @@ def call(pipe: Any, rows: int, columns: int, **arguments: Any) -> torch.Tensor:
         of shape (images, patches, d): samples of the mixture.
     """
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    nothing = torch.zeros(arguments.pop("images", 1), 1, 1, dtype=network.dtype)
+    nothing = torch.zeros(1, 1, 1, dtype=network.dtype)
     arguments = {"guidance_scale": 1.0, "output_type": "latent", "height": 16 * rows, "width": 16 * columns} | arguments
     latents = pipe(prompt_embeds=nothing, pooled_prompt_embeds=nothing[:, 0], **arguments).images
-    return (
-        patched(latents, network.mixture)
-        if latents.ndim == 4
-        else latents.reshape(len(latents), -1, network.mixture.dimensions)
-    )
-
-
-@contextlib.contextmanager
-def watched(network: Any) -> Iterator[list[tuple[float, torch.Tensor, float]]]:
-    """Lists each evaluation of the network: t, x = (1 - t) x0 + t noise of (images, patches, d), and the timestep."""
-    seen = []
-
-    def record(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        known = module.mixture
-        if isinstance(module, UNet):
-            timestep = args[1].flatten()[:1].double()
-            sigma = module.sigma(timestep).item()
-            x = patched(args[0].double() * ((sigma**2 + 1) ** 0.5 / (sigma + 1)), known)
-            seen.append((sigma / (1 + sigma), x, timestep.item()))
-        else:
-            x, t = kwargs["hidden_states"].double(), kwargs["timestep"].flatten()[0].double().item()
-            seen.append((t, x.reshape(len(x), -1, known.dimensions).clone(), 1000 * t))
-
-    hook = network.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        hook.remove()
+    if latents.ndim == 4:
+        return patched(latents, network.mixture)
+    return latents.reshape(len(latents), -1, network.mixture.dimensions)
 
 
 def evaluations(pipe: Any, *arguments: Any, **keywords: Any) -> tuple[list[tuple[float, torch.Tensor]], torch.Tensor]:
@@ -275,10 +226,22 @@ def evaluations(pipe: Any, *arguments: Any, **keywords: Any) -> tuple[list[tuple
         (sigma, y) for each evaluation, y = x0 + sigma noise of shape (images, patches, d) on both pipelines, and what
         `call` returns.
     """
-    with watched(pipe.unet if hasattr(pipe, "unet") else pipe.transformer) as seen:
-        end = call(pipe, *arguments, **keywords)
-    left = [max(1 - t, 1e-12) for t, *_ in seen]  # at t = 1 there is no y; what is shown is noise alone
-    return [(t / rest, x / rest) for (t, x, _), rest in zip(seen, left)], end
+    seen, network = list[tuple[float, torch.Tensor]](), pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+    def record(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if isinstance(module, UNet):
+            sigma = module.sigma(args[1].flatten()[:1].double()).item()
+            seen.append((sigma, patched(args[0].double() * (sigma**2 + 1) ** 0.5, module.mixture)))
+        else:
+            t, x = kwargs["timestep"].flatten()[0].double().item(), kwargs["hidden_states"].double()
+            left = max(1 - t, 1e-12)  # at t = 1 there is no y; what is shown is noise alone
+            seen.append((t / left, x.reshape(len(x), -1, module.mixture.dimensions) / left))
+
+    hook = network.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        return seen, call(pipe, *arguments, **keywords)
+    finally:
+        hook.remove()
 
 
 # --- what is true ----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Following a sampler: what it gave to the network and what became of the latents, in one coordinate system.
 
 Both sides are in the same coordinates, whatever they keep themselves: `sigma` and x = x0 + sigma noise on SDXL,
-t and x = (1 - t) x0 + t noise on FLUX. Nothing is patched: the network is watched by hooks that are taken off again,
-the stock pipeline by its `callback_on_step_end`.
+t and x = (1 - t) x0 + t noise on FLUX. Nothing is patched: the network is watched by hooks that are removed again, the
+stock pipeline by its `callback_on_step_end`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from comfy_ksampler import comfy_sampler, levels
 from gallery.models import device_of, encode, load, reason, size_of
 from gallery.options import FLUX, Family
 from gallery.refused import Refused
-from parity.result import Evaluation, Ours, Record, Trajectory
+from parity.result import Evaluation, Ours, Trajectory
 from parity.schedulers import levels_of, prepared
 from parity.sides import Side
 
@@ -33,38 +33,29 @@ class Session:
     """One model, prompt and initial noise, on which any number of sides run."""
 
     def __init__(
-        self,
-        family: Family,
-        module: ModuleType,
-        options: argparse.Namespace,
-        pipe: Any,
-        prompt: dict[str, Any],
-        size: tuple[int, int],
+        self, family: Family, module: ModuleType, options: argparse.Namespace, pipe: Any, prompt: dict, size: tuple
     ):
         """`prompt` are the pipeline's arguments for it, `size` is width and height in pixels."""
         self.family, self.module, self.options, self.pipe, self.prompt = family, module, options, pipe, prompt
-        self.flux = family.name == "flux"
+        self.flux, (self.width, self.height) = family is FLUX, size
         self.level_name = "t" if self.flux else "sigma"
-        self.width, self.height = size
         self.stock_class = type(pipe).__bases__[0]
         self.network = pipe.transformer if self.flux else pipe.unet
         self.guidance = options.guidance
         self.guided = not self.flux and self.guidance > 1 and self.network.config.time_cond_proj_dim is None
         self.dtype = torch.promote_types(self.network.dtype, torch.float32)
-        device = self.device = self.pipe._execution_device
+        self.device = pipe._execution_device
         self.generator = torch.Generator("cpu").manual_seed(options.seed)
-        channels, scale = self.network.config.in_channels, self.pipe.vae_scale_factor
-        embeds = self.prompt["prompt_embeds"]
-        self.tokens = None
+        channels, scale = self.network.config.in_channels, pipe.vae_scale_factor
+        dtype = prompt["prompt_embeds"].dtype
+        # as the stock pipeline draws it; the same generator continues with the step noise
         if self.flux:
-            draw = self.pipe.prepare_latents
-            noise, _ = draw(1, channels // 4, self.height, self.width, embeds.dtype, device, self.generator)
-            self.tokens = noise.shape[1]
+            sizes = (1, channels // 4, self.height, self.width)
+            self.noise, _ = pipe.prepare_latents(*sizes, dtype, self.device, self.generator)
         else:
             shape = (1, channels, self.height // scale, self.width // scale)
-            noise = randn_tensor(shape, self.generator, device, embeds.dtype)
-        self.noise = noise  # as the stock pipeline draws it; the same generator goes on with the step noise
-        self.drawn = self.generator.get_state()
+            self.noise = randn_tensor(shape, self.generator, self.device, dtype)
+        self.tokens = self.noise.shape[1] if self.flux else None
         self._evaluations, self._seconds = 0, 0.0
 
     @classmethod
@@ -80,8 +71,6 @@ class Session:
         except Exception as error:
             raise Refused(reason(error)) from error
         return cls(family, module, options, pipe, prompt, (width, height))
-
-    # --- noise levels and timesteps ---
 
     def trained(self) -> torch.Tensor:
         """The level of each trained timestep, rising, float64."""
@@ -116,8 +105,6 @@ class Session:
         except ValueError as error:
             raise Refused(str(error).replace("`schedule`", "--schedule")) from None
 
-    # --- watching the network ---
-
     def affordable(self, seconds: float) -> float:
         """How many evaluations of the network take that many CPU seconds, by those made so far."""
         return seconds * self._evaluations / self._seconds if self._seconds else math.inf
@@ -126,36 +113,29 @@ class Session:
     def watched(self, after: Callable[[torch.Tensor, float, torch.Tensor], Any], timesteps: Any = None) -> Iterator:
         """Calls `after(input, timestep, prediction)` for each evaluation, with guidance applied.
 
-        `timesteps`, where not None, replace what the network is given.
+        `timesteps` that are not None replace what the network is given.
         """
-        count = 0
+        replacing, thousand = iter(timesteps or ()), 1000 if self.flux else 1
 
         def before(_, args, kwargs):
-            nonlocal count
-            given = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            if timesteps is not None and count < len(timesteps) and timesteps[count] is not None:
-                dtype = given.dtype if given.is_floating_point() else self.dtype
-                value = torch.full_like(given, timesteps[count] / (1000 if self.flux else 1), dtype=dtype)
-                if "timestep" in kwargs:
-                    kwargs = {**kwargs, "timestep": value}
-                else:
-                    args = (args[0], value, *args[2:])
-            count += 1
-            return args, kwargs
+            if (wanted := next(replacing, None)) is None:
+                return None
+            given = kwargs["timestep"] if self.flux else args[1]
+            dtype = given.dtype if given.is_floating_point() else self.dtype
+            value = torch.full_like(given, wanted / thousand, dtype=dtype)
+            return (args, {**kwargs, "timestep": value}) if self.flux else ((args[0], value, *args[2:]), kwargs)
 
         def hook(_, args, kwargs, output):
             self._evaluations += 1
-            x = kwargs["hidden_states"] if self.flux else args[0]
-            t = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            timestep = float(t.flatten()[0]) * (1000 if self.flux else 1)
+            x, t = (kwargs["hidden_states"], kwargs["timestep"]) if self.flux else args[:2]
             x, prediction = x.to(self.dtype), output[0].to(self.dtype)
             if self.guided:
                 x = x.chunk(2)[1]
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + self.guidance * (conditional - unconditional)
-            after(x, timestep, prediction)
+            after(x, float(t.flatten()[0]) * thousand, prediction)
 
-        handles = [
+        hooks = [
             self.network.register_forward_pre_hook(before, with_kwargs=True),
             self.network.register_forward_hook(hook, with_kwargs=True),
         ]
@@ -164,14 +144,14 @@ class Session:
             yield
         finally:
             self._seconds += time.process_time() - started
-            for handle in handles:
+            for handle in hooks:
                 handle.remove()
 
-    def _call(self, pipe: Any, side: Side, steps: int, **arguments: Any) -> Any:
-        size = {"width": self.width, "height": self.height}
-        arguments = {**self.prompt, **size, "guidance_scale": self.guidance, "output_type": "latent", **arguments}
+    def _call(self, pipe: Any, side: Side, **arguments: Any) -> Any:
+        settings = {"width": self.width, "height": self.height, "guidance_scale": self.guidance}
+        settings |= {"num_inference_steps": self.options.steps, "output_type": "latent"}
         try:
-            return pipe(num_inference_steps=steps, **arguments).images
+            return pipe(**{**self.prompt, **settings, **arguments}).images
         except (Refused, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -183,198 +163,212 @@ class Session:
         def given(model, x, sigmas, extra_args=None, callback=None, disable=None):
             return latents.to(x)
 
-        return self._call(
-            self.pipe, Side("the picture", given, {}), 1, sampler=given, latents=self.noise.clone(), output_type="pil"
-        )[0]
-
-    # --- the stock pipeline ---
+        arguments = {"sampler": given, "latents": self.noise.clone(), "num_inference_steps": 1, "output_type": "pil"}
+        return self._call(self.pipe, Side("the picture", given, {}), **arguments)[0]
 
     def scheduler(self, side: Side, **changes: Any) -> Any:
         """A fresh scheduler of this class, configured as a diffusers user would: from the model's own."""
-        options = {**side.options, **changes}
-        parameters = inspect.signature(side.target.__init__).parameters
-        if "noise_sampler_seed" in parameters:
-            options.setdefault("noise_sampler_seed", self.options.seed)  # its own Brownian tree, made to be known
         try:
-            return side.target.from_config(self.pipe.scheduler.config, **options)
+            return side.target.from_config(self.pipe.scheduler.config, **{**side.options, **changes})
         except Exception as error:
             raise Refused(side.failure(error)) from error
 
-    def follow_scheduler(self, side: Side, **changes: Any) -> Trajectory:
-        """One run of the stock pipeline with this scheduler."""
-        steps = self.options.steps
-        scheduler = self.scheduler(side, **changes)
-        fresh = prepared(scheduler, steps, self.tokens)
+    def follow_scheduler(self, side: Side, scheduler: Any = None, generator: Any = None, **changes: Any) -> Trajectory:
+        """One run of the stock pipeline with this scheduler, or with that fresh one.
+
+        Step noise is noted where it comes from the session's generator, which is the default.
+        """
+        scheduler = scheduler or self.scheduler(side, **changes)
+        fresh = prepared(scheduler, self.options.steps, self.tokens)
         listed, step_levels, starts = levels_of(fresh, self.level_of)
-        # add_watermarker is SDXL's alone
         extra = {} if self.flux else {"add_watermarker": False}
         pipe = self.stock_class(**{**self.pipe.components, "scheduler": scheduler}, **extra)
         pipe.set_progress_bar_config(disable=True)
-        generator = torch.Generator("cpu")
-        generator.set_state(self.drawn)
-        seen, after, noise, states = [], [], {}, []
+        noted, generator = generator is None, generator or self.generator.clone_state()
+        seen, after, noise, before = [], [], {}, list[torch.Generator]()
 
         def record(x: torch.Tensor, timestep: float, prediction: torch.Tensor) -> None:
             seen.append((x, timestep, prediction))
-            states.append(generator.get_state())
+            before[:] = [generator.clone_state()] if noted else []
 
         def step_end(_, i, t, tensors):
             after.append(tensors["latents"].to(self.dtype))
-            if not states[-1].equal(generator.get_state()):
-                draws = _draws(states[-1], generator.get_state(), tensors["latents"], self.device)
+            if noted and not before[0].get_state().equal(generator.get_state()):
+                draws = _draws(before[0], generator, tensors["latents"], self.device)
                 noise[len(seen) - 1] = [draw.to(self.dtype) for draw in draws]
             return {}
 
+        latents = self.noise.clone()
         with self.watched(record):
-            self._call(
-                pipe, side, steps, latents=self.noise.clone(), generator=generator, callback_on_step_end=step_end
-            )
+            self._call(pipe, side, latents=latents, generator=generator, callback_on_step_end=step_end)
         if len(seen) != len(listed):
-            raise Refused(
-                f"{side.text}: the network was called {len(seen)} times, not {len(listed)} as its timesteps say"
-            )
-        notes = []
-        if getattr(fresh, "sigmas", None) is not None and not torch.equal(fresh.sigmas, scheduler.sigmas.cpu()):
-            changed = [i for i, (a, b) in enumerate(zip(fresh.sigmas, scheduler.sigmas)) if a != b]
-            notes.append(f"the scheduler changed its own sigmas while it ran, at {changed}")
-        # Schedulers that keep alpha x hand their latents to the network as they are, x / sqrt(sigma^2 + 1)
+            counts = f"the network was called {len(seen)} times, not {len(listed)} as its timesteps say"
+            raise Refused(f"{side.text}: {counts}")
+        written = [] if latents.equal(self.noise) else ["latents"]
+        if getattr(fresh, "sigmas", None) is not None and not fresh.sigmas.equal(scheduler.sigmas.cpu()):
+            written.append("its own sigmas")
+        # schedulers that keep alpha x hand their latents to the network as they are, x / sqrt(sigma^2 + 1)
         ratios = [x.norm() / latents.norm() for latents, (x, *_) in zip(after, seen[1:])]
         keeps_alpha_x = not self.flux and all(abs(ratio - 1) < 1e-6 for ratio in ratios)
-        evaluations = []
-        for level, (x, timestep, prediction) in zip(listed, seen):
-            scale = 1.0 if self.flux else math.sqrt(level**2 + 1)
-            evaluations.append(Evaluation(level, timestep, x * scale, self._denoised(x, level, prediction)))
-        scale = math.sqrt(step_levels[-1] ** 2 + 1) if keeps_alpha_x else 1.0
-        shorter = (torch.bfloat16, torch.float16, torch.float32)
-        shorter = [dtype for dtype in shorter if dtype.itemsize < self.network.dtype.itemsize]
-        rounded = dict[int, str]()
-        for i, latents in enumerate(after):
-            fits = [str(dtype)[6:] for dtype in shorter if latents.equal(latents.to(dtype).to(latents.dtype))]
-            rounded |= {i: fits[0]} if fits else {}
-        return Trajectory(
-            step_levels, evaluations, starts, after[-1] * scale, noise, fresh, notes, rounded, keeps_alpha_x
-        )
+        evaluations = [
+            Evaluation(
+                level, timestep, x * (1.0 if self.flux else math.hypot(level, 1)), self._denoised(x, level, given)
+            )
+            for level, (x, timestep, given) in zip(listed, seen)
+        ]
+        final = after[-1] * (math.hypot(step_levels[-1], 1) if keeps_alpha_x else 1.0)
+        rounded = {i: name for i, latents in enumerate(after) if (name := _fits(latents, self.network.dtype))}
+        found = Trajectory(step_levels, evaluations, starts, final, noise, fresh, [], rounded, keeps_alpha_x, written)
+        found.notes += [f"the scheduler writes on {name} while it runs" for name in written]
+        return found
 
     def _denoised(self, x: torch.Tensor, level: float, prediction: torch.Tensor) -> torch.Tensor:
         """x0 from the network's input and prediction, at the level that its sampler says."""
         if self.flux:
             return x - level * prediction
-        scale = math.sqrt(level**2 + 1)
+        scale = math.hypot(level, 1)
         if self.pipe.scheduler.config.get("prediction_type") == "v_prediction":
             return x / scale - prediction * level / scale
         return x * scale - prediction * level
-
-    # --- this project's pipeline ---
 
     def uses_ve(self, side: Side, ours: Ours) -> bool:
         """Whether FLUX's sampler sees sigma = t / (1 - t)."""
         if not self.flux or ours.flow:
             return False
         choice = self.options.parameterization
-        if choice == "auto" and side.comfy:
+        if choice == "auto" and getattr(side.target, "__module__", "").startswith("comfy."):
             choice = "flow"  # ComfyUI's samplers know flows themselves
         return self.module.uses_ve(choice, self.module.find_sampler(side.target, side.options), ours.levels)
 
     def sampler_sigmas(self, levels: torch.Tensor, ve: bool) -> torch.Tensor:
-        """What the sampler sees for these levels. Only t = 1 itself has no finite sigma, and gets the pipeline's."""
+        """What the sampler sees for these levels. Only t = 1 itself has no finite sigma; it gets the pipeline's."""
         if not ve:
             return levels
         return self.module.ve_sigmas(levels.clone()) if levels[0] == 1 else levels / (1 - levels)
 
-    def follow_sampler(self, side: Side, ours: Ours, tick: Callable[[], Any] = lambda: None) -> Trajectory:
-        """One run of this project's pipeline with this sampler. `tick()` is called for each evaluation."""
-        ve = self.uses_ve(side, ours)
-        timesteps, record = [], Record()
+    def follow_sampler(
+        self, side: Side, ours: Ours, tick: Callable = lambda: None, denoised: Any = None, generator: Any = None
+    ) -> Trajectory:
+        """One run of this project's pipeline with this sampler.
+
+        Args:
+            tick: called for each evaluation.
+            denoised: predictions that were made before. The sampler gets these, and no network runs.
+            generator: for the pipeline; the session's by default.
+        """
+        ve, found = self.uses_ve(side, ours), Trajectory([], [], [], ours.start)
+        timesteps = list[float]()
 
         def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
-            return self._sample(side, ours, model, ve, record, callback, generator)
+            return self._sample(side, ours, model, ve, found, callback, generator)
 
-        arguments = {"parameterization": "ve" if ve else "flow"} if self.flux else {"quantize_timesteps": ours.quantize}
-        generator = torch.Generator("cpu")
-        generator.set_state(self.drawn)
+        def predict(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
+            given = denoised[min(len(found.calls), len(denoised) - 1)]
+            return torch.stack([given, given]) if with_uncond else given
 
         def note(x: torch.Tensor, timestep: float, prediction: torch.Tensor) -> None:
             timesteps.append(timestep)
             tick()
 
-        with self.watched(note, ours.timesteps):
-            # `run` takes its own levels and not those of the call
-            self._call(self.pipe, side, self.options.steps, sampler=run, generator=generator, **arguments)
-        return record.trajectory(ours.levels, timesteps, ve)
-
-    def replay(self, side: Side, ours: Ours, denoised: list[torch.Tensor]) -> Trajectory:
-        """Our sampler on predictions that were made before, without the network."""
-        ve, record = self.uses_ve(side, ours), Record()
-
-        def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
-            given = denoised[min(len(record.calls), len(denoised) - 1)]
-            return torch.stack([given, given]) if with_uncond else given
-
-        def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
-            return self._sample(side, ours, model, ve, record, callback, None)
-
-        sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype)
-        self.module.run_sampler(self.module.find_sampler(run), model, ours.start, sigmas)
-        return record.trajectory(ours.levels, [math.nan] * len(record.calls), ve)
+        if denoised is not None:
+            sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype)
+            self.module.run_sampler(self.module.find_sampler(run), predict, ours.start, sigmas)
+            timesteps = [math.nan] * len(found.calls)
+        else:
+            generator = generator or self.generator.clone_state()
+            way = {"parameterization": "ve" if ve else "flow"} if self.flux else {"quantize_timesteps": ours.quantize}
+            with self.watched(note, ours.timesteps):  # `run` takes its own levels and not the call's
+                self._call(self.pipe, side, sampler=run, latents=ours.start, generator=generator, **way)
+        for (x, sigma, predicted), timestep in zip(found.calls, timesteps):
+            x, level = (x / (1 + sigma), sigma / (1 + sigma)) if ve else (x, sigma)
+            found.evaluations.append(Evaluation(level, timestep, x, predicted))
+        calls_back = len(found.starts) == len(ours.levels) - 1
+        found.starts = found.starts if calls_back else list(range(len(found.evaluations)))
+        found.levels = [found.evaluations[i].level for i in found.starts] + [ours.levels[-1].item()]
+        at = torch.tensor(found.levels, dtype=ours.levels.dtype)
+        # a sampler that calls back once per step steps over the levels; another may have placed its own
+        if calls_back or (len(at) == len(ours.levels) and at.allclose(ours.levels, rtol=1e-4)):
+            found.levels = ours.levels.tolist()
+        else:
+            why = "does not step over the levels given; each evaluation counts as a step"
+            found.notes.insert(0, f"the k-diffusion sampler {why}")
+        if ve and ours.levels[-1] > 0:
+            found.final = found.final * (1 - ours.levels[-1].item())
+        return found
 
     def _sample(
-        self, side: Side, ours: Ours, model: Callable, ve: bool, record: Record, callback: Any, generator: Any
+        self, side: Side, ours: Ours, model: Callable, ve: bool, found: Trajectory, callback: Any, generator: Any
     ) -> torch.Tensor:
-        """Calls the sampler over our levels and notes what it asks of the model."""
-        sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype)
-        x = ours.start.to(self.dtype)
+        """Calls the sampler over our levels, and notes in `found` what it does in its own coordinates."""
+        sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype, copy=True)  # the sampler may write on both
+        x = ours.start.to(self.dtype, copy=True)
         if ve:  # at t = 1 the noise alone, as in the pipeline
             x = x * (sigmas[0] if ours.levels[0] == 1 else 1 + sigmas[0]).item()
 
         def recorded(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             predicted = model(x, sigma, **kwargs)
             denoised = predicted[0] if kwargs.get("with_uncond") else predicted
-            kept = (x.clone(), denoised.clone()) if ours.keep else (x.new_empty(0), x.new_empty(0))
-            record.calls.append((kept[0], sigma.flatten()[0].item(), kept[1]))
-            record.draws = 0
+            kept = [tensor.clone() if ours.keep else tensor.new_empty(0) for tensor in (x, denoised)]
+            found.calls.append((kept[0], sigma.flatten()[0].item(), kept[1]))
             return predicted
 
-        silent = side.eta == 0  # some samplers draw all the same, and add it zero times
-
         def noise_sampler(sigma, sigma_next) -> torch.Tensor:
-            if silent:
+            if side.eta == 0:  # some samplers draw all the same, and add it zero times
                 return torch.zeros_like(x)
-            i = len(record.calls) - 1
-            draws = ours.noise.get(i) if ours.noise else None
+            i = len(found.calls) - 1
+            drawn, given = found.noise.setdefault(i, []), (ours.noise or {}).get(i)
             if ours.noise_sampler is not None:
-                draw = ours.noise_sampler(sigma, sigma_next)
-            elif draws:
-                draw = draws[min(record.draws, len(draws) - 1)]
+                drawn.append(ours.noise_sampler(sigma, sigma_next))
+            elif given:
+                drawn.append(given[min(len(drawn), len(given) - 1)])
             else:  # the other side drew nothing here
-                draw = randn_tensor(x.shape, torch.Generator("cpu").manual_seed(i), x.device, x.dtype)
-                record.unmatched.append(i)
-            record.draws += 1
-            if ours.keep:
-                record.noise.setdefault(i, []).append(draw)
-            return draw
+                drawn.append(randn_tensor(x.shape, torch.Generator("cpu").manual_seed(i), x.device, x.dtype))
+            return drawn[-1]
 
         def called_back(info: dict[str, Any]) -> None:
-            record.starts.append(len(record.calls) - 1)
+            found.starts.append(len(found.calls) - 1)
+            if ours.observe:
+                found.callbacks.append({k: v.clone() if torch.is_tensor(v) else v for k, v in info.items()})
             if callback is not None:
                 callback(info)
 
-        sampler = side.target
-        if side.file is not None and not ve:  # one's own may ask a model what ComfyUI's do
-            sampler = comfy_sampler(sampler, self.pipe, self.width, self.height)
-        drawing = "noise_sampler" in inspect.signature(sampler).parameters
-        given = {**side.options, **({"noise_sampler": noise_sampler} if drawing else {})}
-        sampler = self.module.find_sampler(functools.partial(sampler, **given))
-        given = {"callback": called_back}
-        final = self.module.call_sampler(sampler, recorded, x, sigmas, generator, lambda: None, **given)
+        sampler, options = side.target, dict(side.options)
+        parameters = inspect.signature(sampler).parameters
+        if ours.observe:
+            sampler = _observed(sampler, found)
+        if side.file is not None and not ve and {"extra_args", "callback", "disable"} <= {*parameters}:
+            sampler = comfy_sampler(sampler, self.pipe, self.width, self.height)  # it may look up what ComfyUI's do
+        if "noise_sampler" in parameters and (ours.noise, ours.noise_sampler) != (None, None):
+            options["noise_sampler"] = noise_sampler
+        bound, given = self.module.find_sampler(functools.partial(sampler, **options)), {"callback": called_back}
+        final = self.module.call_sampler(bound, recorded, x, sigmas, generator, lambda: None, **given)
         if not isinstance(final, torch.Tensor) or final.shape != x.shape:
-            returned = (
-                f"one of shape {tuple(final.shape)}" if isinstance(final, torch.Tensor) else f"{type(final).__name__}"
-            )
+            returned = f"one of shape {tuple(final.shape)}" if torch.is_tensor(final) else type(final).__name__
             raise Refused(f"{side.text} has to return a tensor of shape {tuple(x.shape)}, but returned {returned}")
-        if not record.calls:
+        if not found.calls:
             raise Refused(f"{side.text} never calls the model")
-        record.final = final
-        return record.final
+        if ours.noise_sampler is None and (
+            unmatched := {*found.noise} - {i for i, d in (ours.noise or {}).items() if d}
+        ):
+            steps = f"in {len(unmatched)} steps where the other side drew none"
+            found.notes.append(f"the k-diffusion sampler adds noise {steps}")
+        found.final = final
+        return final
+
+
+def _observed(function: Callable, found: Trajectory) -> Callable:
+    """The function, with notes in `found` of which of its arguments it writes on."""
+
+    @functools.wraps(function)
+    def sampler(model: Any, x: torch.Tensor, *levels: Any, **options: Any) -> torch.Tensor:
+        given = [value for value in (x, *levels) if isinstance(value, torch.Tensor)]
+        before = [value.clone() for value in given]
+        end = function(model, x, *levels, **options)
+        zipped = zip(("latents", "levels"), given, before)
+        found.written += [name for name, value, old in zipped if not value.equal(old)]
+        return end
+
+    return sampler
 
 
 def _enough_tokens(pipe: Any, prompt: str) -> int:
@@ -383,14 +377,18 @@ def _enough_tokens(pipe: Any, prompt: str) -> int:
     return next((length for length in (64, 128, 256) if length >= needed), 512)
 
 
-def _draws(before: torch.Tensor, after: torch.Tensor, like: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
+def _fits(latents: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """The dtype shorter than the network's that the latents fit into, if any."""
+    shorter = [d for d in (torch.bfloat16, torch.float16, torch.float32) if d.itemsize < dtype.itemsize]
+    return next((str(d)[6:] for d in shorter if latents.equal(latents.to(d).to(latents))), None)
+
+
+def _draws(before: torch.Generator, after: torch.Generator, like: torch.Tensor, device: Any) -> list[torch.Tensor]:
     """What was drawn between two states of the generator, in the dtype that leads from one to the other."""
     for dtype in dict.fromkeys((like.dtype, torch.float32, torch.float64, torch.float16, torch.bfloat16)):
-        generator = torch.Generator("cpu")
-        generator.set_state(before)
-        draws = []
+        generator, draws = before.clone_state(), list[torch.Tensor]()
         for _ in range(4):
             draws.append(randn_tensor(like.shape, generator, device, dtype))
-            if generator.get_state().equal(after):
+            if generator.get_state().equal(after.get_state()):
                 return draws
     return []

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -16,36 +15,39 @@ from tqdm.auto import tqdm
 from gallery.options import Family
 from gallery.refused import Refused
 from parity.exact import KNOWN, sliced_wasserstein, solve
+from parity.result import without_nan
 from parity.rules import Rule, distance, rules
-from parity.subject import Function, Run, Stock, Subject, reference, start
+from parity.subject import Run, State, Subject, reference, start
 
 COUNTS, DRAWS = (5, 10, 20, 40, 80, 160), (10, 20, 50, 100)
 RTOLS = (0.4, 0.1, 0.025, 0.00625, 0.0016, 0.0004)
 LATTICE = (1, 50, 80)  # 4,000 samples: one picture with so many rows and columns of patches
+DETERMINISTIC, STOCHASTIC = ("euler", "heun", "dpmpp_2m"), ("euler_ancestral", "dpmpp_2m_sde")  # to compare with
+Row = dict[str, Any]
+
+
+def number(value: float) -> str:
+    """For a cell of a table."""
+    return "" if math.isnan(value) else str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
 @dataclass
 class Answer:
-    """What was found.
-
-    Args:
-        rows: of the deterministic table: steps (or rtol), evaluations, error, above (before the last step), order, and
-            the errors of the others at as many evaluations.
-        draws: of the stochastic one: steps, evaluations, distance, std and within.
-        wrong: why it is wrong; empty if it is right.
-    """
+    """What was found."""
 
     name: str
     family: str
+    show: Callable[[str], None]  # gets each line as it is known
+    tick: Callable[[], Any]  # called as a part of the work is done
     stochastic: bool = False
-    own_steps: bool = False
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    draws: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    own_steps: bool = False  # the sampler places its steps by itself
+    rows: list[Row] = field(default_factory=list)  # of the deterministic runs
+    draws: dict[str, list[Row]] = field(default_factory=dict)  # of the stochastic runs, by sampler
     true: tuple[float, float] = (math.nan, math.nan)  # distance of two true sets: mean, spread over seeds
     rules: list[Rule] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    samples: torch.Tensor | None = None  # that it drew
+    wrong: list[str] = field(default_factory=list)  # why it is wrong; empty if it is right
+    samples: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # that it drew
 
     @property
     def right(self) -> bool:
@@ -57,24 +59,37 @@ class Answer:
         return ". ".join([first, *(one[0].upper() + one[1:] for one in self.found)]) + "."
 
     def as_json(self) -> dict[str, Any]:
-        whole = dataclasses.asdict(dataclasses.replace(self, samples=None))
-        del whole["samples"]
-        return {"verdict": self.verdict, "right": self.right, **whole}
+        names = ("name", "family", "stochastic", "own_steps", "rows", "draws", "true", "found", "wrong")
+        whole = {"verdict": self.verdict, "right": self.right, **{name: getattr(self, name) for name in names}}
+        return without_nan({**whole, "rules": [asdict(rule) for rule in self.rules]})
+
+    def table(self, rows: list[Row], counts: tuple[int, ...], row: Callable[[int], Row]) -> None:
+        """Fills `rows` by `row(count)` and shows each. Some of diffusers' schedulers take only so many steps."""
+        for count in counts:
+            try:
+                rows.append(row(count))
+            except Refused as refused:
+                if len(rows) < 3:
+                    raise
+                self.found.append(str(refused))
+                break
+            for line in [[*rows[0]], list(map(number, rows[-1].values()))][len(rows) > 1 :]:
+                self.show("".join(f"{cell:>12}" for cell in line))
+            self.tick()
 
 
 def judge(subject: Subject, show: Callable[[str], None] = lambda words: None) -> Answer:
     """All that can be found out. `show` gets each line as it is known."""
-    answer = Answer(subject.side.text, subject.family.name)
-    answer.stochastic = _adds_noise(subject)
-    quiet = {"eta": 0.0} if answer.stochastic and subject.takes("eta") else {}
-    with tqdm(total=10, desc="running", unit=" parts", leave=False, disable=None) as bar, torch.no_grad():
+    with tqdm(total=18, desc="running", unit=" parts", leave=False, disable=None) as bar, torch.no_grad():
+        answer = Answer(subject.side.text, subject.family.name, show, bar.update, _adds_noise(subject))
+        quiet = {"eta": 0.0} if answer.stochastic and "eta" in subject.parameters else {}
         if not answer.stochastic or quiet:
             show(("with eta=0, " if quiet else "") + "relative errors against the exact end of the ODE\n")
-            _deterministic(subject, quiet, answer, show, bar.update)
+            _deterministic(subject, quiet, answer)
         if answer.stochastic:
-            _stochastic(subject, answer, show, bar.update)
+            _stochastic(subject, answer)
         show("")
-        counts = {row["steps"]: row["evaluations"] for row in answer.rows or answer.draws[answer.name]}
+        counts = {row.get("steps", 0): row["evaluations"] for row in answer.rows or answer.draws[answer.name]}
         for rule in rules(subject, answer.stochastic, answer.own_steps, counts):
             answer.rules.append(rule)
             mark = {True: "ok   ", False: "WRONG", None: "-    "}[rule.kept]
@@ -87,78 +102,60 @@ def judge(subject: Subject, show: Callable[[str], None] = lambda words: None) ->
 
 def _adds_noise(subject: Subject) -> bool:
     """Whether equal patches end differently, or the same latents with another generator."""
-    first = float(subject.ts(10)[0])
-    x = start(first, 1, 1).expand(1, 4, -1).clone()
-    runs = [subject.run(10, x=x, shape=(1, 2, 2), seed=seed).end for seed in (0, 1)]
-    spread = max((runs[0] - runs[0][:, :1]).abs().max().item(), (runs[0] - runs[1]).abs().max().item())
-    return spread > 1e-6
+    x = start(float(subject.ts(10)[0]), 1, 1).expand(1, 4, -1).clone()
+    one, other = (subject.run(10, x=x, shape=(1, 2, 2), seed=seed).end for seed in (0, 1))
+    return max((one - one[:, :1]).abs().max().item(), (one - other).abs().max().item()) > 1e-6
 
 
-# --- without noise ---------------------------------------------------------------------------------------------------
+# --- deterministic samplers ------------------------------------------------------------------------------------------
 
 
-def _deterministic(
-    subject: Subject, quiet: dict[str, Any], answer: Answer, show: Callable[[str], None], tick: Callable[[], Any]
-) -> None:
-    others = ("euler", "heun", "dpmpp_2m")
+def _deterministic(subject: Subject, quiet: dict[str, Any], answer: Answer) -> None:
     few, many = (len(subject.run(steps, **quiet).asked) for steps in (10, 40))
-    by_rtol = subject.takes("rtol")
+    by_rtol = "rtol" in subject.parameters
     answer.own_steps = by_rtol or many < 2 * few
     fixed = next(t for t in reversed(subject.ts(20).tolist()) if t > 0)  # a level that all finer runs come to
-    heads = ("rtol" if by_rtol else "steps", "evaluations", "error", "above", "order", *others)
-    show("".join(f"{head:>12}" for head in heads))
+    runs, floor = list[Run](), 0.0
     local = dict[int, tuple[torch.Tensor, torch.Tensor]]()
-    floor = 0.0
 
-    for i, steps in enumerate(COUNTS):
-        extra = {"rtol": RTOLS[i], "atol": 0.15 * RTOLS[i]} if by_rtol else {}
-        try:
-            run = subject.run(20 if by_rtol else steps, **quiet, **extra)
-        except Refused as refused:  # some of diffusers' take so many steps and no more
-            if i < 3:
-                raise
-            answer.found.append(str(refused))
-            break
+    def row(steps: int) -> Row:
+        nonlocal floor
+        rtol = RTOLS[COUNTS.index(steps)]
+        extra: dict[str, Any] = {"rtol": rtol, "atol": 0.15 * rtol} if by_rtol else {}
+        run = subject.run(20 if by_rtol else steps, **quiet, **extra)
+        runs[:] = [run]
         t, x, _ = next((one for one in reversed(run.asked) if one[0] >= fixed * (1 - 1e-3)), run.asked[-1])
         final = max(run.asked[-1][0], 1e-9)  # where the last step begins
         ends = sorted({t, final, run.last, 0.0}, reverse=True)
         exact = dict(zip(ends, solve(KNOWN, run.begin, run.first, [min(end, run.first) for end in ends])))
-        count = len(run.asked)
-        row = {"steps": steps, "evaluations": count, "error": distance(run.end, exact[run.last])}
-        row |= {"above": distance(x, exact[t]), "order": math.nan}
-        if by_rtol:
-            row["rtol"] = RTOLS[i]
-        if answer.rows and row["evaluations"] != (last := answer.rows[-1])["evaluations"] and row["above"] > 0:
-            row["order"] = math.log(last["above"] / row["above"]) / math.log(row["evaluations"] / last["evaluations"])
         floor = distance(KNOWN.split(exact[final], 1 - final, final)[0], exact[0.0])
-        for name in others:
-            levels = subject.levels((count + 1) // 2 if name == "heun" else count)
-            row[name] = _reference_error(name, subject.family, subject.module, tuple(levels.tolist()))
-        answer.rows.append(row)
-        numbers = "".join(f"{row[name]:12.1e}" for name in others)
-        show(
-            f"{row.get('rtol', steps):12}{row['evaluations']:12}{row['error']:12.1e}{row['above']:12.1e}"
-            f"{'' if math.isnan(row['order']) else format(row['order'], '.2f'):>12}{numbers}"
-        )
+        n, error, above, order = len(run.asked), distance(run.end, exact[run.last]), distance(x, exact[t]), math.nan
+        if answer.rows and n != (before := answer.rows[-1])["evaluations"] and above > 0:
+            order = math.log(before["above"] / above) / math.log(n / before["evaluations"])
         if steps >= 20:
             local[steps] = _local(subject, run, steps)
-        tick()
+        found: Row = {"rtol": rtol} if by_rtol else {"steps": steps}
+        found |= {"evaluations": n, "error": error, "above": above, "order": order}
+        for name in DETERMINISTIC:
+            levels = subject.levels((n + 1) // 2 if name == "heun" else n)
+            found[name] = _reference(name, subject.family, subject.module, tuple(levels.tolist()), sampled=False)
+        return found
+
+    answer.table(answer.rows, COUNTS, row)
     last = answer.rows[-1]
     if not all(math.isfinite(row["error"]) for row in answer.rows):
         answer.wrong.append("its end is not finite")
         return
     orders = [row["order"] for row in answer.rows[1:]][-3:]
-    jumps, remark = abs(orders[-1] - orders[-2]) > 1, ""
-    order = max(orders) if isinstance(subject, Stock) else sum(orders[-2:]) / 2 if jumps else orders[-1]
-    if answer.own_steps:
-        if not by_rtol and last["above"] > max(2 * last["euler"], 1e-3):
-            answer.wrong.append(f"{last['error']:.1%} from the exact end with {last['evaluations']} evaluations")
-        elif by_rtol and not last["above"] < answer.rows[2]["above"] / 2:
-            answer.wrong.append(f"stays {last['error']:.1%} from the exact end however small rtol is")
-    else:
-        remark = _judge_steps(subject, answer, run, local, orders, floor)
+    jumps, words = abs(orders[-1] - orders[-2]) > 1, ""
+    if not answer.own_steps:
+        order = max(orders) if subject.stock else sum(orders[-2:]) / 2 if jumps else orders[-1]
+        words = f"order {order:.1f}{_judge_steps(subject, answer, runs[0], local, orders, floor)}; "
+    elif not by_rtol and last["above"] > max(2 * last["euler"], 1e-3):
+        answer.wrong.append(f"{last['error']:.1%} from the exact end with {last['evaluations']} evaluations")
+    elif by_rtol and not last["above"] < answer.rows[2]["above"] / 2:
+        answer.wrong.append(f"stays {last['error']:.1%} from the exact end however small rtol is")
     near = min(answer.rows, key=lambda row: abs(row["evaluations"] - 20))
-    words = "" if answer.own_steps else f"order {order:.1f}{remark}; "
     ratio = near["error"] / near["dpmpp_2m"]
     answer.found.append(f"{words}at {near['evaluations']} evaluations {ratio:.2g} times the error of dpmpp_2m")
 
@@ -170,27 +167,23 @@ def _exact_end(first: float, begin: tuple[float, ...]) -> torch.Tensor:
 
 
 @functools.cache
-def _reference_error(name: str, family: Family, module: ModuleType, levels: tuple[float, ...]) -> float:
-    """That of a sampler of k-diffusion over these levels."""
-    run = reference(name, family, module).run(0, levels=torch.tensor(levels, dtype=torch.float64))
-    return distance(run.end, _exact_end(run.first, tuple(run.begin.flatten().tolist())))
+def _reference(name: str, family: Family, module: ModuleType, levels: tuple[float, ...], sampled: bool) -> Any:
+    """The error of a sampler of k-diffusion over these levels, or what its samples show."""
+    at = torch.tensor(levels, dtype=torch.float64)
+    run = reference(name, family, module).run(0, levels=at, shape=LATTICE if sampled else (1, 8, 8))
+    return _sampled(run) if sampled else distance(run.end, _exact_end(run.first, tuple(run.begin.flatten().tolist())))
 
 
 def _judge_steps(
-    subject: Subject,
-    answer: Answer,
-    run: Run,
-    local: dict[int, tuple[torch.Tensor, torch.Tensor]],
-    orders: list[float],
-    floor: float,
+    subject: Subject, answer: Answer, run: Run, local: dict[int, Any], orders: list[float], floor: float
 ) -> str:
     """Whether the error falls, and whether each step's own does. Returns a remark on the order.
 
-    A step's own error is held against that of Euler's step from the same state. It is less for a method of a higher
-    order, the same in its first and last steps, and a bounded multiple for any that is consistent. A step that is not
-    consistent has an error of order h and not h^2, and so a share that grows as the number of steps.
+    A step's own error is compared with the error of Euler's step from the same state. It is less for a method of a
+    higher order, the same in its first and last steps, and a bounded multiple for any that is consistent. A step that
+    is not consistent has an error of order h and not h^2, and so a share that grows as the number of steps.
     """
-    last, exactly = answer.rows[-1], isinstance(subject, Function)
+    last, exactly = answer.rows[-1], not subject.stock
     stays = orders[-1] < 0.5 and (not exactly or orders[-2] < 0.5)
     if stays and (last["above"] > 1e-6 and exactly or last["error"] > 2 * floor + 1e-6):
         worst = max(last["error"], last["above"])
@@ -206,22 +199,21 @@ def _judge_steps(
         answer.wrong.append(f"step {at} of {n} has an error that does not fall as its length squared: {grows}{early}")
     if shares[n][-1] > 3 and local[n][0][-1] > 1e-6:
         answer.wrong.append(f"the last step has {shares[n][-1]:.2g} times the error of Euler's step to the same level")
-    each = last["evaluations"] / last["steps"]
-    if not answer.wrong and max(orders) < 1.5 and last["above"] > 1e-6:
-        at = len(run.asked) // 2
-        memory = _fit(run, at, at + 1, 0)[1].norm() / local[n][1][at]
-        uses = "evaluates several times" if each > 1.5 else "uses earlier predictions"
-        if (each > 1.5 and not (shares[n] - 1).abs().max() < 0.02) or each <= 1.5 and memory > 0.01:
-            return f", as Euler's method has, although it {uses} in a step"
+    if answer.wrong or max(orders) >= 1.5 or last["above"] <= 1e-6:
+        return ""
+    at, several = len(run.asked) // 2, last["evaluations"] > 1.5 * last["steps"]
+    memory = _fit(run, at, at + 1, 0)[1].norm() / local[n][1][at]
+    if (several and not (shares[n] - 1).abs().max() < 0.02) or (not several and memory > 0.01):
+        uses = "evaluates several times" if several else "uses earlier predictions"
+        return f", as Euler's method has, although it {uses} in a step"
     return ""
 
 
 def _states(subject: Subject, run: Run, steps: int) -> list[int]:
     """The evaluations that begin steps: the last one at each level, or all where the levels are not those given."""
     asked = [t for t, *_ in run.asked]
-    if isinstance(subject, Function):
-        ts = [t for t in subject.ts(steps).tolist() if t > run.last]
-        ts[0] = run.first
+    if not subject.stock:
+        ts = [run.first, *(t for t in subject.ts(steps).tolist()[1:] if t > run.last)]
         at = [[i for i, t in enumerate(asked) if abs(t - level) <= 1e-6 * level] for level in ts]
         if all(at):
             return [found[-1] for found in at]
@@ -233,11 +225,10 @@ def _local(subject: Subject, run: Run, steps: int) -> tuple[torch.Tensor, torch.
     states = [run.asked[i] for i in _states(subject, run, steps)]
     states += [(run.last, run.end, 0.0)] if abs(states[-1][0] - run.last) > 1e-9 else []
     own, euler = _defects(states)
-    if isinstance(subject, Stock):  # what a timestep more would change
+    if subject.stock:  # what a timestep more would change
         for i, ((t, x, timestep), (low, *_)) in enumerate(zip(states, states[1:])):
             sigma = subject.near(timestep)[1]
-            moved = _velocity(x, min(sigma / (1 + sigma), 1.0)) - _velocity(x, t)
-            euler[i] += abs(low - t) * moved.norm()
+            euler[i] += abs(low - t) * (_velocity(x, min(sigma / (1 + sigma), 1.0)) - _velocity(x, t)).norm()
     return own, euler.abs() + 1e-12
 
 
@@ -246,12 +237,11 @@ def _velocity(x: torch.Tensor, t: Any) -> torch.Tensor:
     return noise - x0
 
 
-def _defects(states: list[tuple[float, torch.Tensor, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _defects(states: list[State]) -> tuple[torch.Tensor, torch.Tensor]:
     """The error of each step from one state to the next, and of Euler's, the larger one of those in t and in sigma."""
     t = torch.tensor([state[0] for state in states], dtype=torch.float64)[:, None, None]
     x = torch.stack([state[1][0] for state in states])
     (high, low), begin = (t[:-1], t[1:]), x[:-1]
-
     exact, h = begin, (low - high) / 16
     for i in range(16):  # Runge and Kutta's method, of order 4
         k1 = _velocity(exact, at := high + i * h)
@@ -260,64 +250,57 @@ def _defects(states: list[tuple[float, torch.Tensor, float]]) -> tuple[torch.Ten
         k4 = _velocity(exact + h * k3, at + h)
         exact = exact + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     x0, noise = KNOWN.split(begin, 1 - high, high)
-    euler = [begin + (low - high) * (noise - x0) - exact]  # in t, and in sigma
+    in_t = begin + (low - high) * (noise - x0) - exact
     left = (1 - high).clamp(min=1e-9)
-    other = (begin / left + (low / (1 - low) - high / left) * noise) * (1 - low) - exact
-    euler.append(torch.where(high < 1 - 1e-6, other, euler[0]))
-    scale = torch.stack([one.flatten(1).norm(dim=1) for one in euler]).amax(0)
-    return (x[1:] - exact).flatten(1).norm(dim=1), scale
+    in_sigma = (begin / left + (low / (1 - low) - high / left) * noise) * (1 - low) - exact
+    euler = (in_t, torch.where(high < 1 - 1e-6, in_sigma, in_t))
+    return (x[1:] - exact).flatten(1).norm(dim=1), torch.stack(euler).flatten(2).norm(dim=2).amax(0)
 
 
-# --- with noise ------------------------------------------------------------------------------------------------------
+# --- stochastic samplers ---------------------------------------------------------------------------------------------
 
 
-def _stochastic(subject: Subject, answer: Answer, show: Callable[[str], None], tick: Callable[[], Any]) -> None:
+def _stochastic(subject: Subject, answer: Answer) -> None:
     mean, spread = answer.true = _chance()
-    show(f"\n4,000 samples: sliced Wasserstein distance from true ones (two true sets {mean:.3f} +- {spread:.3f}), the")
-    show("ratio of standard deviations, and that ratio about the nearest of the mixture's components\n")
+    answer.show(
+        f"\n4,000 samples: sliced Wasserstein distance from true ones (two true sets {mean:.3f} +- {spread:.3f}), the\n"
+        "ratio of standard deviations, and that ratio about the nearest of the mixture's components\n"
+    )
     last = list[Run]()
 
-    def draws(name: str, row: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
-        show(f"{name}\n" + "".join(f"{head:>12}" for head in ("steps", "evaluations", "distance", "std", "within")))
+    def draws(name: str, row: Callable[[int], Row]) -> list[Row]:
+        answer.show(name)
         rows = answer.draws[name] = []
-        for steps in DRAWS:
-            try:
-                rows.append({"steps": steps, **row(steps)})
-            except Refused as refused:
-                if len(rows) < 2:
-                    raise
-                answer.found.append(str(refused))
-                break
-            show("".join(f"{value:12}" if isinstance(value, int) else f"{value:12.3f}" for value in rows[-1].values()))
-        tick()
+        answer.table(rows, DRAWS, lambda steps: {"steps": steps, **row(steps)})
         return rows
 
-    def run(one: Subject, steps: int) -> dict[str, Any]:
+    def own(one: Subject, steps: int) -> Row:
         last[:] = [one.run(steps, shape=LATTICE)]
         return _sampled(last[0])
 
-    def other(name: str, steps: int) -> dict[str, Any]:
-        return _reference_sampled(name, subject.family, subject.module, tuple(subject.levels(steps).tolist()))
+    def other(name: str, steps: int) -> Row:
+        levels = tuple(subject.levels(steps).tolist())
+        return _reference(name, subject.family, subject.module, levels, sampled=True)
 
-    rows = draws(answer.name, functools.partial(run, subject))
+    rows = draws(answer.name, functools.partial(own, subject))
     end, answer.samples = last[0], last[0].end[0]
-    others = [draws(name, functools.partial(other, name)) for name in ("euler_ancestral", "dpmpp_2m_sde")]
+    others = [draws(name, functools.partial(other, name)) for name in STOCHASTIC]
     wrong = _judge_samples(rows, others, answer.true)
     for where, factor, error in _noise_factors(subject, end) if len(end.asked) <= 1.2 * DRAWS[-1] else ():
         if abs(factor - 1) > 5 * error + 0.01:
-            wrong.append(f"{factor:.2f} times the noise that its levels leave room for, {where}: too {_much(factor)}")
+            wrong.append(f"{factor:.2f} times the noise that its levels leave room for, {where}: {_much(factor)}")
             break
     if end.last < end.asked[-1][0]:
-        own, euler = (one.item() for one in _defects([end.asked[-1], (end.last, end.end, 0.0)]))
-        if own > 3 * euler:
-            wrong.append(f"the last step has {own / euler:.2g} times the error of Euler's: noise is added after it")
+        error, euler = (one.item() for one in _defects([end.asked[-1], (end.last, end.end, 0.0)]))
+        if error > 3 * euler:
+            wrong.append(f"the last step has {error / euler:.2g} times the error of Euler's: noise is added after it")
     answer.wrong += wrong
     ends = [f"{row['distance']:.3f} at {row['steps']} steps" for row in (rows[0], rows[-1])]
     answer.found.append(f"distance from true samples {', '.join(ends)}")
-    if isinstance(subject, Function) and subject.flux:
-        way = {"flow": "ve", "ve": "flow"}[subject.parameterization]
-        second = Function(subject.side, subject.family, subject.module, subject.schedule, way)
-        rows = draws(f"{answer.name}, parameterization {way}", functools.partial(run, second))
+    if subject.flux and not subject.stock:
+        way = {"flow": "ve", "ve": "flow"}[subject.options.parameterization]
+        second = Subject(subject.side, subject.family, subject.module, subject.schedule, way)
+        rows = draws(f"{answer.name}, parameterization {way}", functools.partial(own, second))
         if wrong and way == "ve" and not _judge_samples(rows, others, answer.true):
             answer.wrong.insert(0, 'parameterization "flow" adds its noise to the wrong process; with "ve" it is right')
 
@@ -330,7 +313,7 @@ def _chance() -> tuple[float, float]:
     return apart.mean().item(), apart.std().item()
 
 
-def _sampled(run: Run) -> dict[str, Any]:
+def _sampled(run: Run) -> Row:
     """What the samples of a run show."""
     end, true = run.end[0], KNOWN.sample(4000, torch.Generator().manual_seed(10**6))
     std = (torch.cov(end.T).trace() / KNOWN.covariance.trace()).sqrt().item()
@@ -338,37 +321,23 @@ def _sampled(run: Run) -> dict[str, Any]:
     return {"evaluations": len(run.asked), "distance": apart, "std": std, "within": within}
 
 
-@functools.cache
-def _reference_sampled(name: str, family: Family, module: ModuleType, levels: tuple[float, ...]) -> dict[str, Any]:
-    """The same of a sampler of k-diffusion over these levels."""
-    run = reference(name, family, module).run(0, levels=torch.tensor(levels, dtype=torch.float64), shape=LATTICE)
-    return _sampled(run)
-
-
-def _judge_samples(
-    rows: list[dict[str, Any]], others: list[list[dict[str, Any]]], true: tuple[float, float]
-) -> list[str]:
+def _judge_samples(rows: list[Row], others: list[list[Row]], true: tuple[float, float]) -> list[str]:
     """What is wrong with samples, beyond chance and what the steps explain by the other samplers.
 
     The spread goes to its limit as 1 / steps, or faster. Of 64,000 numbers chance is 1 / sqrt(128,000).
     """
-
-    def limit(rows: list[dict[str, Any]]) -> float:
-        return 2 * rows[-1]["within"] - rows[-2]["within"]
-
+    limit, *limits = (2 * one[-1]["within"] - one[-2]["within"] for one in (rows, *others))
     wrong = list[str]()
     explained = max(min(row[-1]["distance"] for row in others), true[0] + 4 * true[1])
     if not rows[-1]["distance"] < 1.5 * explained:
         wrong.append(f"its samples are {rows[-1]['distance']:.3f} from true ones, two true sets {true[0]:.3f}")
-    room = 4 * math.sqrt(5 / 128000) + max(abs(limit(row) - 1) for row in others)
-    if not abs(limit(rows) - 1) < room:
-        words = f"its samples' standard deviation goes to {limit(rows):.2f} times the true one"
-        wrong.append(f"{words}: too {_much(limit(rows))}")
+    if not abs(limit - 1) < 4 * math.sqrt(5 / 128000) + max(abs(one - 1) for one in limits):
+        wrong.append(f"its samples' standard deviation goes to {limit:.2f} times the true one: {_much(limit)}")
     return wrong
 
 
 def _much(factor: float) -> str:
-    return "much noise" if factor > 1 else "little noise"
+    return "too much noise" if factor > 1 else "too little noise"
 
 
 def _noise_factors(subject: Subject, run: Run) -> Iterator[tuple[str, float, float]]:

@@ -7,120 +7,74 @@ import math
 import sys
 from pathlib import Path
 
-from gallery.options import (
-    DTYPES,
-    FLUX,
-    OFFLOAD,
-    OFFLOAD_HELP,
-    PROMPT,
-    SDXL,
-    Family,
-    Parser,
-    check_size,
-    finite,
-    number,
-    seed,
-    side,
-    steps,
-    text,
-)
+from gallery import options as grids
+from gallery.options import DTYPES, FLUX, OFFLOAD, OFFLOAD_HELP, PROMPT, SDXL, Family, check_size, finite, number, text
 
 above_zero = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+OF_PAIRS = ("sampler", "against", "schedule", "parameterization", "guidance", "json", "html")
+OF_MODELS = (*"model steps width height prompt guidance seed dtype device tolerance truth_seconds".split(),)
 
 
 def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
     """The options of `compare.py`. Raises SystemExit(2) with one line for values that can't be right."""
-    parser = Parser(
+    parser = grids.Parser(
         description="Runs two samplers on one network from the same noise and finds the step where they part, and why.",
         epilog="A side is NAME or NAME(option=value, ...). Exit status: 0 identical to rounding, 1 not, 2 bad input.",
     )
     parser.set_defaults(comfy=False)  # that switch is the grids'
     add = parser.add_argument
-    add(
-        "--sampler",
-        type=text,
-        default="dpmpp_2m",
-        help="a sampler of k-diffusion, by name or a function; with --against exact also a scheduler (%(default)s)",
-    )
-    add(
-        "--against",
-        type=text,
-        metavar="SIDE",
-        help="'exact' (is --sampler right? no model is loaded), a scheduler class of diffusers, which runs in the stock"
-        " pipeline, another sampler of k-diffusion, or a"
-        " function or scheduler class of your own: path/to/file.py:name or package.module:name (its code is run)",
-    )
+    words = "a sampler of k-diffusion, by name or a function; with --against exact also a scheduler (%(default)s)"
+    add("--sampler", type=text, default="dpmpp_2m", help=words)
+    words = "'exact' (is --sampler right? no model is loaded), a scheduler class of diffusers, which runs in the stock"
+    words += " pipeline, another sampler of k-diffusion, or a user-supplied function or scheduler class:"
+    words += " path/to/file.py:name or package.module:name (its code is run)"
+    add("--against", type=text, metavar="SIDE", help=words)
     add("--family", choices=("sdxl", "flux"), help="(default: sdxl; with --all, both)")
-    add(
-        "--model", type=text, default="demo", help="hub id, folder, .safetensors file, or 'demo' (default: %(default)s)"
-    )
-    add("--steps", type=steps, default=25, help="(default: %(default)s)")
-    add("--schedule", type=text, help="noise levels of the k-diffusion side by name (default: those of the other side)")
-    add(
-        "--parameterization",
-        choices=("auto", "flow", "ve"),
-        default="auto",
-        help="FLUX: what the sampler sees as sigma",
-    )
-    add("--width", type=side, help="pixels (default: the model's)")
-    add("--height", type=side, help="pixels (default: the model's)")
+    words = "hub id, folder, .safetensors file, or 'demo' (default: %(default)s)"
+    add("--model", type=text, default="demo", help=words)
+    add("--steps", type=grids.steps, default=25, help="(default: %(default)s)")
+    add("--schedule", type=text, help="noise levels of the k-diffusion side by name (default: the other side's)")
+    words = "FLUX: what the sampler sees as sigma"
+    add("--parameterization", choices=("auto", "flow", "ve"), default="auto", help=words)
+    for name in ("--width", "--height"):
+        add(name, type=grids.side, help="pixels (default: the model's)")
     add("--prompt", default=PROMPT, help="(default: %(default)s)")
     add("--guidance", type=finite, help="guidance scale (default: FLUX 3.5, SDXL 1: no part of a sampler)")
-    add("--seed", type=seed, default=2, help="of the initial and the step noise (default: %(default)s)")
+    add("--seed", type=grids.seed, default=2, help="of the initial and the step noise (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="of the network (default: float64 for the demo models, else float32)")
     add("--device", type=text, help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
     add("--offload", choices=OFFLOAD, default="auto", help=f"{OFFLOAD_HELP} (default: auto)")
-    tolerances = "1e-6 in float64, 1e-4 in float32, 0.02 in half precision"
-    add("--tolerance", type=above_zero, help=f"of relative differences (default: {tolerances})")
+    words = "of relative differences (default: 1e-6 in float64, 1e-4 in float32, 0.02 in half precision)"
+    add("--tolerance", type=above_zero, help=words)
     add("--no-switches", dest="switches", action="store_false", help="don't try the known switches")
     add("--no-truth", dest="truth", action="store_false", help="don't solve the ODE or SDE finely")
-    add(
-        "--truth-seconds",
-        type=above_zero,
-        default=15.0,
-        metavar="N",
-        help="CPU seconds for that (with --device cuda: seconds); what is found by then is reported (default: 15)",
-    )
-    add(
-        "--json",
-        type=text,
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="write all of it as JSON, to standard output without FILE",
-    )
+    words = "CPU seconds for that (with --device cuda: seconds); what is found by then is reported (default: 15)"
+    add("--truth-seconds", type=above_zero, default=15.0, metavar="N", help=words)
+    words = "write all of it as JSON, to standard output without FILE"
+    add("--json", type=text, nargs="?", const="-", metavar="FILE", help=words)
     add("--html", type=text, metavar="FILE", help="write a report to look at, one file")
     add("--all", action="store_true", help="run every known pair, and write parity.md and parity.json")
-    add(
-        "--resume",
-        action="store_true",
-        help="with --all: keep the rows of parity.json that were made with the same settings",
-    )
+    words = "with --all: keep the rows of parity.json that were made with the same settings"
+    add("--resume", action="store_true", help=words)
     add("--output", type=Path, default=Path("output"), help="folder for --all (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.against == "exact" and not options.all:
-        unheeded = ("model", "steps", "width", "height", "prompt", "guidance", "seed", "dtype", "device", "tolerance")
-        for name in (*unheeded, "truth_seconds"):
-            if getattr(options, name) != parser.get_default(name):
-                parser.error(f"argument --against exact: goes without --{name.replace('_', '-')}, its model is its own")
-        words = f"{options.sampler} on a mixture of Gaussians, whose answer is known, in the pipeline of"
-        print(
-            words,
-            (options.family or "sdxl").upper(),
-            file=sys.stderr if options.json == "-" else sys.stdout,
-            flush=True,
-        )
-    for name in (
-        ("sampler", "against", "schedule", "parameterization", "guidance", "json", "html") if options.all else ()
-    ):
+    exact = options.against == "exact" and not options.all
+    unused = dict.fromkeys(
+        OF_MODELS if exact else (), "argument --against exact: goes without --{}, its model is its own"
+    )
+    if options.all:
+        unused |= dict.fromkeys(OF_PAIRS, "argument --all: goes without --{}, each pair has its own settings")
+    else:
+        unused |= dict.fromkeys(("resume", "output"), "argument --{}: goes with --all alone")
+    for name, message in unused.items():
         if getattr(options, name) != parser.get_default(name):
-            parser.error(f"argument --all: goes without --{name}, each pair has its own settings")
+            parser.error(message.format(name.replace("_", "-")))
     if options.all and options.model != "demo" and options.family is None:
         parser.error("argument --all: needs --family to say whose pairs --model can run")
-    for name in ("resume", "output"):
-        if not options.all and getattr(options, name) != parser.get_default(name):
-            parser.error(f"argument --{name}: goes with --all alone")
     family = {"sdxl": SDXL, "flux": FLUX}[options.family or "sdxl"]
+    if exact:  # before the imports, which take seconds
+        model = f"a mixture of Gaussians, whose answer is known, in the pipeline of {family.name.upper()}"
+        print(options.sampler, "on", model, file=sys.stderr if options.json == "-" else sys.stdout, flush=True)
     check_size(parser, family, options)
     options.negative_prompt, options.true_cfg = None, 1.0
     if options.guidance is None:

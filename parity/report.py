@@ -6,77 +6,126 @@ import base64
 import io
 import json
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops
 
 from parity.follow import Session
-from parity.result import Result, Trajectory
+from parity.result import Result, Row, Trajectory
 
-WIDE, NARROW, HEIGHT = 760, 360, 260  # of the curve: at its size its labels are of the text's size
-LEFT, RIGHT, TOP, BOTTOM = 44, 70, 18, 34  # its margins
+WIDTHS, HEIGHT = {"wide": 760, "narrow": 360}, 280  # of a diagram: at its size its labels are of the text's size
+LEFT, RIGHT, TOP, BOTTOM = 46, 76, 18, 34  # its margins
 
 
 def report(session: Session, result: Result, ours: Trajectory, theirs: Trajectory) -> str:
     """The whole page."""
     final = [session.picture(side.final) for side in (ours, theirs)]
-    difference, gain = _difference(*final)
-    steps = []
-    for i, row in enumerate(result.rows):
-        previews = [_uri(session.picture(side.step_evaluations(i)[0].denoised), 320, 80) for side in (ours, theirs)]
-        name = session.level_name
-        label = f"Step {row.step} of {result.steps}, {name} {row.level:.5g}"
-        text = f"latents differ by {row.latents:.1e}, predictions by {row.denoised:.1e}"
-        steps.append({"previews": previews, "label": label, "text": text})
-    first = max(result.cause.step, 1) if result.cause else result.steps
-    data = json.dumps({"steps": steps, "first": first}).replace("</", "<\\/")
-    pictures = [
-        (result.ours, _uri(final[0], 512, 92), "our picture"),
-        (result.theirs, _uri(final[1], 512, 92), "their picture"),
-        (f"difference, {gain:.3g} times", _uri(difference, 512, 92), "difference of the two pictures"),
-    ]
-    figures = "".join(
-        f'<figure><img src="{uri}" alt="{alt}"><figcaption>{escape(text)}</figcaption></figure>'
-        for text, uri, alt in pictures
-    )
-    title = f"{result.ours} and {result.theirs}"
-    options = session.options
-    about = (
-        f"{session.family.name.upper()}, model {options.model}, {result.steps} steps, guidance {session.guidance:g},"
-        f" seed {options.seed}, {str(session.network.dtype)[6:]}: {options.prompt}"
-    )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in result.notes)
+    difference = ImageChops.difference(*(image.convert("RGB") for image in final))
+    gain = 255 / max(int(np.asarray(difference).max()), 1)  # so bright that its largest value is white
+    brighter = difference.point(lambda value: min(255, round(value * gain)))
+    pictures = zip((*final, brighter), (result.ours, result.theirs, f"difference, {gain:.3g} times"))
+    figures = "".join(_figure(f'src="{_uri(image, 512, 92)}" alt="final picture"', text) for image, text in pictures)
+    options, network = session.options, str(session.network.dtype)[6:]
+    about = f"{session.family.name.upper()}, model {options.model}, {result.steps} steps"
+    about += f", guidance {session.guidance:g}, seed {options.seed}, {network}: {options.prompt}"
     parts = [f'<h2>The pictures</h2>\n<div class="pictures">{figures}</div>']
     if result.rows:
-        parts.append(
-            _STEPS.format(
-                last=len(result.rows),
-                first=first,
-                ours=escape(result.ours),
-                theirs=escape(result.theirs),
-                curve=_curve(result, WIDE, "wide") + _curve(result, NARROW, "narrow"),
-                rows=_rows(result),
-                level=session.level_name,
-                data=data,
-                script=_SCRIPT,
+        parts.append(_steps(session, result, ours, theirs))
+    if result.switches:
+        outcomes = ("removes the difference" if s.removes else f"part at step {s.parts}" for s in result.switches)
+        rows = [
+            (
+                "class=removes" if switch.removes else "",
+                [escape(switch.name), switch.side, f"{switch.difference:.1e}", outcome],
             )
+            for switch, outcome in zip(result.switches, outcomes)
+        ]
+        parts.append(
+            "<h2>Switches tried</h2>" + html_table(["switch", "side", "largest difference", ""], rows, "words")
         )
-    parts += [_switches(result), f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""]
-    return html_page(title, about, result.verdict, result.cause is None, parts)
+    if result.notes:
+        parts.append(f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in result.notes)}</ul>")
+    return html_page(f"{result.ours} and {result.theirs}", about, result.verdict, result.cause is None, parts)
 
 
-def html_page(title: str, about: str, verdict: str, good: bool, parts: list[str], style: str = "") -> str:
+def html_page(title: str, about: str, verdict: str, good: bool, parts: list[str]) -> str:
     """A whole page with this title, verdict and these parts, which are HTML already."""
-    return _PAGE.format(
-        title=escape(title),
-        style=STYLE + style,
-        about=escape(about),
-        state="same" if good else "parts",
-        verdict=escape(verdict[0].upper() + verdict[1:]),
-        parts="\n".join(parts),
-    )
+    title, about, verdict = map(escape, (title, about, verdict[0].upper() + verdict[1:]))
+    state = "same" if good else "parts"
+    return _PAGE.format(title=title, style=_STYLE, about=about, state=state, verdict=verdict, parts="\n".join(parts))
+
+
+def html_table(heads: Iterable[str], rows: Iterable[tuple[str, list[str]]], kind: str = "") -> str:
+    """A table. Each row is its attributes and its cells, which are HTML already."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    lines = "".join(f"<tr {kept}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for kept, cells in rows)
+    return f'<div class="scroll"><table class="{kind}"><tr>{head}</tr>{lines}</table></div>'
+
+
+def curves(
+    label: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    ticks: list[int],
+    scale: Callable[[float], float] = float,
+    more: Callable[[Callable, Callable, int], str] = lambda x, y, width: "",
+    least: float = 0.0,
+) -> str:
+    """Lines of (x, y) as SVG for a wide and for a narrow window, y in log10.
+
+    Args:
+        lines: by class, which is also the label.
+        ticks: of x, the first and the last of which are the ends of its axis.
+        scale: of the x axis.
+        more: what else to draw, by functions of x and y that give the place, and the width.
+        least: no lower y is of interest.
+    """
+    values = [max(y, least) for line in lines.values() for _, y in line if 0 < y < math.inf] or [1.0]
+    low = math.floor(math.log10(min(values)))
+    high = max(math.ceil(math.log10(max(values))), low + 2)
+    first, span = scale(ticks[0]), (scale(ticks[-1]) - scale(ticks[0])) or 1.0
+
+    def y(value: float) -> float:
+        log = math.log10(value) if value > 0 else high if math.isnan(value) else low
+        return TOP + (high - min(max(log, low), high)) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    def drawn(kind: str, width: int) -> str:
+        def x(value: float) -> float:
+            return LEFT + (scale(value) - first) / span * (width - LEFT - RIGHT)
+
+        parts = [f'<svg class="{kind}" viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{label}">']
+        for power in range(low, high + 1, max(1, (high - low) // 6)):
+            parts.append(svg_line("grid", (LEFT, width - RIGHT), (y(10.0**power),) * 2))
+            parts.append(svg_text("tick", LEFT - 8, y(10.0**power) + 4, f"1e{power}", "end"))
+        parts += [svg_text("tick", x(tick), HEIGHT - 14, f"{tick}", "middle") for tick in ticks]
+        parts.append(more(x, y, width))
+        for name, line in reversed([*lines.items()]):
+            placed = [(x(at), y(value)) for at, value in line]
+            path = " ".join(f"{across:.1f},{down:.1f}" for across, down in placed)
+            parts.append(f'<polyline class="{name}" points="{path}"/>')
+            parts += [f'<circle class="{name}" cx="{across:.1f}" cy="{down:.1f}" r="2.5"/>' for across, down in placed]
+        at = math.inf
+        for end, name in sorted(((y(line[-1][1]), name) for name, line in lines.items()), reverse=True):
+            at = min(end, at - 15)
+            parts.append(svg_text(name, width - RIGHT + 8, at + 4, name))
+        return "".join(parts) + "</svg>"
+
+    return "".join(drawn(kind, width) for kind, width in WIDTHS.items())
+
+
+def svg_line(name: str, x: tuple[float, float], y: tuple[float, float]) -> str:
+    """A line from one point to another."""
+    return f'<line class="{name}" x1="{x[0]:.1f}" x2="{x[1]:.1f}" y1="{y[0]:.1f}" y2="{y[1]:.1f}"/>'
+
+
+def svg_text(name: str, x: float, y: float, words: str, anchor: str = "start") -> str:
+    """Words that begin, end or have their middle at a point."""
+    return f'<text class="{name}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _figure(image: str, text: str) -> str:
+    return f"<figure><img {image}><figcaption>{escape(text)}</figcaption></figure>"
 
 
 def _uri(image: Image.Image, longest: int, quality: int) -> str:
@@ -88,114 +137,81 @@ def _uri(image: Image.Image, longest: int, quality: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
-def _difference(one: Image.Image, other: Image.Image) -> tuple[Image.Image, float]:
-    """|one - other|, made so bright that its largest value is white, and by how much it was."""
-    difference = ImageChops.difference(one.convert("RGB"), other.convert("RGB"))
-    largest = int(np.asarray(difference).max())
-    gain = 255 / largest if largest else 1.0
-    return difference.point(lambda value: min(255, round(value * gain))), gain
+def _steps(session: Session, result: Result, ours: Trajectory, theirs: Trajectory) -> str:
+    """What there is to show of each step: the predictions, the differences as curves, and the table."""
+    steps, count, name = [], len(result.rows), session.level_name
+    for i, row in enumerate(result.rows):
+        previews = [_uri(session.picture(side.step_evaluations(i)[0].denoised), 320, 80) for side in (ours, theirs)]
+        label = f"Step {row.step} of {result.steps}, {name} {row.level:.5g}"
+        text = f"latents differ by {row.latents:.1e}, predictions by {row.denoised:.1e}"
+        steps.append({"previews": previews, "label": label, "text": text})
 
+    def marks(x: Callable, y: Callable, width: int) -> str:
+        """The tolerance, the step at which the sides diverge, and the chosen step."""
+        at, ends = y(result.tolerance), (TOP, HEIGHT - BOTTOM)
+        parts = [svg_line("tolerance", (LEFT, width - RIGHT), (at, at))]
+        parts.append(svg_text("tick", width - RIGHT + 8, at + 4, "tolerance"))
+        if result.cause is not None:
+            at = x(max(result.cause.step, 1))
+            anchor, shift = ("end", -6) if at > width / 2 else ("start", 6)
+            parts.append(svg_line("parting", (at, at), ends))
+            parts.append(svg_text("mark", at + shift, TOP - 5, f"parts here: {result.cause.kind}", anchor))
+        return "".join([*parts, svg_line("cursor", (x(1),) * 2, ends)])
 
-def _curve(result: Result, width: int, name: str) -> str:
-    """The differences over the steps as SVG of this class, in log10, with the tolerance and the first parting."""
-    values = [value for row in result.rows for value in (row.latents, row.denoised) if 0 < value < math.inf]
-    low = math.floor(math.log10(max(min([*values, result.tolerance]), result.tolerance / 1e3)))
-    high = max(math.ceil(math.log10(max([*values, result.tolerance]))), low + 2)
-    count = len(result.rows)
-
-    def x(step: int) -> float:
-        return LEFT + (step - 1) / max(count - 1, 1) * (width - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        log = math.log10(value) if value > 0 else high if math.isnan(value) else low
-        log = min(max(log, low), high)
-        return TOP + (high - log) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    label = "Relative difference over the steps"
-    parts = [f'<svg class="{name}" viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{label}">']
-    for power in range(low, high + 1, max(1, (high - low) // 6)):
-        at = y(10.0**power)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">1e{power}</text>')
-    for step in sorted({1, count, *range(5, count, 5)}):
-        if step in (1, count) or count - step > 1:
-            parts.append(f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{step}</text>')
-    at = y(result.tolerance)
-    parts.append(f'<line class="tolerance" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-    parts.append(f'<text class="tick" x="{width - RIGHT + 8}" y="{at + 4:.1f}">tolerance</text>')
-    if result.cause is not None:
-        at = x(max(result.cause.step, 1))
-        anchor, shift = ("end", -6) if at > width / 2 else ("start", 6)
-        parts.append(f'<line class="parting" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        words = f"parts here: {escape(result.cause.kind)}"
-        parts.append(f'<text class="mark" x="{at + shift:.1f}" y="{TOP - 5}" text-anchor="{anchor}">{words}</text>')
-    parts.append(f'<line class="cursor" x1="{x(1):.1f}" x2="{x(1):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    last = list[float]()
-    for kind in ("latents", "denoised"):
-        points = [(x(row.step), y(getattr(row, kind))) for row in result.rows]
-        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
-        parts.append(f'<polyline class="{kind}" points="{path}"/>')
-        parts += [f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="2.5"/>' for px, py in points]
-        at = points[-1][1]
-        if last and abs(at - last[0]) < 14:
-            at = last[0] + (14 if at >= last[0] else -14)
-        last.append(at)
-        parts.append(f'<text class="{kind}" x="{width - RIGHT + 8}" y="{at + 4:.1f}">{kind}</text>')
-    return "".join(parts) + "</svg>"
-
-
-def _rows(result: Result) -> str:
-    lines = []
+    lines = {kind: [(row.step, getattr(row, kind)) for row in result.rows] for kind in ("latents", "denoised")}
+    ticks = [1, *(step for step in range(5, count - 1, 5)), count]
+    curve = curves("Relative difference over the steps", lines, ticks, more=marks, least=result.tolerance / 1e3)
     marked = {max(cause.step, 1) for cause in [result.cause, *result.others] if cause is not None}
-    for row in result.rows:
-        timesteps = ["/".join(f"{t:.3f}".rstrip("0").rstrip(".") for t in side) for side in row.timesteps]
-        cells = [row.step, f"{row.level:.5g}", f"{row.latents:.1e}", f"{row.denoised:.1e}", *timesteps]
-        over = [not value <= result.tolerance for value in (row.latents, row.denoised)]
-        past = [False, False, *over, False, False]
-        tds = "".join(f"<td{' class=past' if one else ''}>{value}</td>" for value, one in zip(cells, past))
-        lines.append(f'<tr data-step="{row.step}"{" class=first" if row.step in marked else ""}>{tds}</tr>')
-    return "".join(lines)
 
+    def cells(row: Row) -> list[str]:
+        step, level, one, other, *differences = row.cells()
+        past = [not value <= result.tolerance for value in (row.latents, row.denoised)]
+        differences = [
+            f"<span class=past>{cell}</span>" if is_past else cell for cell, is_past in zip(differences, past)
+        ]
+        return [step, level, *differences, one, other]
 
-def _switches(result: Result) -> str:
-    if not result.switches:
-        return ""
-
-    def outcome(switch: Any) -> str:
-        return "removes the difference" if switch.removes else f"part at step {switch.parts}"
-
-    lines = "".join(
-        f"<tr{' class=removes' if switch.removes else ''}><td>{escape(switch.name)}</td><td>{switch.side}</td>"
-        f"<td>{switch.difference:.1e}</td><td>{outcome(switch)}</td></tr>"
-        for switch in result.switches
+    rows = [(f'data-step="{row.step}"' + " class=first" * (row.step in marked), cells(row)) for row in result.rows]
+    heads = ["step", name, "latents", "denoised", "timestep, ours", "timestep, theirs"]
+    first = max(result.cause.step, 1) if result.cause else result.steps
+    sides = (("ours", result.ours), ("theirs", result.theirs))
+    return _STEPS.format(
+        last=count,
+        first=first,
+        pair="".join(_figure(f'id="{side}" alt="what {side} predicts"', text) for side, text in sides),
+        curve=curve,
+        table=html_table(heads, rows),
+        data=json.dumps({"steps": steps}).replace("</", "<\\/"),
+        script=_SCRIPT,
     )
-    head = "<tr><th>switch</th><th>side</th><th>largest difference</th><th></th></tr>"
-    return f"<h2>Switches tried</h2><div class=scroll><table class=words>{head}{lines}</table></div>"
 
 
-STYLE = """
-:root { color-scheme: light; --ink: #1c2024; --soft: #60646c; --line: #d9dde3; --latents: #0b62c4; --denoised: #0f7b3e;
-  --bad: #b42318; --paper: #fff; --mark: #fff4e5; --good: #ecf7f0; }
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2024; --soft: #60646c; --line: #d9dde3; --paper: #fff; --mark: #fff4e5;
+  --good: #ecf7f0; --bad: #b42318; --blue: #0b62c4; --green: #0f7b3e; --brown: #8a5a00; --violet: #9b2fae; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a2a8b0; --line: #3a3f46; --paper: #16181b;
+  --mark: #33261a; --good: #14301f; --bad: #ff8a7a; --blue: #6cb0ff; --green: #5cc98a; --brown: #d8a03c;
+  --violet: #d78ae6; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1080px; padding: 24px; color: var(--ink); background: var(--paper);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 32px 0 10px; }
 .about { color: var(--soft); margin: 0 0 16px; }
 .verdict { border-left: 4px solid var(--bad); background: var(--mark); padding: 10px 14px; margin: 0; }
-.verdict.same { border-color: var(--denoised); background: var(--good); }
+.verdict.same { border-color: var(--green); background: var(--good); }
 .pictures { display: grid; grid-template-columns: repeat(3, 1fr); gap: 16px; }
 .pair { display: grid; grid-template-columns: repeat(2, minmax(0, 320px)); gap: 16px; }
-figure { margin: 0; } img { width: 100%; display: block; border: 1px solid var(--line); image-rendering: auto; }
+figure { margin: 0; } img { width: 100%; display: block; border: 1px solid var(--line); }
 figcaption { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; margin-top: 4px; }
-input[type=range] { width: 100%; max-width: 656px; display: block; margin: 6px 0 10px; accent-color: var(--latents); }
+input[type=range] { width: 100%; max-width: 656px; display: block; margin: 6px 0 10px; accent-color: var(--blue); }
 output { display: block; } output b { margin-right: 10px; }
 svg { width: 100%; max-width: 820px; height: auto; display: block; font: 12px system-ui, sans-serif; }
-svg .grid { stroke: var(--line); } svg .tick { fill: var(--soft); } svg .mark { fill: var(--bad); font-weight: 600; }
+svg line { stroke: var(--line); } svg .tick { fill: var(--soft); } svg .mark { fill: var(--bad); font-weight: 600; }
 svg .tolerance { stroke: var(--soft); stroke-dasharray: 5 4; } svg .parting { stroke: var(--bad); stroke-width: 1.5; }
-svg polyline { fill: none; stroke-width: 1.8; } svg polyline.latents { stroke: var(--latents); }
-svg polyline.denoised { stroke: var(--denoised); } svg circle.latents, svg text.latents { fill: var(--latents); }
-svg circle.denoised, svg text.denoised { fill: var(--denoised); } svg .cursor { stroke: var(--ink); stroke-opacity: .25;
-  stroke-width: 7; }
+svg .cursor { stroke: var(--ink); stroke-opacity: .25; stroke-width: 7; }
+svg polyline { fill: none; stroke: currentColor; stroke-width: 1.8; } svg circle, svg text { fill: currentColor; }
+svg .latents, svg .sampler { color: var(--blue); } svg .denoised, svg .heun { color: var(--green); }
+svg .euler { color: var(--brown); } svg .dpmpp_2m { color: var(--violet); } svg polyline.sampler { stroke-width: 3; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
 th { text-align: right; color: var(--soft); font-weight: 500; } th, td { padding: 3px 14px 3px 0; text-align: right;
   border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -251,22 +267,14 @@ _PAGE = """<!DOCTYPE html>
 </html>
 """
 
-# what there is to say of each step, where both sides take the same number of them
 _STEPS = """<h2><label for="step">What each step predicts</label></h2>
 <input id="step" type="range" min="1" max="{last}" value="{first}" autofocus>
 <output id="label" for="step"></output>
-<div class="pair">
-<figure><img id="ours" alt="what ours predicts"><figcaption>{ours}</figcaption></figure>
-<figure><img id="theirs" alt="what theirs predicts"><figcaption>{theirs}</figcaption></figure>
-</div>
+<div class="pair">{pair}</div>
 <h2>Relative difference over the steps</h2>
 {curve}
 <h2>Step by step</h2>
-<div class="scroll"><table>
-<thead><tr><th>step</th><th>{level}</th><th>latents</th><th>denoised</th>
-<th>timestep, ours</th><th>timestep, theirs</th></tr></thead>
-<tbody>{rows}</tbody>
-</table></div>
+{table}
 <script type="application/json" id="data">{data}</script>
 <script>{script}</script>
 """

@@ -17,14 +17,12 @@ def prepared(scheduler: Any, steps: int, tokens: int | None = None) -> Any:
     """A copy with its timesteps set as the stock pipeline sets them; FLUX's for that many tokens of the picture."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps  # slow to import
 
-    scheduler = copy.deepcopy(scheduler)
-    arguments = {}
+    scheduler, arguments = copy.deepcopy(scheduler), {}
     if tokens is not None:
-        config = scheduler.config
-        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        values = (config.get(key, default) for key, default in zip(keys, (256, 4096, 0.5, 1.15)))
-        arguments["mu"] = calculate_shift(tokens, *values)
-        if not config.get("use_flow_sigmas"):
+        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        shift = (scheduler.config.get(name, default) for name, default in defaults.items())
+        arguments["mu"] = calculate_shift(tokens, *shift)
+        if not scheduler.config.get("use_flow_sigmas"):
             arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     try:
         retrieve_timesteps(scheduler, steps, "cpu", **arguments)
@@ -43,26 +41,20 @@ def levels_of(scheduler: Any, level_of: Callable[[float], float]) -> tuple[list[
     Args:
         level_of: the level of a timestep.
     """
-    timesteps = [float(t) for t in scheduler.timesteps]
-    count = len(timesteps)
+    count = len(scheduler.timesteps)
     if getattr(scheduler, "sigmas", None) is None:
-        listed = [level_of(t) for t in timesteps]
-        alpha = getattr(scheduler, "final_alpha_cumprod", None)
-        listed.append(0.0 if alpha is None else math.sqrt((1 - float(alpha)) / float(alpha)))
+        alpha = float(getattr(scheduler, "final_alpha_cumprod", None) or 1.0)
+        listed = [*(level_of(float(t)) for t in scheduler.timesteps), math.sqrt((1 - alpha) / alpha)]
     else:
         listed = scheduler.sigmas.tolist()
-    levels = listed[:count]
-    orders = getattr(scheduler, "order_list", None)
-    if orders:
+    levels, starts = listed[:count], list(range(count))
+    if orders := getattr(scheduler, "order_list", None):
         starts = [i for i, order in enumerate(orders) if order == 1]
     elif getattr(scheduler, "order", 1) == 2:
-        starts = list(range(0, count, 2))
+        starts = starts[::2]
         if getattr(scheduler, "sigmas_interpol", None) is not None:
-            middle = scheduler.sigmas_interpol.tolist()
-            back = 1 if "sigmas_down" in vars(scheduler) else 0
+            middle, back = scheduler.sigmas_interpol.tolist(), int("sigmas_down" in vars(scheduler))
             levels = [middle[i - back] if i % 2 else level for i, level in enumerate(levels)]
         elif hasattr(scheduler, "mid_point_sigma"):
             levels = [math.sqrt(levels[i - 1] * level) if i % 2 else level for i, level in enumerate(levels)]
-    else:
-        starts = list(range(count))
     return levels, [levels[i] for i in starts] + [listed[-1]], starts

@@ -21,16 +21,12 @@ from gallery.refused import Refused
 
 @dataclass(frozen=True)
 class Side:
-    """A sampler with k-diffusion's signature or a scheduler of diffusers, with its options.
-
-    Args:
-        file: that it was loaded from, where that is one's own.
-    """
+    """A sampler with k-diffusion's signature or a scheduler of diffusers, with its options."""
 
     text: str
     target: Any
     options: dict[str, Any]
-    file: str | None = None
+    file: str | None = None  # that it was loaded from, where it is user-supplied
 
     @property
     def is_scheduler(self) -> bool:
@@ -40,7 +36,7 @@ class Side:
         """Refuses a scheduler of diffusers that is made for the other kind of model."""
         if not self.is_scheduler or not self.target.__module__.startswith("diffusers."):
             return
-        name, flow = self.target.__name__, hasattr(self.target, "scale_noise")  # those that know no betas have it
+        name, flow = self.target.__name__, hasattr(self.target, "scale_noise")  # only flow schedulers have it
         if family is SDXL and flow:
             raise Refused(f"{flag}: {name} is for flow models: add --family flux")
         if family is FLUX and not flow and not self.options.get("use_flow_sigmas"):
@@ -49,27 +45,22 @@ class Side:
             raise Refused(f"{flag}: {name} {f'needs {flows} for FLUX' if takes else 'is not for flow models'}")
 
     def failure(self, error: Exception) -> str:
-        """What went wrong while this side ran, for one's own also in which line of its file."""
+        """What went wrong while this side ran, for a user-supplied one also in which line of its file."""
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
         return f"{self.text}: {reason(error)}" + (f" ({self.file}, line {lines[-1]})" if lines else "")
-
-    @property
-    def comfy(self) -> bool:
-        """Whether it is ComfyUI's own."""
-        return getattr(self.target, "__module__", "").startswith("comfy.")
 
     @property
     def eta(self) -> float | None:
         """How much step noise a sampler adds, 0 to 1; None for one without the option."""
         parameter = inspect.signature(self.target).parameters.get("eta")
-        return self.options.get("eta", None if parameter is None else parameter.default)
+        return self.options.get("eta", parameter and parameter.default)
 
 
 def find_side(text: str, module: ModuleType, flag: str) -> Side:
     """`NAME` or `NAME(option=value, ...)`.
 
-    NAME is a sampler of k-diffusion, a scheduler class of diffusers, or a sampler function or scheduler class of one's
-    own, `path/to/file.py:name` or `package.module:name`. A file is run only when it is named here.
+    NAME is a sampler of k-diffusion, a scheduler class of diffusers, or a user-supplied sampler function or scheduler
+    class, `path/to/file.py:name` or `package.module:name`. A file is run only when it is named here.
 
     Args:
         module: the pipeline file, which knows k-diffusion's samplers.
@@ -88,22 +79,22 @@ def find_side(text: str, module: ModuleType, flag: str) -> Side:
         if not _is_scheduler(target):
             schedulers = (n for n in dir(diffusers) if n.endswith("Scheduler"))
             known = [*module.sampler_names(), *(n for n in schedulers if _is_scheduler(getattr(diffusers, n, None)))]
-            if name.endswith(".py"):
-                raise Refused(f"{flag}: which function of {name}? name it as {name}:NAME")
-            raise Refused(f"{flag}: {unknown(name, known)}")
-    if inspect.isclass(target):
-        if not _is_scheduler(target):
-            raise Refused(f"{flag}: {name} is a class, but no scheduler: it needs set_timesteps() and step()")
-        known = list(inspect.signature(target.__init__).parameters)[1:]
-        inherits = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target.__init__).parameters.values())
-        if strange := [option for option in options if option not in known and not inherits]:
+            which = f"which function of {name}? name it as {name}:NAME"
+            raise Refused(f"{flag}: {which if name.endswith('.py') else unknown(name, known)}")
+    if not inspect.isclass(target):
+        try:
+            module.find_sampler(target, options)
+        except (TypeError, ValueError) as error:
+            raise Refused(f"{flag}: {error}".replace("`", "")) from None
+    elif not _is_scheduler(target):
+        raise Refused(f"{flag}: {name} is a class, but no scheduler: it needs set_timesteps() and step()")
+    else:
+        parameters = inspect.signature(target.__init__).parameters
+        known = list(parameters)[1:]
+        strange = [option for option in options if option not in known]
+        if strange and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             raise Refused(f"{flag}: {name} takes no {', '.join(strange)}; it takes {', '.join(known)}")
-        return Side(text, target, options, file)
-    try:
-        module.find_sampler(target, options)
-        return Side(text, target, options, file)
-    except (TypeError, ValueError) as error:
-        raise Refused(f"{flag}: {error}".replace("`", "")) from None
+    return Side(text, target, options, file)
 
 
 def _is_scheduler(target: Any) -> bool:
@@ -139,7 +130,6 @@ def _load(name: str, module: ModuleType, flag: str) -> tuple[Any, str | None]:
     if not callable(getattr(loaded, attribute, None)):
         own = [n for n, value in vars(loaded).items() if n.startswith("sample_") and callable(value)]
         own += [n for n, value in vars(loaded).items() if _is_scheduler(value) and value.__module__ == loaded.__name__]
-        own = [n for n in own if not n.startswith("_")]
         raise Refused(f"{flag}: {source}: {unknown(attribute, own) if own else 'it has no sampler and no scheduler'}")
     return getattr(loaded, attribute), loaded.__file__
 

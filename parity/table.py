@@ -8,11 +8,9 @@ import copy
 import functools
 import importlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers import FlowMatchHeunDiscreteScheduler
 
@@ -65,20 +63,21 @@ def write_table(options: argparse.Namespace) -> int:
     With `options.resume` the rows of parity.json that were made with the same settings are kept.
     """
     check_output(options.output)
-    path = options.output / "parity.json"
-    families = [family for family in (SDXL, FLUX) if options.family in (None, family.name)]
+    path, rows = options.output / "parity.json", list[dict[str, Any]]()
+    names = ("model", "steps", "width", "height", "prompt", "seed", "dtype", "tolerance", "switches", "truth")
+    settings = {name: getattr(options, name) for name in (*names, "truth_seconds")}
+    settings |= {name: version(name) for name in ("k-diffusion", "diffusers", "torch")}
     kept = _read_rows(path) if options.resume else []
-    rows = list[dict[str, Any]]()
-    for family in families:
-        made = _settings(options)
-        known = {_key(row): row for row in kept if row.get("settings") == made}
+    known = {_key(row): row for row in kept if row.get("settings") == settings}
+    for family in [family for family in (SDXL, FLUX) if options.family in (None, family.name)]:
         maker = Rows(family, options)
-        for job in maker.jobs():
-            row = known.get((family.name, *job.pair, job.levels)) or {**maker.make(job), "settings": made}
+        for i, job in enumerate(jobs := maker.jobs(), 1):
+            row = known.get((family.name, *job.pair, job.levels)) or {**maker.make(job), "settings": settings}
             rows.append(row)
             write_text(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-            counted = f"{family.name} {job.number} of {job.count}"
-            print(f"{counted}: {row['ours']} | {row['theirs']}\n    {row['verdict']}", flush=True)
+            print(
+                f"{family.name} {i} of {len(jobs)}: {row['ours']} | {row['theirs']}\n    {row['verdict']}", flush=True
+            )
     write_text(options.output / "parity.md", markdown(rows, options))
     print(f"{sum(row['identical'] for row in rows)} of {len(rows)} identical, in {options.output / 'parity.md'}")
     return int(not all(row["identical"] for row in rows))
@@ -89,40 +88,21 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         [_key(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"--resume: {path} is no table of compare.py ({type(error).__name__}): remove it") from None
     return rows
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What a row depends on, beside its pair."""
-    names = ("model", "steps", "width", "height", "prompt", "seed", "dtype", "tolerance", "switches", "truth")
-    versions = {name: version(name) for name in ("k-diffusion", "diffusers", "torch")}
-    return {**{name: getattr(options, name) for name in names}, "truth_seconds": options.truth_seconds, **versions}
+class Job(NamedTuple):
+    """One row of the table that is to be made."""
 
-
-@dataclass
-class Job:
-    """One row of the table that is to be made.
-
-    Args:
-        pair: the sampler and the scheduler as the table names them.
-        levels: a key of `LEVELS`.
-        parameterization: FLUX's.
-        number, count: of the family's rows, from 1.
-    """
-
-    pair: tuple[str, str]
-    levels: str
+    pair: tuple[str, str]  # the sampler and the scheduler as the table names them
+    levels: str  # a key of `LEVELS`
     side: Side
     parameterization: str = "auto"
-    number: int = 0
-    count: int = 0
 
 
 class Rows:
@@ -139,33 +119,20 @@ class Rows:
         return Session.load(self.family, self.module, self.options)
 
     def jobs(self) -> list[Job]:
-        """All rows, in the order of the table."""
-        jobs = list(self._flux() if self.family is FLUX else self._sdxl())
-        return [replace(job, number=i, count=len(jobs)) for i, job in enumerate(jobs, 1)]
-
-    def _sdxl(self) -> Iterator[Job]:
-        for ours, theirs in SDXL_PAIRS:
+        """All of them, in the order of the table."""
+        jobs = list[Job]()
+        for ours, theirs, *choice in SDXL_PAIRS if self.family is SDXL else FLUX_PAIRS:
             for levels, name in LEVELS.items():
-                text = theirs
-                if name is not None:
-                    text = theirs.removesuffix(")") + (", " if "(" in theirs else "(") + f"use_{name}_sigmas=True)"
+                options = theirs.removesuffix(")") + (", " if "(" in theirs else "(") + f"use_{name}_sigmas=True)"
+                if name is not None and self.family is FLUX and not theirs.startswith("FlowMatchEuler"):
+                    continue  # flow sigmas are these schedulers' own levels
                 with contextlib.suppress(Refused):  # it has no such option
-                    yield Job((ours, theirs), levels, find_side(text, self.module, "--against"))
-
-    def _flux(self) -> Iterator[Job]:
-        for ours, theirs, parameterization in FLUX_PAIRS:
-            side = find_side(theirs, self.module, "--against")
-            yield Job((ours, theirs), "own", side, parameterization)
+                    side = find_side(options if name else theirs, self.module, "--against")
+                    jobs.append(Job((ours, theirs), levels, side, *choice))
             if theirs == "FlowMatchHeunDiscreteScheduler":
                 text = f"{theirs}, made to take FluxPipeline's arguments"
-                yield Job((ours, text), "own", Side(text, FlowMatchHeunForFlux, {}), parameterization)
-            if not theirs.startswith("FlowMatchEuler"):
-                continue  # flow sigmas are these schedulers' own
-            for levels, name in LEVELS.items():
-                if name is not None:
-                    option = f"use_{name}_sigmas"
-                    named = replace(side, text=f"{theirs}({option}=True)", options={option: True})
-                    yield Job((ours, theirs), levels, named, parameterization)
+                jobs.append(Job((ours, text), "own", Side(text, FlowMatchHeunForFlux, {}), *choice))
+        return jobs
 
     def make(self, job: Job) -> dict[str, Any]:
         """Runs the pair. One that diffusers can't run gets a row that says so."""

@@ -20,12 +20,12 @@ SDE_SIZES = [2**i for i in range(1, 10)]  # into how many pieces each step
 
 
 class Solution(NamedTuple):
-    """The end of a fine solution: of which size, its relative error, and the evaluations of all solutions so far."""
+    """The end of a fine solution."""
 
     final: torch.Tensor
     size: int
-    error: float
-    evaluations: int
+    error: float  # relative
+    evaluations: int  # of all solutions so far
 
 
 def solve(
@@ -36,14 +36,14 @@ def solve(
     Args:
         known: solutions of ODEs found before, by first level, last level and start; extended.
     """
-    if not torch.isfinite(b.final).all() or not torch.isfinite(a.final).all():
+    if not (b.final.isfinite().all() and a.final.isfinite().all()):
         return Truth("not defined, a side is not finite")
     if any(side.options.get("s_churn") or side.options.get("s_noise", 1.0) != 1.0 for side in sides):
         return Truth("not defined for s_churn, and for s_noise other than 1")
     if a.noise or b.noise:
         return _sde(session, sides[0], setup, a, b)
-    order = 2 if session.flux else 3  # what is nearest for its evaluations: docs/parity.md
-    multistep = Side("lms", session.module.find_sampler("lms").function, {"order": order})
+    # the method with the smallest error for its evaluations: docs/parity.md
+    multistep = Side("lms", session.module.find_sampler("lms").function, {"order": 2 if session.flux else 3})
     first, last = setup.levels[0].item(), setup.levels[-1].item()
     key = (session.family.name, first, last, setup.start.flatten()[0].item())
 
@@ -68,23 +68,16 @@ def fine_levels(session: Session, first: float, last: float, n: int) -> torch.Te
     else:
         lowest, more = last or session.level_of(0.0), max(n // 100, 1)
         levels = session.module.named_sigmas("karras", n + 1, lowest, first).double().tolist()[:-2]
-        if last == 0:
-            levels += [lowest * (1 - i / more) for i in range(more)]
+        levels += [lowest * (1 - i / more) for i in range(more)] if last == 0 else []
     begin = [first + share * ([*levels, last][1] - first) for share in (1 / 16, 1 / 4)]
     return torch.tensor([first, *begin, *levels[1:], last], dtype=torch.float64)
 
 
 def refine(
-    session: Session,
-    equation: str,
-    run: Callable[[int, Callable[[], Any]], torch.Tensor],
-    cost: Callable[[int], int],
-    sizes: Sequence[int],
-    a: Trajectory,
-    b: Trajectory,
-    solution: Solution | None = None,
-) -> tuple[Truth, Solution | None]:
-    """Finer solutions, until they tell which side is nearer or the time is over.
+    session: Session, equation: str, run: Callable[[int, Callable[[], Any]], torch.Tensor], cost: Callable[[int], int],
+    sizes: Sequence[int], a: Trajectory, b: Trajectory, solution: Solution | None = None
+) -> tuple[Truth, Solution | None]:  # fmt: skip
+    """Finer solutions, until one shows which side is nearer or the time is over.
 
     The error is estimated by the change to a solution that was r times as coarse, over r - 1. That is right for order
     1, to which the roughness of a network limits every method, and too large for smooth networks.
@@ -108,8 +101,7 @@ def refine(
             if size is None:
                 break
             bar.reset(cost(size))
-            final = run(size, bar.update)
-            error, evaluations = math.inf, cost(size)
+            final, error, evaluations = run(size, bar.update), math.inf, cost(size)
             if solution is not None:
                 error = relative(solution.final, final) / (size / solution.size - 1)
                 evaluations += solution.evaluations
@@ -143,9 +135,8 @@ def next_size(
 def split(levels: torch.Tensor, pieces: int) -> torch.Tensor:
     """Each interval of positive levels in `pieces`, evenly in log."""
     positive = levels[levels > 0]
-    logs = positive.log()
-    shares = torch.arange(pieces, dtype=levels.dtype) / pieces
-    fine = (logs[:-1, None] + (logs[1:] - logs[:-1])[:, None] * shares).flatten().exp()
+    logs, shares = positive.log(), torch.arange(pieces, dtype=levels.dtype) / pieces
+    fine = (logs[:-1, None] + logs.diff()[:, None] * shares).flatten().exp()
     fine = torch.cat([fine, positive[-1:], levels[len(positive) :]])
     fine[0] = levels[0]
     return fine
@@ -171,9 +162,8 @@ class Path:
         for i in range(len(self.levels) - 1):
             high, low = self.levels[i].item(), self.levels[i + 1].item()
             middle = math.sqrt(high * low)
-            share = (high - middle) / (high - low)
+            share, spread = (high - middle) / (high - low), math.sqrt((high - middle) * (middle - low) / (high - low))
             draw = torch.randn(w[0].shape, generator=self.generator, dtype=torch.float64).to(w[0].dtype).to(w[0])
-            spread = math.sqrt((high - middle) * (middle - low) / (high - low))
             w += [self.w[i] + share * (self.w[i + 1] - self.w[i]) + spread * draw, self.w[i + 1]]
             levels += [self.levels.new_tensor(middle), self.levels[i + 1]]
         self.levels, self.w = torch.stack(levels), w
@@ -195,13 +185,12 @@ def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory
         return Truth(f"not defined, {name} adds no step noise and theirs does")
     # of ancestral steps, sigma_up ~ eta
     eta = side.eta if name in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde") else side.eta**2
-    fine = Side(
-        "dpmpp_2m_sde", session.module.find_sampler("dpmpp_2m_sde").function, {"eta": eta, "solver_type": "heun"}
-    )
-    positive = setup.levels[setup.levels > 0]
-    path = None
+    sampler = session.module.find_sampler("dpmpp_2m_sde").function
+    fine = Side("dpmpp_2m_sde", sampler, {"eta": eta, "solver_type": "heun"})
+    positive, path = setup.levels[setup.levels > 0], None
     if setup.noise_sampler is None:
-        ends = _last_evaluations(a)[: len(positive) - 1]
+        # noise is drawn after the last evaluation of a step
+        ends = [*(start - 1 for start in a.starts[1:]), len(a.evaluations) - 1][: len(positive) - 1]
         if not all(a.noise.get(end) for end in ends):
             return Truth("not defined, not every step has its noise")
         path = Path(positive, [a.noise[end][-1] for end in ends], seed=(session.options.seed + 1) % 2**63)
@@ -209,14 +198,8 @@ def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory
     def run(pieces: int, tick: Callable[[], Any]) -> torch.Tensor:
         while path is not None and len(path.levels) - 1 < pieces * (len(positive) - 1):
             path.halve()
-        noise = path.noise() if path is not None else None
-        levels = split(setup.levels, pieces)
+        levels, noise = split(setup.levels, pieces), path.noise() if path is not None else None
         fine_setup = replace(setup, levels=levels, noise=noise, quantize=False, timesteps=None, keep=False)
         return session.follow_sampler(fine, fine_setup, tick).final
 
     return refine(session, "SDE", run, lambda pieces: pieces * (len(positive) - 1) + 1, SDE_SIZES, a, b)[0]
-
-
-def _last_evaluations(a: Trajectory) -> list[int]:
-    """The evaluation that ends each step, after which its noise is drawn."""
-    return [start - 1 for start in a.starts[1:]] + [len(a.evaluations) - 1]

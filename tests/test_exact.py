@@ -16,7 +16,7 @@ from parity.judge import judge
 from parity.options import parse_compare
 from parity.rules import rules
 from parity.sides import find_side
-from parity.subject import Function, Stock, Subject
+from parity.subject import Subject
 
 OWN = f"{ROOT}/tests/exact_samplers.py"  # a file, as a user names it
 
@@ -25,8 +25,7 @@ def subject(text: str, family=SDXL, parameterization: str = "auto") -> Subject:
     module = importlib.import_module(family.module)
     own = text.partition("(")[0] in vars(exact_samplers)
     side = find_side(f"{OWN}:{text}" if own else text, module, "--sampler")
-    choice = () if side.is_scheduler else (None, parameterization)
-    return (Stock if side.is_scheduler else Function)(side, family, module, *choice)
+    return Subject(side, family, module, parameterization=parameterization)
 
 
 @pytest.mark.parametrize(
