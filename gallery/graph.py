@@ -25,9 +25,9 @@ DRAWS = re.compile("model|guider|latent|samples|pipe|tuple|context|ctx")  # a sa
 # A text or a number passes a node with one input beside these, unless the node's name says that it changes it.
 KNOB = re.compile("control_(after|before)_generate|Update inputs|preview|decode")
 CHANGES = re.compile(
-    "random|shuffl|replac|regex|split|substr|trim|strip|clean|truncat|case|format|extract|remov|pars|translat|enhanc"
-    "|expan|llm|gpt|gemini|ollama|caption|interrog|descri|tagger|wildcard|length|count|math|expr|calc|round|clamp|nary",
-    re.IGNORECASE,
+    "(?i)random|shuffl|replac|regex|split|substr|trim|strip|clean|truncat|case|format|extract|remov|pars|translat"
+    "|enhanc|expan|llm|gpt|gemini|ollama|caption|interrog|descri|tagger|wildcard|length|count|math|expr|calc|round"
+    "|clamp|nary"
 )
 SHOWS = re.compile("^(easy )?(show|preview|display)", re.IGNORECASE)  # their texts are from an earlier run
 TEXT = re.compile("text|str|prompt|value|positive|negative|content|input|line|any|word|tag", re.IGNORECASE)

@@ -22,8 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from comfy_ksampler import SAMPLERS, SCHEDULERS, ksampler, levels, load_custom_nodes
-from comfy_ksampler import names as comfy_names
+from comfy_ksampler import SAMPLERS, SCHEDULERS, ksampler, levels, load_custom_nodes, names
 from gallery.models import check_output, device_of, encode, load, reason, short_name, size_of
 from gallery.options import Family, unknown
 from gallery.parameters import VARIANTS, listed, write_parameters
@@ -32,7 +31,7 @@ from gallery.refused import Refused
 from gallery.sheet import Drawn, Picture, finish, outcome
 from gallery.start import raise_on_ctrl_c
 
-PLAIN = ("karras", "exponential", "polyexponential", "vp")  # without --comfy, k-diffusion's levels
+PLAIN = (None, "karras", "exponential", "polyexponential")  # the pipeline makes these levels, without --comfy
 COMFY = "since 0.7"  # the versions of ComfyUI whose noise --comfy draws
 NOT_FINITE = "the picture is not finite: a number overflowed; try a lower --guidance, or --dtype bfloat16 or float32"
 
@@ -69,9 +68,10 @@ def _run(family: Family, options: Namespace) -> int:
     pipe, dtype = load(family, module, model, device, columns[0]), columns[0].dtype
     raise_on_ctrl_c()
     name = short_name(family, model)
-    of_one = functools.partial(_settings, family, pipe, module, model)
     try:
-        settings = [{one: of_one(column, one) for one in samplers} for column in columns]
+        settings = [
+            {one: _settings(family, pipe, module, model, column, one) for one in samplers} for column in columns
+        ]
         if options.comfy and not options.samplers:
             samplers = _runnable(pipe, samplers, settings)
     except ValueError as error:
@@ -171,15 +171,15 @@ def _check_names(module: Any, options: Namespace, columns: list[Namespace]) -> l
         load_custom_nodes(*options.custom_nodes) if options.custom_nodes else None
     except (ImportError, ValueError) as error:
         raise Refused(f"--custom-nodes: {error}") from None
-    wanted, theirs = [column.schedule or "scheduler" for column in columns], (list(SAMPLERS), [*SCHEDULERS])
+    wanted, comfyuis = [column.schedule or "scheduler" for column in columns], (list(SAMPLERS), [*SCHEDULERS])
     named = [*wanted, *(options.samplers or []) * options.comfy]
     if options.custom_nodes or {*named} - {*SAMPLERS, *SCHEDULERS, *module.SCHEDULES, *VARIANTS, "scheduler"}:
-        theirs = comfy_names()  # ComfyUI is imported for a name that is not known without it
-    schedules = theirs[1] if options.comfy else [*module.SCHEDULES, *theirs[1], "scheduler"]
-    known = theirs[0] if options.comfy else module.sampler_names()
+        comfyuis = names()  # ComfyUI is imported for a name that is not known without it
+    schedules = comfyuis[1] if options.comfy else [*module.SCHEDULES, *comfyuis[1], "scheduler"]
+    known = comfyuis[0] if options.comfy else module.sampler_names()
     samplers = [name.removeprefix("sample_") for name in options.samplers or known]
-    for flag, names, of in (("samplers", samplers, [*known, *VARIANTS]), ("schedule", wanted, schedules)):
-        for name in names:
+    for flag, given, of in (("samplers", samplers, [*known, *VARIANTS]), ("schedule", wanted, schedules)):
+        for name in given:
             if name not in of and not (flag == "schedule" and listed(name)):
                 raise Refused(f"--{flag}: {unknown(name, dict.fromkeys(of))}")
     return list(dict.fromkeys(samplers))
@@ -192,7 +192,7 @@ def _runnable(pipe: Any, samplers: list[str], settings: list[dict[str, dict[str,
         try:
             for column in settings:
                 if float(column[name].get("true_cfg", column[name]["guidance"])) <= 1 and "_cfg_pp" in name:
-                    raise ImportError("those with cfg_pp need guidance above 1")
+                    raise ImportError("the cfg_pp samplers need guidance above 1")
                 _comfy_arguments(pipe, column[name])
             runs.append(name)
         except ImportError as error:
@@ -227,21 +227,16 @@ def _settings(family: Family, pipe: Any, module: Any, model: str, options: Names
     return settings | ({"discard": "True"} if options.discard else {})
 
 
-def _comfyuis(schedule: str | None, comfy: bool = False) -> bool:
-    """Whether ComfyUI or one of its custom nodes makes the levels of this name."""
-    return bool(schedule) and not listed(schedule) and (comfy or schedule not in PLAIN)
-
-
 def _levels(
     pipe: Any, named: str | None, steps: int, width: int, height: int, discard: bool, comfy_sampler: str = ""
 ) -> Any:
     """The levels by name, or as listed. Some of ComfyUI's samplers take another number of levels."""
-    if _comfyuis(named, bool(comfy_sampler)):
-        sigmas = levels(pipe, named, steps + discard, width=width, height=height, sampler_name=comfy_sampler)
-    else:
+    if listed(named) or (named in PLAIN and not comfy_sampler):
         area = (height // (2 * pipe.vae_scale_factor)) * (width // (2 * pipe.vae_scale_factor))
         tokens = [area] if hasattr(pipe, "transformer") else []
         sigmas = pipe.noise_levels(*tokens, steps + discard, schedule=listed(named) or named)
+    else:
+        sigmas = levels(pipe, named, steps + discard, width=width, height=height, sampler_name=comfy_sampler)
     return sigmas[[*range(len(sigmas) - 2), -1]] if discard and not listed(named) else sigmas
 
 
@@ -311,9 +306,8 @@ def _plain_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
     steps, schedule = int(settings["steps"]), None if settings["schedule"] == "scheduler" else settings["schedule"]
     sampler, options = VARIANTS.get(settings["sampler"], (settings["sampler"], {}))
     arguments = {"sampler": sampler, "sampler_kwargs": options, "width": width, "height": height}
-    discard = "discard" in settings
-    if discard or listed(schedule) or _comfyuis(schedule):
-        return arguments | {"schedule": _levels(pipe, schedule, steps, width, height, discard)}
+    if "discard" in settings or schedule not in PLAIN:
+        return arguments | {"schedule": _levels(pipe, schedule, steps, width, height, "discard" in settings)}
     return arguments | {"num_inference_steps": steps, "schedule": schedule}
 
 

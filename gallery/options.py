@@ -137,7 +137,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     if pictures > PICTURES:
         parser.error(f"argument --seeds: {pictures} pictures of each sampler; one folder takes at most {PICTURES}")
     if options.comfy and options.seed < 0:
-        parser.error(f"argument --seed: ComfyUI's begin at 0, but this is {options.seed}")
+        parser.error(f"argument --seed: ComfyUI's seeds begin at 0, but this is {options.seed}")
     if (last := options.seed + options.seeds - 1) not in SEEDS:
         parser.error(f"argument --seeds: the last of them would be {last}, but there are none past {SEEDS[-1]}")
     if options.samplers is not None:

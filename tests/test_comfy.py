@@ -7,6 +7,7 @@ import copy
 import math
 import sys
 import warnings
+from types import SimpleNamespace
 
 import comfy_like
 import numpy as np
@@ -35,6 +36,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     VQDiffusionScheduler,
 )
+from pretend_mps import placed
 
 import comfy_ksampler
 from comfy_ksampler import (
@@ -94,7 +96,7 @@ def test_flux_latents_are_comfyuis(pipes, record_property, sampler_name):
 
 
 @pytest.mark.parametrize("sampler_name", FLUX_APART)
-def test_flux_samplers_that_comfyui_writes_anew(pipes, record_property, sampler_name):
+def test_flux_samplers_that_comfyui_rewrites(pipes, record_property, sampler_name):
     """Without ComfyUI, k-diffusion's samplers run, with one warning that gives at least their distance."""
     worst = 0.0
     for key in references("flux", sampler_name):
@@ -109,7 +111,7 @@ def test_flux_samplers_that_comfyui_writes_anew(pipes, record_property, sampler_
 
 
 @pytest.mark.parametrize("key", BEFORE.keys())
-def test_latents_are_those_of_before(pipes, key):
+def test_latents_of_comfyui_before_0_7(pipes, key):
     """ComfyUI 0.3.64's, whose white step noise comes from the seed itself. They have all levels, dpm_2's too.
 
     Two versions of ComfyUI are 3e-6 apart, in lms.
@@ -181,7 +183,7 @@ def test_nothing_global_is_drawn_from(pipes):
     assert torch.get_rng_state().equal(before)
 
 
-def test_churn_goes_on_where_the_initial_noise_ended(pipes):
+def test_churn_continues_after_the_initial_noise(pipes):
     """ComfyUI draws both from the same generator."""
     call = ksampler(pipes["sdxl"], **settings("sdxl/euler/karras/8/6")) | {"sampler_kwargs": {"s_churn": 4.0}}
     generator = seeded(6)
@@ -200,6 +202,22 @@ def test_a_float64_network_gets_the_same_noise(pipes, model, sampler_name):
     latents = draw(exact, **ksampler(exact, **fields))
     assert latents.dtype == torch.float64
     assert relative(draw(pipes[model], **ksampler(pipes[model], **fields)), latents) < 1e-5  # float32
+
+
+def test_no_float64_on_the_latents_device(pipes):
+    """Betas on a device without float64 give the same levels, and times there the same Brownian noise."""
+    pipe, scheduler = pipes["sdxl"], copy.deepcopy(pipes["sdxl"].scheduler)
+    scheduler.betas = placed(scheduler.betas)
+    assert model_sampling(SimpleNamespace(scheduler=scheduler)).sigmas.equal(model_sampling(pipe).sigmas)
+    draws = ksampler(pipe, **settings("sdxl/dpmpp_sde/karras/4/0"))["sampler_kwargs"]["noise_sampler"]
+    times = torch.tensor([5.0, 3.0])
+    assert draws(*map(placed, times)).equal(draws(*times))
+
+
+@pytest.mark.parametrize("sampler_name", ["lms", "dpm_fast", "dpm_adaptive"])
+def test_one_step_is_eulers(pipes, sampler_name):
+    calls = [ksampler(pipes["sdxl"], **settings(f"sdxl/{name}/karras/1/0")) for name in ("euler", sampler_name)]
+    assert relative(*(draw(pipes["sdxl"], **call) for call in calls)) < 1e-6
 
 
 @pytest.fixture
@@ -231,7 +249,7 @@ def test_comfyuis_functions_give_its_latents(comfyui, pipes, record_property, mo
 
 
 @pytest.mark.parametrize("name", ["lcm", "euler_ancestral"])
-def test_comfyuis_functions_with_the_noise_of_before(comfyui, pipes, name):
+def test_comfyuis_functions_with_the_older_noise(comfyui, pipes, name):
     """Today's noise of a seed is the older noise of the next seed."""
     pipe, calls = pipes["flux"], []
     for seed, noise in ((3, "today"), (4, "before 0.7"), (3, "before 0.7")):

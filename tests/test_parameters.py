@@ -242,7 +242,7 @@ def test_the_text_draws_the_picture_again(tmp_path, family, options):
     assert read_parameters(read_settings(sheet)["parameters"])["prompt"] == read["prompt"]
 
 
-def test_resume_tells_pictures_of_comfyui_from_plain_ones(tmp_path, capsys):
+def test_resume_distinguishes_pictures_of_comfyui_from_plain_ones(tmp_path, capsys):
     """With the same levels and seed, in either order."""
     arguments = ["--samplers", "euler", "--steps", 2, "--schedule", "karras", "--output", tmp_path, "--resume"]
     kept = []
@@ -284,13 +284,13 @@ def test_comfy_in_the_options(capsys):
     ],
     ids=lambda value: value[-1],
 )
-def test_names_that_comfyui_or_k_diffusion_has_not(tmp_path, capsys, options, message):
+def test_names_that_comfyui_or_k_diffusion_lacks(tmp_path, capsys, options, message):
     assert run_here(SDXL, *options, "--output", tmp_path) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name, family", [("sdxl", SDXL), ("flux", FLUX)])
-def test_comfy_draws_what_ksampler_says(request, tmp_path, name, family):
+def test_comfy_draws_ksamplers_picture(request, tmp_path, name, family):
     """The same picture as from the node's fields in Python."""
     pipe = request.getfixturevalue(name)
     fields = {"seed": 5, "steps": 3, "sampler_name": "dpm_2", "scheduler": "beta", "width": 96, "height": 64}
@@ -360,7 +360,7 @@ def test_from_a_picture_of_comfyui(tmp_path, capsys):
     assert Image.open(tmp_path / "again" / drawn.name).tobytes() == Image.open(drawn).tobytes()
 
 
-def test_from_tells_what_it_does_not_use(tmp_path, capsys):
+def test_from_reports_what_it_does_not_use(tmp_path, capsys):
     picture = of_comfyui(tmp_path / "comfyui.png", denoise=0.5, model=["10", 0])
     parse(SDXL, ["--from", str(picture)])
     (line,) = capsys.readouterr().err.splitlines()

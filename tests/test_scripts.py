@@ -83,7 +83,7 @@ def test_a_sampler_that_fails_does_not_stop_the_others(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_a_sheet_that_cannot_be_written_is_told_beside_the_table(tmp_path, capsys, seeds):
+def test_a_sheet_that_cannot_be_written_is_reported(tmp_path, capsys, seeds):
     """The pictures are written; a folder has the name of the (first) sheet."""
     (tmp_path / f"sdxl-demo{'-seed2' * (seeds > 1)}-grid.png").mkdir()
     arguments = ("--model", "demo", "--samplers", "euler", "--steps", 1, "--seeds", seeds, "--output", tmp_path)
@@ -96,7 +96,7 @@ def test_a_sheet_that_cannot_be_written_is_told_beside_the_table(tmp_path, capsy
 
 
 @pytest.mark.parametrize("scale", [1, 3])
-def test_evaluations_are_counted_once_a_step_with_true_cfg(tmp_path, scale):
+def test_evaluations_are_counted_once_per_step_with_true_cfg(tmp_path, scale):
     """FLUX's true CFG calls the transformer twice per evaluation; SDXL's guidance is one call of twice the batch."""
     options = ("--negative-prompt", "snow", "--true-cfg", scale, "--samplers", "euler", "heun", "--steps", 2)
     assert run_here(FLUX, "--model", "demo", *options, "--output", tmp_path) == 0
@@ -331,7 +331,7 @@ def test_nobody_reads_the_help(unread):
     assert (result.returncode, result.stderr) == (141, "")
 
 
-def test_nobody_reads_what_the_script_says(tmp_path, unread, monkeypatch):
+def test_nobody_reads_the_output(tmp_path, unread, monkeypatch):
     with (tmp_path / "errors").open("w") as errors:
         monkeypatch.setattr(sys, "stdout", unread)
         monkeypatch.setattr(sys, "stderr", errors)

@@ -108,7 +108,7 @@ def test_title_names_what_the_pictures_have_in_common():
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
-def test_the_committed_sheets_are_laid_out_as_they_were(tmp_path, family):
+def test_the_committed_sheets_keep_their_layout(tmp_path, family):
     """The committed pictures make the committed sheet, apart from the letters of different Pillow versions."""
     sheet = ROOT / "output" / f"{family}-demo-grid.png"
     drawn = []

@@ -168,7 +168,7 @@ def test_sampler_custom(read):
     assert read(graph) == Settings({**PLAIN, **changed}, "sdxl", [], comfy=True)
 
 
-def test_what_is_not_used_is_told(read):
+def test_what_is_not_used_is_reported(read):
     """LoRA, ControlNet, an initial picture, upscaling, a second pass, unknown nodes."""
     graph = plain_graph(latent_image=["12", 0], model=["10", 0], positive=["11", 0], denoise=0.6)
     graph["10"] = node("LoraLoader", lora_name="detail.safetensors", model=["4", 0], clip=["4", 1])
@@ -247,7 +247,7 @@ JOINED = [  # nodes that join texts, and the prompt; None where it can't be know
 @pytest.mark.parametrize(
     "joins, prompt", JOINED, ids=lambda value: value["class_type"] if isinstance(value, dict) else ""
 )
-def test_linked_texts_are_put_together_or_the_node_is_named(read, joins, prompt):
+def test_linked_texts_are_joined_or_the_node_is_named(read, joins, prompt):
     found = read(text_node(joins["class_type"], **joins["inputs"]))
     assert found.values.get("prompt") == prompt
     assert {**found.values, "prompt": 0} == {**PLAIN, "prompt": 0}  # and the rest is read
