@@ -82,8 +82,6 @@ def mixture(dimensions: int = 16, components: int = 8, seed: int = 0) -> Mixture
 
 KNOWN = mixture()
 
-# --- the network's place ---------------------------------------------------------------------------------------------
-
 
 class UNet(ModelMixin, ConfigMixin):
     """SDXL's network for a mixture: epsilon or v at a trained timestep, interpolated ones included.
@@ -170,9 +168,6 @@ def unpatched(patches: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return patches.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(shape)
 
 
-# --- the pipelines ---------------------------------------------------------------------------------------------------
-
-
 def sdxl_pipeline(
     known: Mixture, dtype: torch.dtype = torch.float64, network: type[UNet] = UNet, **scheduler: Any
 ) -> StableDiffusionXLComfyPipeline:
@@ -242,9 +237,6 @@ def evaluations(pipe: Any, *arguments: Any, **keywords: Any) -> tuple[list[tuple
         return seen, call(pipe, *arguments, **keywords)
     finally:
         hook.remove()
-
-
-# --- what is true ----------------------------------------------------------------------------------------------------
 
 
 def solve(known: Mixture, x: torch.Tensor, t: float, ends: Sequence[float]) -> list[torch.Tensor]:

@@ -107,9 +107,6 @@ def _adds_noise(subject: Subject) -> bool:
     return max((one - one[:, :1]).abs().max().item(), (one - other).abs().max().item()) > 1e-6
 
 
-# --- deterministic samplers ------------------------------------------------------------------------------------------
-
-
 def _deterministic(subject: Subject, quiet: dict[str, Any], answer: Answer) -> None:
     few, many = (len(subject.run(steps, **quiet).asked) for steps in (10, 40))
     by_rtol = "rtol" in subject.parameters
@@ -255,9 +252,6 @@ def _defects(states: list[State]) -> tuple[torch.Tensor, torch.Tensor]:
     in_sigma = (begin / left + (low / (1 - low) - high / left) * noise) * (1 - low) - exact
     euler = (in_t, torch.where(high < 1 - 1e-6, in_sigma, in_t))
     return (x[1:] - exact).flatten(1).norm(dim=1), torch.stack(euler).flatten(2).norm(dim=2).amax(0)
-
-
-# --- stochastic samplers ---------------------------------------------------------------------------------------------
 
 
 def _stochastic(subject: Subject, answer: Answer) -> None:

@@ -12,7 +12,7 @@ from gallery.options import DTYPES, FLUX, OFFLOAD, OFFLOAD_HELP, PROMPT, SDXL, F
 
 above_zero = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 OF_PAIRS = ("sampler", "against", "schedule", "parameterization", "guidance", "json", "html")
-OF_MODELS = (*"model steps width height prompt guidance seed dtype device tolerance truth_seconds".split(),)
+OF_MODELS = ("model", "steps", "width", "height", "prompt", "guidance", "seed", "dtype", "device", "tolerance")
 
 
 def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
@@ -59,9 +59,10 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     add("--output", type=Path, default=Path("output"), help="folder for --all (default: %(default)s)")
     options = parser.parse_args(arguments)
     exact = options.against == "exact" and not options.all
-    unused = dict.fromkeys(
-        OF_MODELS if exact else (), "argument --against exact: goes without --{}, its model is its own"
-    )
+    unused = dict[str, str]()
+    if exact:
+        words = "argument --against exact: goes without --{}, its model is its own"
+        unused = dict.fromkeys((*OF_MODELS, "truth_seconds"), words)
     if options.all:
         unused |= dict.fromkeys(OF_PAIRS, "argument --all: goes without --{}, each pair has its own settings")
     else:

@@ -17,7 +17,8 @@ def page(answer: Answer) -> str:
     mixture = "a mixture of eight Gaussians in 16 dimensions, with its exact denoiser as network"
     parts = list[str]()
     if answer.rows:
-        points = {name: [(row["evaluations"], row[key]) for row in answer.rows] for name, key in _columns()}
+        keys = {"sampler": "error", **{name: name for name in DETERMINISTIC}}
+        points = {name: [(row["evaluations"], row[key]) for row in answer.rows] for name, key in keys.items()}
         ticks = [row["evaluations"] for row in answer.rows]
         parts.append(f"<h2>Error over evaluations{', with eta=0' if answer.stochastic else ''}</h2>")
         parts.append(curves("Error over evaluations of the network", points, ticks, math.log10))
@@ -34,11 +35,6 @@ def page(answer: Answer) -> str:
     ]
     parts.append(f"<h2>Rules</h2>{html_table(['', 'rule', 'found'], rules, 'words')}")
     return html_page(answer.name, f"{answer.family.upper()}: {mixture}", answer.verdict, answer.right, parts)
-
-
-def _columns() -> list[tuple[str, str]]:
-    """The lines of the diagram, by the key of their errors."""
-    return [("sampler", "error"), *((name, name) for name in DETERMINISTIC)]
 
 
 def _table(rows: list[Row]) -> str:

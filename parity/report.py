@@ -34,17 +34,13 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
     if result.rows:
         parts.append(_steps(session, result, ours, theirs))
     if result.switches:
-        outcomes = ("removes the difference" if s.removes else f"part at step {s.parts}" for s in result.switches)
-        rows = [
-            (
-                "class=removes" if switch.removes else "",
-                [escape(switch.name), switch.side, f"{switch.difference:.1e}", outcome],
-            )
-            for switch, outcome in zip(result.switches, outcomes)
-        ]
-        parts.append(
-            "<h2>Switches tried</h2>" + html_table(["switch", "side", "largest difference", ""], rows, "words")
-        )
+        rows = list[tuple[str, list[str]]]()
+        for switch in result.switches:
+            outcome = "removes the difference" if switch.removes else f"part at step {switch.parts}"
+            cells = [escape(switch.name), switch.side, f"{switch.difference:.1e}", outcome]
+            rows.append(("class=removes" * switch.removes, cells))
+        heads = ["switch", "side", "largest difference", ""]
+        parts.append(f"<h2>Switches tried</h2>{html_table(heads, rows, 'words')}")
     if result.notes:
         parts.append(f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in result.notes)}</ul>")
     return html_page(f"{result.ours} and {result.theirs}", about, result.verdict, result.cause is None, parts)

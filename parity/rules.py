@@ -20,7 +20,14 @@ from parity.subject import Subject, reference, run_part, start
 
 SMALL, SEVERAL = (1, 2, 2), (3, 2, 2)  # images, rows and columns of patches
 STEPS = 10
-Found = tuple[bool | None, str]  # kept, broken or (None) not judged, and why
+
+
+class NotKept(Exception):
+    """The rule is broken. The message says why."""
+
+
+class NotJudged(Exception):
+    """This kind of sampler can't keep the rule by design, or two runs can't show it. The message says why."""
 
 
 @dataclass
@@ -41,7 +48,7 @@ def rules(subject: Subject, stochastic: bool, own_steps: bool, counts: dict[int,
     """
     quiet = {"eta": 0.0} if stochastic and "eta" in subject.parameters else {}
     smooth = not stochastic or bool(quiet)
-    checks: list[tuple[str, Callable[[], Found]]] = [
+    checks: list[tuple[str, Callable[[], str | None]]] = [
         ("the same generator gives the same result", lambda: _generator(subject, stochastic)),
         ("nothing is drawn from numpy's or Python's state", lambda: _global(subject)),
         ("an image does not depend on its batch", lambda: _batch(subject, own_steps)),
@@ -62,12 +69,15 @@ def rules(subject: Subject, stochastic: bool, own_steps: bool, counts: dict[int,
     differs = False  # where two runs differ anyway, comparing runs decides nothing
     for name, check in checks:
         try:
-            unknown = differs and any(word in name for word in ("batch", "float32", "copy"))
-            kept, words = (None, "not judged: two runs differ anyway") if unknown else check()
+            if differs and any(word in name for word in ("batch", "float32", "copy")):
+                raise NotJudged("not judged: two runs differ anyway")
+            rule = Rule(name, True, check() or "")
+        except NotJudged as why:
+            rule = Rule(name, None, str(why))
         except Exception as error:
-            kept, words = False, str(error) if isinstance(error, Refused) else reason(error)
-        differs |= name == checks[0][0] and kept is False
-        yield Rule(name, kept, words)
+            rule = Rule(name, False, str(error) if isinstance(error, (NotKept, Refused)) else reason(error))
+        differs |= name == checks[0][0] and rule.kept is False
+        yield rule
 
 
 def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
@@ -75,51 +85,57 @@ def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
     return ((x - exact).norm(dim=-1) / exact.norm(dim=-1)).median().item()
 
 
-def _generator(subject: Subject, stochastic: bool) -> Found:
+def need(kept: Any, words: str) -> None:
+    """NotKept with these words where the rule is broken."""
+    if not kept:
+        raise NotKept(words)
+
+
+def _generator(subject: Subject, stochastic: bool) -> str | None:
     first, again, other = (subject.run(STEPS, shape=SMALL, seed=seed).end for seed in (3, 3, 4))
-    if (apart := relative(first, again)) > 1e-9:
-        return False, f"two runs with the same generator are {apart:.1e} apart: it has randomness of its own"
-    if stochastic and relative(first, other) < 1e-9:
-        return False, "another generator gives the same noise: it has randomness of its own"
-    return True, "another gives another" if stochastic else ""
+    apart = relative(first, again)
+    need(apart <= 1e-9, f"two runs with the same generator are {apart:.1e} apart: it has randomness of its own")
+    if not stochastic:
+        return None
+    need(relative(first, other) > 1e-9, "another generator gives the same noise: it has randomness of its own")
+    return "another gives another"
 
 
-def _global(subject: Subject) -> Found:
+def _global(subject: Subject) -> None:
     states = {"Python's random": lambda: str(random.getstate()), "numpy.random": lambda: str(np.random.get_state())}
     before = {name: state() for name, state in states.items()}
     subject.run(STEPS, shape=SMALL)
     drawn = [name for name, state in states.items() if state() != before[name]]
-    return not drawn, f"draws from {' and '.join(drawn)}" if drawn else ""
+    need(not drawn, f"draws from {' and '.join(drawn)}")
 
 
-def _batch(subject: Subject, own_steps: bool) -> Found:
+def _batch(subject: Subject, own_steps: bool) -> None:
     x, other = (start(float(subject.ts(STEPS)[0]), 3, 4, seed=seed) for seed in (1, 2))
     other[1] = x[1]  # the same image among others
     together, among = (subject.run(STEPS, x=batch, shape=SEVERAL, seed=[5, 6, 7]).end[1:2] for batch in (x, other))
     alone = subject.run(STEPS, x=x[1:2], shape=SMALL, seed=[6]).end
     apart, streams = relative(together, among), relative(together, alone)
     worst = max(apart, streams)
-    if worst <= 1e-6:
-        return True, ""
-    if own_steps:
-        return None, f"{worst:.1e} apart: its step sizes depend on the whole batch, by design"
-    if apart <= 1e-6 and not subject.stock and "noise_sampler" not in subject.parameters:
-        return None, "its noise is one stream for the whole batch; with a noise_sampler each image has its own"
-    return False, f"an image alone or among others ends {worst:.1e} apart"
+    if worst > 1e-6 and own_steps:
+        raise NotJudged(f"{worst:.1e} apart: its step sizes depend on the whole batch, by design")
+    if apart <= 1e-6 < streams and not subject.stock and "noise_sampler" not in subject.parameters:
+        raise NotJudged("its noise is one stream for the whole batch; with a noise_sampler each image has its own")
+    need(worst <= 1e-6, f"an image alone or among others ends {worst:.1e} apart")
 
 
-def _written(subject: Subject) -> Found:
-    written = subject.run(STEPS, shape=SMALL, observe=True).found.written
-    return not written, f"writes on {', '.join(dict.fromkeys(written))}" if written else ""
+def _written(subject: Subject) -> None:
+    written = dict.fromkeys(subject.run(STEPS, shape=SMALL, observe=True).found.written)
+    need(not written, f"writes on {', '.join(written)}")
 
 
-def _last_level(subject: Subject, quiet: dict[str, Any], smooth: bool) -> Found:
+def _last_level(subject: Subject, quiet: dict[str, Any], smooth: bool) -> None:
     """Where the levels end above zero, at sigma 0.3 or so, and for a scheduler that its own list ends at zero."""
     if subject.stock:
         last = subject.run(STEPS, shape=SMALL).last
-        asked = subject.side.options.get("final_sigmas_type") == "sigma_min"
         words = f"its levels end at sigma {last / (1 - last):.3g}, not at zero"
-        return (True, "") if last == 0 else (None if asked else False, words)
+        if last > 0 and subject.side.options.get("final_sigmas_type") == "sigma_min":
+            raise NotJudged(words)
+        return need(last == 0, words)
     levels = subject.levels(50)
     ts = subject.t(levels)
     sigmas = ts / (1 - ts)
@@ -128,83 +144,77 @@ def _last_level(subject: Subject, quiet: dict[str, Any], smooth: bool) -> Found:
     where = f"with levels that end at sigma {sigmas[last - 1]:.2g}"
     if not smooth:
         spread = KNOWN.within((run := subject.run(0, levels=cut, shape=(1, 50, 80))).end[0], run.last)
-        words = f"{where} its samples spread {spread:.2f} times as far as true ones"
-        return (True, "") if abs(spread - 1) < 0.15 else (False, words)
+        return need(abs(spread - 1) < 0.15, f"{where} its samples spread {spread:.2f} times as far as true ones")
     run = subject.run(0, levels=cut, **quiet)
     above, exact, zero = solve(KNOWN, run.begin, run.first, [float(ts[kept - 1]), run.last, 0.0])
-    if distance(run.end, exact) < 0.5 * min(distance(one, exact) for one in (above, zero)):
-        return True, ""
-    return False, f"{where} it is {distance(run.end, exact):.1%} from the exact state there"
+    error = distance(run.end, exact)
+    near = error < 0.5 * min(distance(one, exact) for one in (above, zero))
+    return need(near, f"{where} it is {error:.1%} from the exact state there")
 
 
-def _one_step(subject: Subject) -> Found:
+def _one_step(subject: Subject) -> None:
     run = subject.run(1, shape=SMALL)
     far = (run.end - KNOWN.mean).square().sum(-1).mean().sqrt().item() / KNOWN.covariance.trace().sqrt().item()
-    if not far < 3:  # NaN too
-        return False, f"it ends {far:.3g} times as far from the mean as true samples"
-    return True, ""
+    need(far < 3, f"it ends {far:.3g} times as far from the mean as true samples")  # not for NaN
 
 
-def _precision(subject: Subject, quiet: dict[str, Any], smooth: bool) -> Found:
+def _precision(subject: Subject, quiet: dict[str, Any], smooth: bool) -> None:
     """In float64 a small change of the latents makes a change of the end in proportion, above float64's rounding."""
     if smooth:
         apart, euler = (
             relative(one.run(STEPS, dtype=torch.float32, **more).end, one.run(STEPS, **more).end)
             for one, more in ((subject, quiet), (reference("euler", subject.family, subject.module), {}))
         )
-        if not apart < 100 * max(euler, 1e-6):
-            return False, f"{apart:.1e} apart, Euler's method {euler:.1e}"
+        need(apart < 100 * max(euler, 1e-6), f"{apart:.1e} apart, Euler's method {euler:.1e}")
     x = start(float(subject.ts(STEPS)[0]), 1, 4)
     base = subject.run(STEPS, x=x, shape=SMALL, **quiet).end
     slopes = [(subject.run(STEPS, x=x * (1 + step), shape=SMALL, **quiet).end - base) / step for step in (1e-8, 1e-6)]
-    if not relative(*slopes) < 0.05:
-        inside = "its state is rounded to float32 or less although latents and levels are float64"
-        return (None, f"{inside}, as in many of diffusers'") if subject.stock else (False, inside)
-    return True, ""
+    kept, inside = relative(*slopes) < 0.05, "its state is rounded to float32 or less although latents and levels are"
+    if not kept and subject.stock:
+        raise NotJudged(f"{inside} float64, as in many of diffusers'")
+    need(kept, f"{inside} float64")
 
 
-def _evaluations(subject: Subject, own_steps: bool, counts: dict[int, int]) -> Found:
+def _evaluations(subject: Subject, own_steps: bool, counts: dict[int, int]) -> str:
     if own_steps:
-        return None, "it chooses its steps by itself"
+        raise NotJudged("it chooses its steps by itself")
     (fewer, least), (more, most) = sorted(counts.items())[-2:]
     each = (most - least) / (more - fewer)
-    if each < 1 or most <= each * (more - 1):
-        return False, f"{most} in {more} steps, {least} in {fewer}"
+    need(each >= 1 and most > each * (more - 1), f"{most} in {more} steps, {least} in {fewer}")
     if not subject.stock:
         run = subject.run(20, shape=SMALL)
         ts = [max(run.first, *(t for t, *_ in run.asked)), *subject.ts(20).tolist()[1:]]  # s_churn begins above
         missing = [i for i, t in enumerate(ts) if t > 0 and not any(abs(t - one) <= 1e-4 * t for one, *_ in run.asked)]
         if 0 < len(missing) < 5:
             level = subject.levels(20)[missing[0]].item()
-            return False, f"the model is never asked at level {missing[0] + 1} of 20 ({level:.3g})"
-    return True, f"{each:.3g} per step"
+            raise NotKept(f"the model is never asked at level {missing[0] + 1} of 20 ({level:.3g})")
+    return f"{each:.3g} per step"
 
 
-def _callback(subject: Subject, own_steps: bool) -> Found:
+def _callback(subject: Subject, own_steps: bool) -> str | None:
     if "callback" not in subject.parameters:
-        return None, "it takes no callback"
+        raise NotJudged("it takes no callback")
     found = subject.run(STEPS, shape=SMALL, observe=True).found
-    levels = subject.session().sampler_sigmas(subject.levels(STEPS), subject.options.parameterization == "ve").tolist()
+    count = len(found.callbacks)
     if own_steps or "sigma_min" in subject.parameters:
-        return (True, f"{len(found.callbacks)} times") if found.callbacks else (False, "never called")
-    if len(found.callbacks) != STEPS:
-        return False, f"called {len(found.callbacks)} times in {STEPS} steps"
-    for i, info in enumerate(found.callbacks):
-        if missing := {"x", "i", "sigma", "denoised"} - info.keys():
-            return False, f"lacks {', '.join(sorted(missing))}"
-        if int(info["i"]) != i:
-            return False, f"step {i + 1} calls itself i={info['i']}"
+        need(count, "never called")
+        return f"{count} times"
+    need(count == STEPS, f"called {count} times in {STEPS} steps")
+    levels = subject.session().sampler_sigmas(subject.levels(STEPS), subject.options.parameterization == "ve").tolist()
+    for i, (info, level) in enumerate(zip(found.callbacks, levels)):
+        missing = sorted({"x", "i", "sigma", "denoised"} - info.keys())
+        need(not missing, f"lacks {', '.join(missing)}")
+        need(int(info["i"]) == i, f"step {i + 1} calls itself i={info['i']}")
         sigma, at = float(info["sigma"]), float(info.get("sigma_hat", info["sigma"]))
-        if abs(sigma - levels[i]) > 1e-5 * levels[i]:
-            return False, f"step {i + 1} has sigma {sigma:.5g}, its level is {levels[i]:.5g}"
+        need(abs(sigma - level) <= 1e-5 * level, f"step {i + 1} has sigma {sigma:.5g}, its level is {level:.5g}")
         here = [(x, denoised) for x, sigma, denoised in found.calls if abs(sigma - at) <= 1e-5 * at]
         for which, name in enumerate(("x", "denoised")):
-            if not any(relative(info[name], one[which]) < 1e-9 for one in here):
-                return False, f"its {name} is not that of step {i + 1}"
-    return True, ""
+            same = any(relative(info[name], one[which]) < 1e-9 for one in here)
+            need(same, f"its {name} is not that of step {i + 1}")
+    return None
 
 
-def _part_way(subject: Subject, stochastic: bool) -> Found:
+def _part_way(subject: Subject, stochastic: bool) -> None:
     """From a true state in the middle of 40 steps to the end, with and without `set_begin_index`."""
     whole = subject.run(40)
     most = 0.4 if stochastic else 2 * distance(whole.end, solve(KNOWN, whole.begin, whole.first, [0.0])[0]) + 0.01
@@ -214,17 +224,15 @@ def _part_way(subject: Subject, stochastic: bool) -> Found:
             error = abs(KNOWN.within(run.end[0], run.last) - 1)
         else:
             error = distance(run.end, solve(KNOWN, run.begin, run.first, [0.0])[0])
-        if not error < most:
-            return False, f"{words}, {error:.1%} off (a whole run {most / 2 - 0.005:.1%})"
-    return True, ""
+        need(error < most, f"{words}, {error:.1%} off (a whole run {most / 2 - 0.005:.1%})")
 
 
-def _add_noise(subject: Subject) -> Found:
+def _add_noise(subject: Subject) -> None:
     scheduler = subject.listed(STEPS)[0]
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     flow = hasattr(scheduler, "scale_noise")
     if not flow and not hasattr(scheduler, "add_noise"):
-        return None, "it has neither add_noise nor scale_noise"
+        raise NotJudged("it has neither add_noise nor scale_noise")
     for timestep in scheduler.timesteps[:: getattr(scheduler, "order", 1)]:
         at = timestep.reshape(1)
         alpha, sigma = (
@@ -232,13 +240,11 @@ def _add_noise(subject: Subject) -> Found:
             for x0, noise in ((one, zero), (zero, one))
         )
         level, (low, high) = sigma / max(alpha, 1e-12), subject.near(float(timestep))
-        if not low <= level <= high:
-            taken = (low * high) ** 0.5
-            return False, f"at timestep {float(timestep):.5g} it mixes sigma {level:.4g}, the network takes {taken:.4g}"
-    return True, ""
+        words = f"at timestep {float(timestep):.5g} it mixes sigma {level:.4g}, the network takes"
+        need(low <= level <= high, f"{words} {(low * high) ** 0.5:.4g}")
 
 
-def _copies(subject: Subject) -> Found:
+def _copies(subject: Subject) -> None:
     expected = subject.run(STEPS, shape=SMALL).end
     scheduler, used = (subject.session().scheduler(subject.side) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
@@ -247,6 +253,4 @@ def _copies(subject: Subject) -> Found:
     subject.run(STEPS, shape=SMALL, scheduler=used)
     for words, other in (("saved and loaded", saved), ("copied after a run", copy.deepcopy(used))):
         apart = relative(subject.run(STEPS, shape=SMALL, scheduler=other).end, expected)
-        if not apart < 1e-6:
-            return False, f"{words}, it ends {apart:.1e} away"
-    return True, ""
+        need(apart < 1e-6, f"{words}, it ends {apart:.1e} away")

@@ -183,9 +183,8 @@ def run_part(subject: Subject, shape: tuple[int, int, int], skipped: int, steps:
 
     def note(x: torch.Tensor, timestep: float, prediction: torch.Tensor) -> None:
         level = session.level_of(timestep)
-        asked.append(
-            (subject.t(level), subject.state(x if subject.flux else x * math.hypot(level, 1), level), timestep)
-        )
+        x = x if subject.flux else x * math.hypot(level, 1)
+        asked.append((subject.t(level), subject.state(x, level), timestep))
 
     with torch.no_grad(), session.watched(note):
         for t in timesteps:

@@ -51,7 +51,8 @@ def solve(
         levels = fine_levels(session, first, last, size)
         return session.follow_sampler(multistep, Ours(levels, setup.start, flow=True, keep=False), tick).final
 
-    truth, found = refine(session, "ODE", run, lambda size: size + size // 100 + 4, ODE_SIZES, a, b, known.get(key))
+    ends = (a.final, b.final)
+    truth, found = refine(session, "ODE", run, lambda size: size + size // 100 + 4, ODE_SIZES, ends, known.get(key))
     if found is not None:
         known[key] = found
     return truth
@@ -74,9 +75,8 @@ def fine_levels(session: Session, first: float, last: float, n: int) -> torch.Te
 
 
 def refine(
-    session: Session, equation: str, run: Callable[[int, Callable[[], Any]], torch.Tensor], cost: Callable[[int], int],
-    sizes: Sequence[int], a: Trajectory, b: Trajectory, solution: Solution | None = None
-) -> tuple[Truth, Solution | None]:  # fmt: skip
+    session: Session, equation: str, run: Callable, cost: Callable, sizes: Sequence[int], ends: tuple, solution=None
+) -> tuple[Truth, Solution | None]:
     """Finer solutions, until one shows which side is nearer or the time is over.
 
     The error is estimated by the change to a solution that was r times as coarse, over r - 1. That is right for order
@@ -86,13 +86,15 @@ def refine(
         run: `run(size, tick)`, the end of a solution; calls `tick()` for each evaluation of the network.
         cost: `cost(size)`, evaluations of that.
         sizes: that may be taken, rising.
+        ends: the final latents of both sides.
+        solution: one that was found before, to begin with.
     """
     started, truth = time.process_time(), Truth(equation)
     with tqdm(desc=f"solving the {equation} finely", unit=" evaluations", leave=False, disable=None) as bar:
         while True:
             if solution is not None and math.isfinite(solution.error):
-                ours, theirs = (relative(side.final, solution.final) for side in (a, b))
-                apart = ((a.final - b.final).norm() / solution.final.norm()).item()
+                ours, theirs = (relative(end, solution.final) for end in ends)
+                apart = ((ends[0] - ends[1]).norm() / solution.final.norm()).item()
                 truth = Truth(equation, ours, theirs, apart, solution.error, solution.evaluations)
                 if truth.nearer is not None:
                     return truth, solution
@@ -127,9 +129,6 @@ def next_size(
     if wanted in fit and cost(wanted) + cost(2 * wanted) <= affordable:
         return wanted
     return fit[-1] if fit else None
-
-
-# --- the SDE ---------------------------------------------------------------------------------------------------------
 
 
 def split(levels: torch.Tensor, pieces: int) -> torch.Tensor:
@@ -202,4 +201,5 @@ def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory
         fine_setup = replace(setup, levels=levels, noise=noise, quantize=False, timesteps=None, keep=False)
         return session.follow_sampler(fine, fine_setup, tick).final
 
-    return refine(session, "SDE", run, lambda pieces: pieces * (len(positive) - 1) + 1, SDE_SIZES, a, b)[0]
+    ends, steps = (a.final, b.final), len(positive) - 1
+    return refine(session, "SDE", run, lambda pieces: pieces * steps + 1, SDE_SIZES, ends)[0]
