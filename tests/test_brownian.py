@@ -114,7 +114,7 @@ def test_more_steps_follow_the_same_path(name):
     def ideal(x, sigma):
         return x * 0.04 / (0.04 + sigma.view(-1, 1, 1, 1) ** 2)
 
-    start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def sample(steps: int, seed: int) -> torch.Tensor:
         sigmas = named_sigmas("karras", steps, 0.02 + 0.2 / steps, 10 + steps / 8)
@@ -128,6 +128,6 @@ def test_more_steps_follow_the_same_path(name):
 
 
 def test_the_path_at_zero():
-    """A sampler of one's own may ask for the noise of the last step: W(0) is W(2^-64) to 1e-10."""
+    """A user-supplied sampler may ask for the noise of the last step: W(0) is W(2^-64) to 1e-10."""
     draw = noise()
     torch.testing.assert_close(draw(1.0, 0.0), draw(1.0, 2.0**-64), rtol=0, atol=1e-6)

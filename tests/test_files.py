@@ -12,7 +12,6 @@ import sys
 import blocks
 import pytest
 from conftest import PROMPT, ROOT, seeded
-from diffusers import DiffusionPipeline
 
 FILES = {"sdxl": "sdxl_comfy_pipeline.py", "flux": "flux_comfy_pipeline.py"}
 CLASSES = {"sdxl": "StableDiffusionXLComfyPipeline", "flux": "FluxComfyPipeline"}
@@ -54,19 +53,6 @@ def test_the_files_alone_draw_pictures_and_import_nothing_heavy(tmp_path):
     assert set(new.split()) <= {"sdxl_comfy_pipeline", "flux_comfy_pipeline", "k_diffusion_alone", *solvers}
     assert not heavy
     assert all((tmp_path / f"{family}.png").stat().st_size > 5000 for family in FILES)
-
-
-@pytest.mark.parametrize("family", FILES)
-def test_custom_pipeline(family, sdxl, flux):
-    """diffusers' own way to use a pipeline from a file gives the same picture."""
-    pipe = DiffusionPipeline.from_pretrained(
-        ROOT / "demo" / family, custom_pipeline=str(ROOT / FILES[family]), trust_remote_code=True
-    )
-    pipe.set_progress_bar_config(disable=True)
-    assert type(pipe).__name__ == CLASSES[family]
-    call = {"sampler": "heun", "num_inference_steps": 3, "output_type": "latent"}
-    expected = {"sdxl": sdxl, "flux": flux}[family](PROMPT, generator=seeded(), **call).images
-    assert pipe(PROMPT, generator=seeded(), **call).images.equal(expected)
 
 
 def test_missing_k_diffusion_says_how_to_install_it(monkeypatch):

@@ -1,19 +1,15 @@
-"""The ways in which people retrain SDXL: v prediction with zero terminal SNR, few steps (Turbo, Lightning, LCM)."""
+"""SDXL as people retrain it: v prediction with zero terminal SNR, few steps. For LCM see test_recipes.py."""
 
 from __future__ import annotations
 
 import copy
 
-import addons
 import pytest
-import torch
-from conftest import PROMPT, load, relative, seeded
+from conftest import PROMPT, relative, seeded
 from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    LCMScheduler,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 
 from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline, external, sampler_names
@@ -22,10 +18,10 @@ CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
 CALL = {"prompt": PROMPT, "height": 64, "width": 64, "output_type": "latent", "num_inference_steps": 4}
 
 
-def pair(pipe, scheduler, **components):
+def pair(pipe, scheduler):
     """Child and parent on the same weights with this scheduler."""
     pipes = [
-        one(**{**pipe.components, "scheduler": copy.deepcopy(scheduler), **components})
+        one(**{**pipe.components, "scheduler": copy.deepcopy(scheduler)})
         for one in (StableDiffusionXLComfyPipeline, StableDiffusionXLPipeline)
     ]
     for one in pipes:
@@ -54,42 +50,6 @@ def test_turbo(sdxl, steps):
     child, parent = pair(sdxl, scheduler)
     call = {"num_inference_steps": steps, "guidance_scale": 0.0}
     assert relative(draw(child, sampler="euler_ancestral", **call), draw(parent, **call)) < CLOSE
-
-
-def sample_lcm(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
-    """Multistep consistency sampling (Song et al. 2023, algorithm 1; Luo et al. 2023): predict x0, add noise, again."""
-    for i in range(len(sigmas) - 1):
-        denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]))
-        if callback is not None:
-            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        noise = 0 if sigmas[i + 1] == 0 else noise_sampler(sigmas[i], sigmas[i + 1])
-        x = denoised + sigmas[i + 1] * noise
-    return x
-
-
-def test_lcm_lora(tmp_path):
-    """A LoRA, LCM's levels and its sampler, a function of six lines, give what LCMScheduler gives, noise included."""
-    base = load(StableDiffusionXLComfyPipeline, "sdxl")
-    base.load_lora_weights(addons.lora_file(base, tmp_path))
-    child, parent = pair(base, LCMScheduler.from_config(base.scheduler.config))
-    call = {"guidance_scale": 1.0, "num_images_per_prompt": 2, "generator": None}
-    drawn = draw(child, **{**call, "generator": [seeded(1), seeded(2)]}, sampler=sample_lcm)
-    assert relative(drawn, draw(parent, **{**call, "generator": [seeded(1), seeded(2)]})) < 10 * CLOSE
-    seen = []
-    call = {"sampler": sample_lcm, "callback_on_step_end": lambda one, i, *_: seen.append(i)}
-    draw(child, **call)
-    assert seen == [0, 1, 2, 3]
-
-
-def test_lcm_network(sdxl):
-    """The distilled network itself takes the guidance scale as an input, and no classifier-free guidance."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(sdxl.unet.config, time_cond_proj_dim=32)
-    unet.load_state_dict(sdxl.unet.state_dict(), strict=False)
-    child, parent = pair(sdxl, LCMScheduler.from_config(sdxl.scheduler.config), unet=unet.eval())
-    drawn = draw(child, guidance_scale=8.0, sampler=sample_lcm)
-    assert relative(drawn, draw(parent, guidance_scale=8.0)) < 10 * CLOSE
-    assert relative(drawn, draw(child, guidance_scale=2.0, sampler=sample_lcm)) > 100 * CLOSE
 
 
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import addons
 import pytest
@@ -12,13 +11,9 @@ from conftest import CHILDREN, FAMILIES, PARENTS, ROOT, draw, load, network, par
 from diffusers import (
     AutoPipelineForText2Image,
     DiffusionPipeline,
-    FluxTransformer2DModel,
     StableDiffusionXLImg2ImgPipeline,
 )
 from safetensors.torch import save_file
-
-from flux_comfy_pipeline import FluxComfyPipeline
-from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
 
 CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
 NOISE = {"sdxl": (1, 4, 8, 8), "flux": (1, 16, 64)}
@@ -84,50 +79,21 @@ def test_from_pipe_to_image_to_image(sdxl):
 # --- one file --------------------------------------------------------------------------------------------------------
 
 
-def test_sdxl_from_single_file(sdxl, tmp_path):
-    """The demo model under the original repository's names. `config` names the folder that describes its size."""
-    file = addons.single_file(sdxl, tmp_path / "demo.safetensors")
-    loaded = StableDiffusionXLComfyPipeline.from_single_file(file, config=str(ROOT / "demo/sdxl"))
-    assert type(loaded) is StableDiffusionXLComfyPipeline
-    assert draw(loaded, "sdxl", output_type="pt").equal(draw(sdxl, "sdxl", output_type="pt"))
-    half = StableDiffusionXLComfyPipeline.from_single_file(
-        file, config=str(ROOT / "demo/sdxl"), torch_dtype=torch.bfloat16
-    )
-    assert {half.unet.dtype, half.vae.dtype, half.text_encoder_2.dtype} == {torch.bfloat16}
+@FAMILIES
+def test_from_single_file(name, sdxl, flux, tmp_path):
+    """The network in one file, the rest from elsewhere, as fine-tunes come. `config` names a folder for the sizes.
 
-
-def test_flux_from_single_file(flux, tmp_path):
-    """The transformer in one file, the rest from elsewhere, as fine-tunes come. The file has diffusers' names."""
-    file = tmp_path / "transformer.safetensors"
-    save_file(flux.transformer.state_dict(), file)
-    rest = {name: getattr(flux, name) for name in ("vae", "text_encoder", "text_encoder_2")}
-    loaded = FluxComfyPipeline.from_single_file(file, config=str(ROOT / "demo/flux"), **rest)
-    assert type(loaded) is FluxComfyPipeline and loaded.transformer is not flux.transformer
-    assert draw(loaded, "flux", output_type="pt").equal(draw(flux, "flux", output_type="pt"))
-
-
-def test_flux_from_single_file_of_the_original_repository(flux, tmp_path):
-    """The same under the original names. diffusers reads them at FLUX's own width, 3072, only.
-
-    So the transformer is one of that width, with a block of each kind and random weights, 0.5 B.
+    The original repositories' names of weights, and how they are joined, are diffusers' converters' matter.
     """
-    folder = tmp_path / "demo"
-    shutil.copytree(ROOT / "demo/flux", folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((folder / "transformer/config.json").read_text())
-    config |= {"attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": [16, 56, 56]}
-    config |= {"num_layers": 1, "num_single_layers": 1}
-    (folder / "transformer/config.json").write_text(json.dumps(config))
-    with torch.device("meta"):
-        wide = FluxTransformer2DModel.from_config(config)
-    wide = wide.to(torch.bfloat16).to_empty(device="cpu").eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in wide.parameters():
-        parameter.data.normal_(std=0.02, generator=generator)
-    expected = draw(FluxComfyPipeline(**{**flux.components, "transformer": wide}), "flux")
-    file = addons.flux_single_file(wide, tmp_path / "flux.safetensors")
-    rest = {name: getattr(flux, name) for name in ("vae", "text_encoder", "text_encoder_2")}
-    loaded = FluxComfyPipeline.from_single_file(file, config=str(folder), torch_dtype=torch.bfloat16, **rest)
-    assert loaded.transformer is not wide and draw(loaded, "flux").equal(expected)
+    pipe = {"sdxl": sdxl, "flux": flux}[name]
+    file, part = tmp_path / "network.safetensors", "unet" if name == "sdxl" else "transformer"
+    save_file(network(pipe).state_dict(), file)
+    rest = {key: one for key, one in pipe.components.items() if isinstance(one, torch.nn.Module) and key != part}
+    loaded = CHILDREN[name].from_single_file(file, config=str(ROOT / "demo" / name), **rest)
+    assert type(loaded) is CHILDREN[name] and network(loaded) is not network(pipe)
+    assert draw(loaded, name, output_type="pt").equal(draw(pipe, name, output_type="pt"))
+    half = CHILDREN[name].from_single_file(file, config=str(ROOT / "demo" / name), torch_dtype=torch.bfloat16, **rest)
+    assert network(half).dtype == torch.bfloat16
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -173,34 +139,24 @@ def test_lora(name, tmp_path):
     assert relative(draw(fresh, name), plain) < 10 * CLOSE
 
 
-def test_sdxl_textual_inversion(tmp_path):
-    """A token of two vectors in both text encoders, loaded, used in a prompt, unloaded."""
-    from safetensors.torch import load_file
-
-    child = load(StableDiffusionXLComfyPipeline, "sdxl")
-    plain = draw(child, "sdxl")
-    vectors = load_file(addons.textual_inversion_file(child, tmp_path))
-    encoders = {"clip_l": (child.text_encoder, child.tokenizer), "clip_g": (child.text_encoder_2, child.tokenizer_2)}
-    for key, (encoder, tokenizer) in encoders.items():
-        child.load_textual_inversion(vectors[key], token="<style>", text_encoder=encoder, tokenizer=tokenizer)
-    styled = draw(child, "sdxl", prompt="a cat in <style>")
-    assert relative(styled, draw(child, "sdxl", prompt="a cat in")) > 100 * CLOSE
-    assert relative(styled, draw(parent_of(child, "sdxl"), "sdxl", prompt="a cat in <style>")) < CLOSE
-    for encoder, tokenizer in encoders.values():
-        child.unload_textual_inversion("<style>", text_encoder=encoder, tokenizer=tokenizer)
-    assert draw(child, "sdxl").equal(plain)
-
-
-def test_flux_textual_inversion(tmp_path):
-    """FLUX's loader knows CLIP alone."""
-    child = load(FluxComfyPipeline, "flux")
-    plain = draw(child, "flux")
-    vector = torch.randn(2, child.text_encoder.config.hidden_size, generator=seeded(3))
-    child.load_textual_inversion(vector, token="<style>")
-    styled = draw(child, "flux", prompt="a cat in <style>")
-    assert relative(styled, draw(parent_of(child, "flux"), "flux", prompt="a cat in <style>")) < CLOSE
-    child.unload_textual_inversion("<style>")
-    assert draw(child, "flux").equal(plain)
+@FAMILIES
+def test_textual_inversion(name):
+    """A token of two vectors, loaded, used in a prompt, unloaded. FLUX's loader knows CLIP alone."""
+    child = load(CHILDREN[name], name)
+    plain, without = draw(child, name), draw(child, name, prompt="a cat in")
+    encoders: list[dict] = [{}]
+    if name == "sdxl":
+        encoders = [{part: getattr(child, part + n) for part in ("text_encoder", "tokenizer")} for n in ("", "_2")]
+    for places in encoders:
+        width = places.get("text_encoder", child.text_encoder).config.hidden_size
+        vectors = torch.randn(2, width, generator=seeded(3))
+        child.load_textual_inversion(vectors, token="<style>", **places)
+    styled = draw(child, name, prompt="a cat in <style>")
+    assert relative(styled, without) > 100 * CLOSE
+    assert relative(styled, draw(parent_of(child, name), name, prompt="a cat in <style>")) < CLOSE
+    for places in encoders:
+        child.unload_textual_inversion("<style>", **places)
+    assert draw(child, name).equal(plain)
 
 
 @FAMILIES
@@ -212,15 +168,11 @@ def test_ip_adapter_load_and_unload(name, tmp_path):
     flat = {f"{part}.{key}": value for part, values in weights.items() for key, value in values.items()}
     save_file(flat, tmp_path / "adapter.safetensors")
     addons.image_encoder().save_pretrained(tmp_path / "image_encoder")
-    if name == "sdxl":
-        child.load_ip_adapter(str(tmp_path), subfolder="", weight_name="adapter.safetensors")
-    else:
-        child.load_ip_adapter(
-            str(tmp_path),
-            weight_name="adapter.safetensors",
-            image_encoder_pretrained_model_name_or_path=str(tmp_path / "image_encoder"),
-            image_encoder_dtype=torch.float32,
-        )
+    options = {"subfolder": ""}
+    if name == "flux":
+        options = {"image_encoder_pretrained_model_name_or_path": str(tmp_path / "image_encoder")}
+        options |= {"image_encoder_dtype": torch.float32}
+    child.load_ip_adapter(str(tmp_path), weight_name="adapter.safetensors", **options)
     seen = draw(child, name, ip_adapter_image=addons.IMAGE)
     child.set_ip_adapter_scale(0.0)
     assert relative(seen, draw(child, name, ip_adapter_image=addons.IMAGE)) > 100 * CLOSE

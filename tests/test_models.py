@@ -1,4 +1,4 @@
-"""What `--model` may be, what is said of anything else, and where a model is kept."""
+"""What `--model` may be, the messages for anything else, and where a model is kept."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ from gallery.models import needed_memory, reason
 from gallery.options import FLUX, SDXL, parse
 
 
+@pytest.fixture
+def refusal(tmp_path, capsys):
+    """Runs a script with a model that is refused, and returns the one line of the message."""
+
+    def run(family, model) -> str:
+        assert run_here(family, "--model", model, "--output", tmp_path / "output") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
 @pytest.mark.parametrize(
     "family, kind, message",
     [
@@ -24,17 +36,15 @@ from gallery.options import FLUX, SDXL, parse
         (FLUX, "StableDiffusionXLPipeline", "is a model of SDXL: test.py draws it"),
         (FLUX, "StableDiffusion3Pipeline", "is a model of StableDiffusion3Pipeline, not of FluxPipeline"),
         (SDXL, "StableDiffusionXLImg2ImgPipeline", "no file named config.json"),  # the same models, so it goes on
-        (SDXL, "SomebodysPipeline", "no file named config.json"),
     ],
 )
-def test_a_model_of_another_kind_is_refused_by_its_index(tmp_path, capsys, family, kind, message):
+def test_a_model_of_another_kind_is_refused_by_its_index(tmp_path, refusal, family, kind, message):
     """Before anything of it is loaded: there is nothing but the index here."""
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind, "vae": ["diffusers", "AutoencoderKL"]}))
-    assert run_here(family, "--model", tmp_path, "--output", tmp_path / "output") == 2
-    assert message in capsys.readouterr().err
+    assert message in refusal(family, tmp_path)
 
 
-def test_a_model_of_another_kind_is_refused_by_the_hubs_index(tmp_path, monkeypatch, capsys):
+def test_a_model_of_another_kind_is_refused_by_the_hubs_index(tmp_path, monkeypatch, refusal):
     """As it stands in the cache, which a download fills."""
     snapshot = tmp_path / "models--somebody--something" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -42,8 +52,7 @@ def test_a_model_of_another_kind_is_refused_by_the_hubs_index(tmp_path, monkeypa
     (tmp_path / "models--somebody--something" / "refs").mkdir()
     (tmp_path / "models--somebody--something" / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert run_here(SDXL, "--model", "somebody/something", "--output", tmp_path / "output") == 2
-    assert "somebody/something is a model of FLUX: test_flux.py draws it" in capsys.readouterr().err
+    assert "somebody/something is a model of FLUX: test_flux.py draws it" in refusal(SDXL, "somebody/something")
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +130,13 @@ FLUX_KEY = "double_blocks.0.img_attn.norm.key_norm.scale"
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_file_is_told_by_its_tensors(tmp_path, monkeypatch, capsys, family, names, message):
+def test_a_file_is_recognized_by_its_tensors(tmp_path, monkeypatch, refusal, family, names, message):
     """The last one passes for SDXL's, so that loading begins, which needs the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     file = tmp_path / "model.safetensors"
     save_file({name: torch.zeros(1, 4, 1, 1) for name in names}, file)
-    assert run_here(family, "--model", file, "--output", tmp_path / "output") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"--model: {file} {message}" in line
+    assert f"--model: {file} {message}" in refusal(family, file)
 
 
 def whole_file(file):
@@ -141,20 +148,16 @@ def whole_file(file):
     "damage, message",
     [
         (lambda data: data[:-1], "is no .safetensors file, or is cut off"),
-        (lambda data: data[:20], "is no .safetensors file, or is cut off"),
         (lambda data: data[:4], "is no .safetensors file"),
-        (lambda data: b"", "is no .safetensors file"),
         (lambda data: b"garbage of any kind" * 9, "is no .safetensors file"),
         (lambda data: (2).to_bytes(8, "little") + b"[]", "is no .safetensors file"),
         (lambda data: (8).to_bytes(8, "little") + b'{"a": 1}', "is no .safetensors file"),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, capsys, damage, message):
+def test_a_damaged_file_is_named(tmp_path, refusal, damage, message):
     file = tmp_path / "model.safetensors"
     file.write_bytes(damage(whole_file(file)))
-    assert run_here(SDXL, "--model", file, "--output", tmp_path / "output") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"--model: {file} {message}" in line
+    assert f"--model: {file} {message}" in refusal(SDXL, file)
 
 
 @pytest.mark.parametrize(
@@ -168,14 +171,13 @@ def test_a_damaged_file_is_named(tmp_path, capsys, damage, message):
         ("empty", "has no model_index.json"),
     ],
 )
-def test_a_path_that_is_no_model(tmp_path, monkeypatch, capsys, name, message):
+def test_a_path_that_is_no_model(tmp_path, monkeypatch, refusal, name, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     torch.save({"state_dict": {"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(1)}}, tmp_path / "lora.ckpt")
     for file in ("notes.txt", "garbage.ckpt"):
         (tmp_path / file).write_text("garbage")
-    assert run_here(SDXL, "--model", tmp_path / name, "--output", tmp_path / "output") == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refusal(SDXL, tmp_path / name)
     assert message in line and str(tmp_path / name) in line
 
 
@@ -185,20 +187,16 @@ def test_a_path_that_is_no_model(tmp_path, monkeypatch, capsys, name, message):
         ("model_index.json", "{", "is no JSON, or cut off"),
         ("model_index.json", "[]", "has a JSON list"),
         ("model_index.json", "{}", "names no _class_name"),
-        ("unet/config.json", '{"sample_size": 1', "is no JSON, or cut off"),
         ("unet/config.json", "[1]", "has a JSON list"),
-        ("scheduler/scheduler_config.json", "garbage", "is no JSON"),
         ("vae/diffusion_pytorch_model.safetensors", None, "is no .safetensors file, or is cut off"),
         ("text_encoder/model.safetensors", "garbage", "is no .safetensors file"),
     ],
 )
-def test_the_broken_part_of_a_folder_is_named(tmp_path, capsys, part, text, message):
+def test_the_broken_part_of_a_folder_is_named(tmp_path, refusal, part, text, message):
     folder = shutil.copytree(ROOT / "demo" / "sdxl", tmp_path / "model")
     file = folder / part
     file.write_bytes(file.read_bytes()[:-10] if text is None else text.encode())
-    assert run_here(SDXL, "--model", folder, "--output", tmp_path / "output") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"--model: {file} {message}" in line
+    assert f"--model: {file} {message}" in refusal(SDXL, folder)
 
 
 # --- where it is kept ---

@@ -24,7 +24,7 @@ from gallery.options import FLUX, SDXL, parse
 from gallery.pictures import read_settings, write_whole
 from gallery.refused import Refused
 
-PROMPTS = ["a robot in a desert", "a cat at sea, warm colors", "a house in snow"]
+PROMPTS = ["a robot in a desert", "a cat at sea, warm colors"]
 SAMPLERS = ("euler", "dpmpp_2m_sde", "dpm_adaptive")
 
 
@@ -58,7 +58,7 @@ def test_every_prompt_seed_and_sampler_has_its_picture(whole):
     }
     found = {path.name: read_settings(path) for path in whole.glob("*-sample_*.png")}
     assert {name: (s["prompt"], s["seed"], s["sampler"], s["steps"]) for name, s in found.items()} == expected
-    assert len(set(pixels(whole).values())) == len(expected) - 6  # dpm_adaptive chooses its own number of steps
+    assert len(set(pixels(whole).values())) == len(expected) - 4  # dpm_adaptive chooses its own number of steps
     assert len(list(whole.glob("*-steps-grid.png"))) == len(PROMPTS) * 2
     assert not list(whole.glob(".*"))
 
@@ -136,8 +136,7 @@ TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"
 TWO += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
 
 
-@pytest.mark.parametrize("launcher, by", [((), ""), (TWO, " by 2 processes")], ids=["one", "two"])
-def test_killed_and_resumed_it_gives_the_same_files(arguments, whole, tmp_path, launcher, by):
+def test_killed_and_resumed_it_gives_the_same_files(arguments, whole, tmp_path):
     """Killed with five pictures or a few more drawn: what is there is whole, and --resume draws the others alone."""
     command = [sys.executable, ROOT / "test.py", *arguments, "--output", tmp_path]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
@@ -146,12 +145,12 @@ def test_killed_and_resumed_it_gives_the_same_files(arguments, whole, tmp_path, 
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = pixels(tmp_path)
-    assert 5 <= len(before) < 36
+    assert 5 <= len(before) < 24
     assert before == {name: value for name, value in pixels(whole).items() if name in before}
     times = {name: os.stat(tmp_path / name).st_mtime_ns for name in before}
-    result = run(*arguments, "--output", tmp_path, "--resume", launcher=launcher)
+    result = run(*arguments, "--output", tmp_path, "--resume", launcher=TWO)
     assert result.returncode == 0, result.stderr
-    assert f"36 of 36 drawn with demo{by}, 6 sheets" in result.stdout
+    assert "24 of 24 drawn with demo by 2 processes, 4 sheets" in result.stdout
     assert pixels(tmp_path) == pixels(whole)
     assert times == {name: os.stat(tmp_path / name).st_mtime_ns for name in before}
 

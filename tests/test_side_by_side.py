@@ -12,10 +12,9 @@ import addons
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, load, relative, seeded, stock_of
-from diffusers import FluxPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from conftest import CHILDREN, PARENTS, PROMPT, load, relative, seeded, stock_of
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
-from flux_comfy_pipeline import FluxComfyPipeline
 from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
 
 # float32 rounding (6e-8) of both, times sigma (up to 15) and guidance (5)
@@ -23,31 +22,29 @@ CLOSE = 1e-5
 CAR, CAT = "a red car in the desert", "a cat in the snow, warm colors"
 
 
-def pair(child_class: type, parent_class: type, folder: str):
-    child = load(child_class, folder)
-    return child, stock_of(child, parent_class)
+def pair(name: str, change=lambda pipe: pipe):
+    child = change(load(CHILDREN[name], name))
+    return child, stock_of(child, PARENTS[name])
 
 
 @pytest.fixture(scope="module")
 def sdxls():
-    return pair(StableDiffusionXLComfyPipeline, StableDiffusionXLPipeline, "sdxl")
+    return pair("sdxl")
 
 
 @pytest.fixture(scope="module")
 def fluxes():
-    return pair(FluxComfyPipeline, FluxPipeline, "flux")
+    return pair("flux")
 
 
 @pytest.fixture(scope="module")
 def sdxls_with_image():
-    child = addons.with_ip_adapter(load(StableDiffusionXLComfyPipeline, "sdxl"))
-    return child, stock_of(child, StableDiffusionXLPipeline)
+    return pair("sdxl", addons.with_ip_adapter)
 
 
 @pytest.fixture(scope="module")
 def fluxes_with_image():
-    child = addons.with_ip_adapter(load(FluxComfyPipeline, "flux"))
-    return child, stock_of(child, FluxPipeline)
+    return pair("flux", addons.with_ip_adapter)
 
 
 def normal(*shape: int, seed: int = 7) -> torch.Tensor:
@@ -94,11 +91,9 @@ SDXL = [
     {**SMALL, **ALONE},
     {**SMALL, "guidance_scale": 0.0},
     {**SMALL, "guidance_scale": 12.5},
-    {**SMALL, "guidance_scale": 7},
     {**SMALL, "guidance_rescale": 0.7, "guidance_scale": 9.0},
     {**SMALL, "guidance_rescale": 0.7, **ALONE},
     {**SMALL, "negative_prompt": CAT},
-    {**SMALL, "negative_prompt": ""},
     {**SMALL, "negative_prompt": CAT, **ALONE},
     {**SMALL, "prompt_2": CAR},
     {**SMALL, "prompt_2": CAR, "negative_prompt": CAT, "negative_prompt_2": "snow"},
@@ -126,18 +121,12 @@ SDXL = [
     {**SMALL, "denoising_end": 0.8, "num_inference_steps": 10, "negative_prompt": CAT, "guidance_rescale": 0.3},
     {**SMALL, "denoising_end": 0.0001},  # before the first step
     {**SMALL, "denoising_end": 1.0},
-    {**SMALL, "denoising_end": 1},
     {**SMALL, "clip_skip": 0},
     {**SMALL, "clip_skip": 1, "negative_prompt": CAT},
     {**SMALL, "cross_attention_kwargs": {"scale": 0.5}},
     {**SMALL, "original_size": (32, 48), "target_size": (256, 192), "crops_coords_top_left": (8, 16)},
     {**SMALL, "negative_crops_coords_top_left": (8, 16)},
-    {
-        **SMALL,
-        "negative_original_size": (32, 48),
-        "negative_crops_coords_top_left": (8, 16),
-        "negative_target_size": (48, 32),
-    },
+    {**SMALL, "negative_original_size": (32, 48), "negative_target_size": (48, 32)},
     {**SMALL, "negative_original_size": (32, 48)},  # without the other: none of both
     {**SMALL, "original_size": (32, 48), "prompt": [PROMPT, CAR], "negative_target_size": (8, 8)},
     {**SMALL, "output_type": "pil"},
@@ -159,11 +148,9 @@ FLUX = [
     {**FLUX_SMALL, "height": 48, "width": 128},
     {**FLUX_SMALL, "height": 72, "width": 70},  # rounded down to a multiple of 16, with a warning
     {**FLUX_SMALL, "guidance_scale": 0.0},
-    {**FLUX_SMALL, "guidance_scale": 7},
     {**FLUX_SMALL, "prompt_2": CAR},
     {**FLUX_SMALL, "prompt": [PROMPT, CAR]},
     {**FLUX_SMALL, "prompt": [PROMPT, CAR], "prompt_2": [CAT, CAR], "num_images_per_prompt": 2},
-    {**FLUX_SMALL, "prompt": "", "num_images_per_prompt": 3},
     {**FLUX_SMALL, "prompt": PROMPT * 9},
     {**FLUX_SMALL, "negative_prompt": CAT},  # of no effect at true_cfg_scale 1
     {**FLUX_SMALL, "true_cfg_scale": 3.0},  # of no effect without a negative prompt
@@ -192,7 +179,6 @@ FLUX = [
     {**FLUX_SMALL, "sigmas": [0.9, 0.4]},
     {**FLUX_SMALL, "sigmas": np.linspace(1, 0.25, 4)},
     {**FLUX_SMALL, "joint_attention_kwargs": {"scale": 0.5}},
-    {**FLUX_SMALL, "joint_attention_kwargs": {}},
     {**SMALL, "max_sequence_length": 8},
     {**SMALL, "max_sequence_length": 256, "negative_prompt": CAT, "true_cfg_scale": 2.0},
     {**SMALL},
