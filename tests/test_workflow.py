@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 from PIL import Image
@@ -31,12 +32,15 @@ def read(tmp_path):
     return lambda graph, family=None: import_settings(picture(tmp_path / "picture.png", prompt=graph), family)
 
 
+LINKS = {"model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}
+CUSTOM = {"noise": ["20", 0], "guider": ["21", 0], "sampler": ["22", 0], "sigmas": ["23", 0], "latent_image": ["5", 0]}
+
+
 def plain_graph(**sampler) -> dict:
     """ComfyUI's first workflow."""
     fields = {"seed": 42, "steps": 20, "cfg": 8.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
-    links = {"model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}
     return {
-        "3": node("KSampler", **{**fields, **links, **sampler}),
+        "3": node("KSampler", **{**fields, **LINKS, **sampler}),
         "4": node("CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors"),
         "5": node("EmptyLatentImage", width=832, height=1216, batch_size=1),
         "6": node("CLIPTextEncode", text="a bottle", clip=["4", 1]),
@@ -53,19 +57,13 @@ PLAIN = {
 }
 
 
-def test_plain(read):
-    assert read(plain_graph()) == Settings(PLAIN, "sdxl", [], comfy=True)
-
-
 def test_nodes_in_any_order_and_with_any_ids(read):
     items = list(plain_graph().items())
     for seed in range(5):
+        assert read(dict(items)) == Settings(PLAIN, "sdxl", [], comfy=True)
         random.Random(seed).shuffle(items)
-        renamed = {f"n{name}": text for name, text in items}
-        text = json.dumps(renamed)
-        for name, _ in items:
-            text = text.replace(f'["{name}", ', f'["n{name}", ')
-        assert read(json.loads(text)) == Settings(PLAIN, "sdxl", [], comfy=True)
+        renamed = re.sub(r'\["(\w+)", ', r'["n\1", ', json.dumps({f"n{name}": node for name, node in items}))
+        assert read(json.loads(renamed)) == Settings(PLAIN, "sdxl", [], comfy=True)
 
 
 def flux_graph() -> dict:
@@ -78,18 +76,11 @@ def flux_graph() -> dict:
         "10": node("VAELoader", vae_name="ae.safetensors"),
         "11": node("DualCLIPLoader", clip_name1="t5xxl_fp16.safetensors", clip_name2="clip_l.safetensors", type="flux"),
         "12": node("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype="default"),
-        "13": node(
-            "SamplerCustomAdvanced",
-            noise=["25", 0],
-            guider=["22", 0],
-            sampler=["16", 0],
-            sigmas=["17", 0],
-            latent_image=["5", 0],
-        ),
-        "16": node("KSamplerSelect", sampler_name="euler"),
-        "17": node("BasicScheduler", scheduler="simple", steps=28, denoise=1.0, model=["32", 0]),
-        "22": node("BasicGuider", model=["32", 0], conditioning=["26", 0]),
-        "25": node("RandomNoise", noise_seed="219670278747233"),
+        "13": node("SamplerCustomAdvanced", **CUSTOM),
+        "20": node("RandomNoise", noise_seed="219670278747233"),
+        "21": node("BasicGuider", model=["32", 0], conditioning=["26", 0]),
+        "22": node("KSamplerSelect", sampler_name="euler"),
+        "23": node("BasicScheduler", scheduler="simple", steps=28, denoise=1.0, model=["32", 0]),
         "26": node("FluxGuidance", guidance=3.5, conditioning=["6", 0]),
         "30": node("PrimitiveInt", value=1344),
         "31": node("Reroute", **{"": ["33", 0]}),
@@ -123,7 +114,7 @@ def test_links_to_flux_guidance_and_steps_are_followed(read):
 
 def test_flux_with_true_cfg(read):
     graph = flux_graph()
-    graph["22"] = node("CFGGuider", model=["12", 0], positive=["26", 0], negative=["40", 0], cfg="2.5")
+    graph["21"] = node("CFGGuider", model=["12", 0], positive=["26", 0], negative=["40", 0], cfg="2.5")
     graph["40"] = node("CLIPTextEncodeFlux", clip_l="blur", t5xxl="blurry, dull", guidance=1.0, clip=["11", 0])
     found = read(graph)
     assert (found.values["cfg"], found.values["guidance"]) == (2.5, 3.5)
@@ -144,9 +135,8 @@ def test_the_other_forms_of_prompts(read):
 def test_ksampler_advanced(read):
     """SDXL's example: the base model passes its leftover noise to the refiner."""
     graph = plain_graph()
-    links = {key: graph["3"]["inputs"][key] for key in ("model", "positive", "negative", "latent_image")}
     fields = {"steps": 25, "cfg": 8.0, "sampler_name": "euler", "scheduler": "normal"}
-    base = {**fields, **links, "noise_seed": 7, "add_noise": "enable", "start_at_step": 0, "end_at_step": 20}
+    base = {**fields, **LINKS, "noise_seed": 7, "add_noise": "enable", "start_at_step": 0, "end_at_step": 20}
     graph["3"] = node("KSamplerAdvanced", **base, return_with_leftover_noise="enable")
     assert read(graph).unused == ["steps 0 to 20 alone"]
     assert read(graph).values["seed"] == 7 and read(graph).values["steps"] == 25
@@ -155,17 +145,6 @@ def test_ksampler_advanced(read):
     graph["8"]["inputs"]["samples"] = ["10", 0]
     found = read(graph)
     assert found.values["seed"] == 7 and found.unused == ["a later KSamplerAdvanced", "steps 0 to 20 alone"]
-
-
-def test_sampler_custom(read):
-    graph = plain_graph()
-    links = {key: graph["3"]["inputs"][key] for key in ("model", "positive", "negative", "latent_image")}
-    fields = {"noise_seed": 3, "cfg": 6, "add_noise": True, "sampler": ["20", 0], "sigmas": ["21", 0]}
-    graph["3"] = node("SamplerCustom", **links, **fields)
-    graph["20"] = node("KSamplerSelect", sampler_name="dpmpp_2m_sde")
-    graph["21"] = node("BasicScheduler", model=["4", 0], scheduler="beta", steps=12, denoise=0.5)
-    changed = {"seed": 3, "cfg": 6.0, "sampler_name": "dpmpp_2m_sde", "scheduler": "beta", "steps": 12, "denoise": 0.5}
-    assert read(graph) == Settings({**PLAIN, **changed}, "sdxl", [], comfy=True)
 
 
 def test_what_is_not_used_is_reported(read):
@@ -205,24 +184,13 @@ def text_node(kind: str, **inputs) -> dict:
 
 FOX, SNOW = ["21", 0], ["22", 0]
 JOINED = [  # nodes that join texts, and the prompt; None where it can't be known
-    (
-        node("JoinStringMulti", inputcount=2, string_1=FOX, string_2=SNOW, delimiter=", ", return_list=False),
-        "a fox, in snow",
-    ),
     (node("JoinStringMulti", inputcount=2, string_1=FOX, string_2=SNOW, string_3="x", delimiter=""), "a foxin snow"),
     (node("JoinStrings", string1=FOX, string2="", delimiter="-"), None),  # other such nodes leave empty texts out
-    (node("StringConcatenate", string_a=FOX, string_b=SNOW, delimiter=" "), "a fox in snow"),
     (node("StringConcatenate", string_b=SNOW, string_a="none", delimiter=""), "nonein snow"),
-    (
-        node("Text Concatenate", delimiter="\\n", clean_whitespace="true", text_a=" x ", text_b="", text_c=FOX),
-        "x\na fox",
-    ),
+    (node("Text Concatenate", delimiter="\\n", clean_whitespace="true", text_a=" x ", text_c=FOX), "x\na fox"),
     (node("CR Text Concatenate", separator=" / ", text1=FOX, text2=SNOW), "a fox / in snow"),
     (node("StringFunction|pysssss", action="append", tidy_tags="yes", text_a=FOX, text_b="", text_c=SNOW), None),
-    (
-        node("ImpactWildcardProcessor", wildcard_text="a {fox|cat}", populated_text="a cat", mode="populate", seed=1),
-        "a cat",
-    ),
+    (node("ImpactWildcardProcessor", wildcard_text="{fox|cat}", populated_text="cat", mode="populate"), "cat"),
     (node("ShowText|pysssss", text=FOX, text_0="of an earlier run"), "a fox"),
     (node("PreviewAny", source=SNOW, preview_text="old"), "in snow"),
     (node("Text String", text=FOX, text_b="", text_c=""), "a fox"),
@@ -234,12 +202,9 @@ JOINED = [  # nodes that join texts, and the prompt; None where it can't be know
     (node("JoinStrings", string1=FOX, string2=["20", 0], delimiter=" "), None),
     (node("Text Concatenate", text_a=FOX, text_b=SNOW, mode="reverse", delimiter=" "), None),
     (node("StringFunction|pysssss", action="replace", tidy_tags="yes", text_a=FOX, text_b="fox", text_c="cat"), None),
-    (node("SDXLPromptStyler", text_positive=FOX, text_negative="", style="anime", log_prompt=True), None),
     (node("StringReplace", string=FOX, find="fox", replace="cat"), None),
-    (node("TranslateText", text=FOX), None),
     (node("CaseConverter", string=FOX, mode="UPPERCASE"), None),
     (node("Load Prompt", file_path="prompts.txt"), None),
-    (node("WD14Tagger", image=["24", 0]), None),
     (node("TextBox2", text1=FOX, text2=SNOW), None),
 ]
 
@@ -268,8 +233,6 @@ NUMBERS = [  # nodes that lead to a number, and the number
     (node("ComfyMathExpression", **{"expression": "a + 1", "values.a": 7}), None),
     (node("SimpleMath+", value="a-b", a=9, b=2), None),
     (node("easy mathInt", a=7, b=1, operation="add"), None),
-    (node("CM_IntBinaryOperation", op="Add", a=7, b=1), None),
-    (node("CR Integer Multiple", integer=7, multiple=2), None),
     (node("FloatToInt", float=7.5), None),
     (node("RandomInt", seed=7, min=0, max=9), None),
     (node("StringLength", string="a fox"), None),
@@ -293,8 +256,6 @@ def test_linked_numbers_are_read_or_the_node_is_named(read, leads, number, setti
 
 
 SAMPLER = {"seed": 1, "steps": 9, "cfg": 3.0, "sampler_name": "euler", "scheduler": "beta", "denoise": 1.0}
-LINKS = {"model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}
-CUSTOM = {"noise": ["20", 0], "guider": ["21", 0], "sampler": ["22", 0], "sigmas": ["23", 0], "latent_image": ["5", 0]}
 EVEN = {"23": node("BasicScheduler", scheduler="beta", steps=9, denoise=1.0)}
 PARTS = {"20": node("RandomNoise", noise_seed=1), "22": node("KSamplerSelect", sampler_name="euler")}
 PARTS |= {"21": node("CFGGuider", model=["4", 0], positive=["6", 0], negative=["7", 0], cfg=3.0)}
@@ -310,6 +271,8 @@ DRAWN = [  # sampler nodes and their inputs, and how their settings differ from 
     (node("KSampler", **SAMPLER | {"sampler_name": "res_multistep_sgm_uniform", "scheduler": None}, **LINKS), {},
      {"sampler_name": "res_multistep", "scheduler": "sgm_uniform"}),
     (node("SamplerCustomAdvanced", **CUSTOM), PARTS | EVEN, {}),
+    (node("SamplerCustom", **LINKS, noise_seed=1, cfg=3, add_noise=True, sampler=["22", 0], sigmas=["23", 0]),
+     PARTS | EVEN, {}),
     (node("SamplerCustomAdvanced", **CUSTOM),
      PARTS | {"23": node("ExponentialScheduler", steps=5, sigma_max=10.0, sigma_min=0.1)},
      {"steps": 5, "scheduler": EXPONENTIAL}),
@@ -360,9 +323,9 @@ def test_broken_graphs(read):
 
 
 def test_megabytes(read):
-    """Settings are found along 30,000 nodes that pass a thing on, beside as many that save nothing."""
+    """Settings are found along 10,000 nodes that pass a thing on, beside as many that save nothing."""
     graph = plain_graph(positive=["r0", 0], latent_image=["l0", 0])
-    count = 30_000
+    count = 10_000
     for i in range(count):
         graph[f"r{i}"] = node("Reroute", value=[f"r{i + 1}" if i < count - 1 else "6", 0])
         graph[f"l{i}"] = node("LatentPass", samples=[f"l{i + 1}" if i < count - 1 else "5", 0])
@@ -384,16 +347,10 @@ def test_other_families_are_refused(read):
     assert read(graph, "flux").family is None
 
 
-@pytest.mark.parametrize(
-    "texts", [{}, {"prompt": "a fox"}, {"prompt": "{}"}, {"prompt": "[1]"}, {"parameters": "a fox"}]
-)
-def test_pictures_without_settings(tmp_path, texts):
-    with pytest.raises(ValueError, match="picture.png: has no settings") as refused:
-        import_settings(picture(tmp_path / "picture.png", **texts))
-    assert "\n" not in str(refused.value)
-
-
-def test_what_is_no_picture(tmp_path):
+def test_pictures_without_settings(tmp_path):
+    for texts in ({}, {"prompt": "a fox"}, {"prompt": "{}"}, {"prompt": "[1]"}, {"parameters": "a fox"}):
+        with pytest.raises(ValueError, match="^[^\n]*picture.png: has no settings[^\n]*$"):
+            import_settings(picture(tmp_path / "picture.png", **texts))
     (tmp_path / "text.png").write_text("no picture")
     for path in (tmp_path / "text.png", tmp_path / "nothing.png"):
         with pytest.raises(ValueError, match="can't be read"):
@@ -421,17 +378,7 @@ WEB = "a fox\nNegative prompt: ice\nSteps: 30, Sampler: {}CFG scale: 5, Seed: 4,
 TEXTS = [  # the sampler's entry, the entries at the end, and what differs from euler over normal levels
     ("DPM++ 2M SDE Heun, ", "", {"sampler_name": "dpmpp_2m_sde_heun"}),
     ("DPM++ 2M SDE Heun Karras, ", "", {"sampler_name": "dpmpp_2m_sde_heun", "scheduler": "karras"}),
-    (
-        "DPM++ 2M SDE Heun, Schedule type: Exponential, ",
-        "",
-        {"sampler_name": "dpmpp_2m_sde_heun", "scheduler": "exponential"},
-    ),
     ("DPM2 a Karras, ", "", {"sampler_name": "dpm_2_ancestral", "scheduler": "karras", "discard": True}),
-    (
-        "DPM++ 3M SDE, Schedule type: Karras, ",
-        "",
-        {"sampler_name": "dpmpp_3m_sde", "scheduler": "karras", "discard": True},
-    ),
     ("Euler, ", ", Discard penultimate sigma: True", {"discard": True}),
     ("euler_ancestral_beta, ", ", Version: ComfyUI", {"sampler_name": "euler_ancestral", "scheduler": "beta"}),
     ("dpmpp_2m_karras, ", ", Version: ComfyUI", {"sampler_name": "dpmpp_2m", "scheduler": "karras"}),
@@ -439,11 +386,8 @@ TEXTS = [  # the sampler's entry, the entries at the end, and what differs from 
     ("DPM++ 2M, ", ", App: SD.Next, Sampler sigma: karras", {"sampler_name": "dpmpp_2m", "scheduler": "karras"}),
     ("DPM2, ", ", App: SD.Next, Scheduler: KDPM2DiscreteScheduler", {"sampler_name": "dpm_2"}),
     ("Euler, ", "\nTemplate: a {fox|cat}, Steps, CFG\nNegative Template: __ice__", {}),
-    (
-        "Euler, Schedule type: SGM Uniform, ",
-        ", Denoising strength: 0.5, Hires upscale: 2",
-        {"scheduler": "sgm_uniform"},
-    ),
+    ("Euler, Schedule type: SGM Uniform, ", ", Denoising strength: 0.5, Hires steps: 2", {"scheduler": "sgm_uniform"}),
+    ("Euler, Schedule type: Simple, ", ", Distilled CFG Scale: 3.5", {"scheduler": "simple", "guidance": 3.5}),
     ("Euler, Schedule type: Simple, ", ", Denoising strength: 0.5", {"scheduler": "simple", "denoise": 0.5}),
 ]
 
@@ -455,7 +399,7 @@ def test_texts_of_web_uis(tmp_path, sampler, end, differs):
     plain |= {"seed": 4, "cfg": 5.0, "width": 64, "height": 96}
     found = import_settings(picture(tmp_path / "a.png", parameters=text))
     assert found.values == plain | differs
-    assert found.comfy == ("Version: Comfy" in end)
+    assert found.comfy == ("Version: Comfy" in end) and (found.family == "flux") == ("guidance" in differs)
     assert all(name in end for name in found.unused)
 
 
@@ -468,8 +412,9 @@ def test_a_text_beside_a_graph_that_cannot_be_read(tmp_path):
         assert (found.values["prompt"], found.comfy, found.unread) == (prompt, True, {})
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
-@pytest.mark.parametrize("code", ["utf-16-be", "utf-16-le", "ascii", "none"])
+@pytest.mark.parametrize(
+    "suffix, code", [(".jpg", "utf-16-be"), (".webp", "utf-16-le"), (".jpg", "ascii"), (".webp", "none")]
+)
 def test_exif(tmp_path, suffix, code):
     """UserComment, in JPEG and WebP, in either byte order."""
     text = WEB.format("Euler, ").replace("fox", "fox" if code in ("ascii", "none") else "狐")
@@ -482,15 +427,6 @@ def test_exif(tmp_path, suffix, code):
     graph[0x010F] = "Prompt:" + json.dumps(plain_graph())  # as ComfyUI's nodes for WebP write it
     Image.new("RGB", (8, 8)).save(tmp_path / f"b{suffix}", exif=graph)
     assert import_settings(tmp_path / f"b{suffix}").values == PLAIN
-
-
-def test_the_web_uis_old_names_and_flux(tmp_path):
-    old = "a fox\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x512"
-    values = import_settings(picture(tmp_path / "old.png", parameters=old)).values
-    assert (values["sampler_name"], values["scheduler"]) == ("dpmpp_2m", "karras")
-    flux = "a fox\nSteps: 20, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Distilled CFG Scale: 3.5, Seed: 1"
-    found = import_settings(picture(tmp_path / "flux.png", parameters=flux))
-    assert (found.family, found.values["cfg"], found.values["guidance"]) == ("flux", 1.0, 3.5)
 
 
 def test_the_text_that_is_written_here(tmp_path):
