@@ -477,7 +477,7 @@ def call_sampler(
     context = contextvars.copy_context()
     context.run(STEP_BEGINS.set, begin)
     if "sigma_min" not in named:
-        return context.run(function, model, x, sigmas if own else sigmas.to(x.device), **options)
+        return context.run(function, model, x, sigmas if own else sigmas.to(x), **options)
     end = context.run(function, model, x, **options) if len(positive) > 1 else x
     begin()
     return end if sigmas[-1] > 0 else unwrapped(end, positive[-1] * x.new_ones([x.shape[0]]))
