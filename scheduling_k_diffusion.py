@@ -250,12 +250,14 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         """The evaluation that comes next; at first the one named, or that of the timestep. ValueError: it can't."""
         if self._step_index not in (None, len(self.timesteps)):  # where a run went to its end another one begins
             return self._step_index
-        first, times = self.begin_index, torch.as_tensor(timestep)
-        if first is None:
-            time = float(times.max()) if times.numel() else math.inf  # of several, the highest; none behind the end
+        first, times = self.begin_index, torch.as_tensor(timestep).flatten().tolist()
+        if not times:  # the pipeline cut off all of them
+            first = len(self.timesteps)
+        elif first is None:
+            time = max(times)
             away = [(abs(at.time - time), i not in self._trial.begins) for i, at in enumerate(self._evaluations[:-1])]
             first = away.index(min(away)) if min(away)[0] <= 1e-2 * max(abs(time), 0.1) else 0  # some pass others
-        self._run_from(first if times.numel() else len(self.timesteps))
+        self._run_from(first)
         return first
 
     def _run_from(self, i: int) -> tuple[int, Sampler, torch.Tensor]:
@@ -264,7 +266,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         ValueError: there it would do something else than the whole run.
         """
         sampler, whole, own = self.sampler, self._trial, self.sampler.is_k_diffusions
-        asked, begins, n, goes_on = whole.sigmas, whole.begins, len(whole.levels) - 1, 0 < i == self._step_index
+        asked, begins, n, goes_on = whole.sigmas, whole.begins, len(whole.levels) - 1, i > 0 and i == self._step_index
         # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
         first = min((j for j in begins if j >= i), default=len(asked))
         rest = whole.levels[begins.get(first, len(whole.levels)) :]
@@ -273,7 +275,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if own and (churn := sampler.arguments.get("s_churn")):  # it is spread over the steps
             churn *= (len(rest) - 1) / n
             sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
-        if i == 0 or (own and not goes_on):
+        if i == 0 or (own and not goes_on and i < len(asked)):
             return first, sampler, rest
         order = math.ceil(len(asked) / n)
         # the pipeline skips as many evaluations as it thinks a step has
@@ -355,7 +357,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if generator is None and noisy:
             seeds = self._seeds if self._seeds and len(self._seeds) == len(x) else seeds_of(x)
             generator = [torch.Generator("cpu").manual_seed((seed + i) % 2**63) for seed in seeds]
-        call = functools.partial(call_sampler, sampler, sigmas=rest, generator=generator, begin=lambda: None)
+        call = functools.partial(call_sampler, sampler, sigmas=rest, generator=generator)
         run: Any = Paused(_sample)
         run.residual = 0.0
         self._resume(run, i, x, [at.sigma for at in self._evaluations[i : first + 1]], call if len(rest) else None)
@@ -386,40 +388,41 @@ class Paused(greenlet):
 def try_out(sampler: Sampler, levels: torch.Tensor, x: float = 1.0) -> SimpleNamespace:
     """What a sampler does with a tensor of one element, without noise. ValueError: it fails, or is dpm_adaptive.
 
-    Returns its `sampler`, `levels`, the `sigmas` and `states` of all evaluations, and `begins`, {evaluation: level that
-    begins a step with it}.
+    Returns these and `sigmas`, `states` of all evaluations, and `begins`: {evaluation that begins a step: its level}.
     """
-    own, asked, states, begins = sampler.is_k_diffusions, list[float](), list[float](), dict[int, int]()
-    called = list[tuple[int, float]]()
+    asked, states, called = list[float](), list[float](), dict[int, float]()
     # k-diffusion's sigmas are wanted in full; others may compare levels, as they will get them
-    one = torch.full([1] * 4, x, dtype=torch.float64 if own else torch.float32, device="cpu")
+    one = torch.full([1] * 4, x, dtype=torch.float64 if sampler.is_k_diffusions else torch.float32, device="cpu")
 
     def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         asked.append(float(sigma))
         states.append(float(x))
         return x.add(sigma).sin()  # curved, so that a history shows
 
-    def begin() -> None:
-        begins[len(asked)] = len(begins)
-
     def callback(info: dict[str, Any]) -> None:  # the step began with the last evaluation at its level or above
         sigma = float(info.get("sigma", math.nan))
-        called.extend([(j, sigma) for j, one in enumerate(asked) if one >= sigma * (1 - 1e-4)][-1:])
+        begun = next((j for j in reversed(range(len(asked))) if asked[j] >= sigma * (1 - 1e-4)), None)
+        if begun is not None:
+            called[begun] = sigma
 
     try:
         if "rtol" in sampler.arguments:
             raise ValueError("the network's predictions decide on its steps")
-        still = {"s_noise": 0.0, "noise_sampler": lambda sigma, sigma_next: torch.zeros_like(one)}
-        still = {name: value for name, value in still.items() if name in sampler.arguments}
-        silent = find_sampler(sampler.function, {**sampler.options, **still})
-        call_sampler(silent, model, one, levels, torch.Generator("cpu").manual_seed(0), begin, callback=callback)
+        quiet = {"s_noise": 0.0} if "s_noise" in sampler.arguments else {}
+        still = {"noise_sampler": lambda *_: torch.zeros_like(one)} if "noise_sampler" in sampler.arguments else {}
+        silent = find_sampler(sampler.function, {**sampler.options, **quiet})
+        generator, run = torch.Generator("cpu").manual_seed(0), contextvars.Context().run
+        run(call_sampler, silent, model, one, levels, generator, callback=callback, **still)
     except Exception as error:
         others = "for dpm_adaptive and `with_uncond` there are StableDiffusionXLComfyPipeline and FluxComfyPipeline"
         raise ValueError(f"`sampler`: can't tell its timesteps before the run; {others} ({error})") from error
-    if not own:  # at each level the last evaluation that is called back, or else asked for
-        marks = called or list(enumerate(asked))
-        found = [[j for j, sigma in marks if close([sigma], [level])] for level in levels[:-1].tolist()]
-        begins = {0: 0} | {js[-1]: k for k, js in enumerate(found) if js}
+    if "sigma_min" in sampler.arguments:  # it places its own levels, one for each evaluation
+        begins = dict(zip(called, called))
+    else:  # with the last call, or evaluation, at a level
+        marks = called or dict(enumerate(asked))
+        away, near = (torch.tensor([*marks.values()], device="cpu").unsqueeze(1) - levels[:-1]).abs().min(1)
+        last = {k: j for j, k, right in zip(marks, near.tolist(), (away < 1e-4 * levels[near]).tolist()) if right}
+        begins = {0: 0} | {j: k for k, j in last.items()}
     return SimpleNamespace(sampler=sampler, levels=levels, sigmas=asked, states=states, begins=begins)
 
 
@@ -451,7 +454,7 @@ def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> tuple
     modes, grad = _get_current_function_mode_stack(), torch.is_grad_enabled()
     inference = torch.is_inference_mode_enabled()
 
-    def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         nonlocal modes, grad, inference
         own = _function_modes(modes)
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
@@ -483,36 +486,18 @@ utils, sampling, external = modules
 CODE = sampling.__spec__.loader.get_code(sampling.__name__)
 SCHEDULES = ("karras", "exponential", "polyexponential")
 GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
-STEP_BEGINS = vars(sampling).setdefault("step_begins", contextvars.ContextVar("step_begins", default=lambda: None))
 GLOBAL_GENERATORS = vars(sampling).setdefault("global_generators", threading.RLock())  # all copies share it
-
-
-def trange(n: int, disable: bool | None = None) -> Iterator[int]:
-    for i in sampling.tqdm(range(n), disable=disable):
-        STEP_BEGINS.get()()
-        yield i
-
-
-sampling.trange = trange  # user-supplied samplers that loop over it are followed as k-diffusion's
 
 
 def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     """k-diffusion's `sampling`, executed again as a module of its own, with these functions in place of torch's."""
     module: Any = importlib.util.module_from_spec(sampling.__spec__)
     exec(CODE, vars(module))
-    evaluate = module.DPMSolver.eps
-
-    def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
-        if not cache and t is not getattr(solver, "began", None):  # the same t: dpm_adaptive retries
-            solver.began = t
-            STEP_BEGINS.get()()
-        return evaluate(solver, cache, key, x, t)
-
     # 0-dim tensors on the CPU mix with latents on any device; torch's defaults (dtype, device) do not count
     functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
     functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
     functions["__getattr__"] = functools.partial(getattr, torch)  # all other names are torch's
-    module.torch, module.trange, module.DPMSolver.eps = ModuleType("torch"), trange, eps
+    module.torch, module.trange, module.DPMSolver.eps = ModuleType("torch"), sampling.trange, sampling.DPMSolver.eps
     vars(module.torch).update(functions)
     module.utils = SimpleNamespace(append_dims=lambda x, n: utils.append_dims(x, n) if x.ndim else x)
     return module
@@ -662,10 +647,8 @@ def exchanged(states: dict[torch.device, torch.Tensor], enter: bool) -> Iterator
         exchange(not enter)
 
 
-def call_sampler(
-    sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any, begin: Callable, **given
-) -> torch.Tensor:
-    """Calls `sampler(model, x, sigmas)` with `given`, a `callback` or `noise_sampler`. A step's start calls `begin()`.
+def call_sampler(sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator, **given) -> Any:
+    """Calls `sampler(model, x, sigmas)` with `given`, a `callback` or `noise_sampler`.
 
     A function of k-diffusion runs in its own module, whose `torch.randn_like` draws from the generator. Other code runs
     with torch's global generators seeded from it, but not the network and callbacks. Euler's method takes the last step
@@ -690,13 +673,12 @@ def call_sampler(
         options |= {"sigma_min": positive[-1], "sigma_max": positive[0], "n": len(positive) - 1, "return_info": False}
         options["eta"] = eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0  # float32 makes NaN of lower ones
     options = {name: value for name, value in options.items() if sampler.takes_any or name in named}
-    context = contextvars.copy_context()
-    context.run(STEP_BEGINS.set, begin)
     if "sigma_min" not in named:
-        return context.run(function, model, x, sigmas if own else sigmas.to(x), **options)
-    end = context.run(function, model, x, **options) if len(positive) > 1 else x
-    begin()
-    return end if sigmas[-1] > 0 else unwrapped(end, positive[-1] * x.new_ones([x.shape[0]]))
+        return function(model, x, sigmas if own else sigmas.to(x), **options)
+    x = function(model, x, **options) if len(positive) > 1 else x
+    for _ in sampling.trange(int(sigmas[-1] == 0), disable=True):  # a step like the others
+        x = unwrapped(x, positive[-1] * x.new_ones([x.shape[0]]))
+    return x
 
 
 # --- the block's part for flow models ---
