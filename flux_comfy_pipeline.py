@@ -267,36 +267,18 @@ utils, sampling, external = modules
 CODE = sampling.__spec__.loader.get_code(sampling.__name__)
 SCHEDULES = ("karras", "exponential", "polyexponential")
 GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
-STEP_BEGINS = vars(sampling).setdefault("step_begins", contextvars.ContextVar("step_begins", default=lambda: None))
 GLOBAL_GENERATORS = vars(sampling).setdefault("global_generators", threading.RLock())  # all copies share it
-
-
-def trange(n: int, disable: bool | None = None) -> Iterator[int]:
-    for i in sampling.tqdm(range(n), disable=disable):
-        STEP_BEGINS.get()()
-        yield i
-
-
-sampling.trange = trange  # user-supplied samplers that loop over it are followed as k-diffusion's
 
 
 def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     """k-diffusion's `sampling`, executed again as a module of its own, with these functions in place of torch's."""
     module: Any = importlib.util.module_from_spec(sampling.__spec__)
     exec(CODE, vars(module))
-    evaluate = module.DPMSolver.eps
-
-    def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
-        if not cache and t is not getattr(solver, "began", None):  # the same t: dpm_adaptive retries
-            solver.began = t
-            STEP_BEGINS.get()()
-        return evaluate(solver, cache, key, x, t)
-
     # 0-dim tensors on the CPU mix with latents on any device; torch's defaults (dtype, device) do not count
     functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
     functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
     functions["__getattr__"] = functools.partial(getattr, torch)  # all other names are torch's
-    module.torch, module.trange, module.DPMSolver.eps = ModuleType("torch"), trange, eps
+    module.torch, module.trange, module.DPMSolver.eps = ModuleType("torch"), sampling.trange, sampling.DPMSolver.eps
     vars(module.torch).update(functions)
     module.utils = SimpleNamespace(append_dims=lambda x, n: utils.append_dims(x, n) if x.ndim else x)
     return module
@@ -446,10 +428,8 @@ def exchanged(states: dict[torch.device, torch.Tensor], enter: bool) -> Iterator
         exchange(not enter)
 
 
-def call_sampler(
-    sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any, begin: Callable, **given
-) -> torch.Tensor:
-    """Calls `sampler(model, x, sigmas)` with `given`, a `callback` or `noise_sampler`. A step's start calls `begin()`.
+def call_sampler(sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator, **given) -> Any:
+    """Calls `sampler(model, x, sigmas)` with `given`, a `callback` or `noise_sampler`.
 
     A function of k-diffusion runs in its own module, whose `torch.randn_like` draws from the generator. Other code runs
     with torch's global generators seeded from it, but not the network and callbacks. Euler's method takes the last step
@@ -474,13 +454,12 @@ def call_sampler(
         options |= {"sigma_min": positive[-1], "sigma_max": positive[0], "n": len(positive) - 1, "return_info": False}
         options["eta"] = eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0  # float32 makes NaN of lower ones
     options = {name: value for name, value in options.items() if sampler.takes_any or name in named}
-    context = contextvars.copy_context()
-    context.run(STEP_BEGINS.set, begin)
     if "sigma_min" not in named:
-        return context.run(function, model, x, sigmas if own else sigmas.to(x.device), **options)
-    end = context.run(function, model, x, **options) if len(positive) > 1 else x
-    begin()
-    return end if sigmas[-1] > 0 else unwrapped(end, positive[-1] * x.new_ones([x.shape[0]]))
+        return function(model, x, sigmas if own else sigmas.to(x), **options)
+    x = function(model, x, **options) if len(positive) > 1 else x
+    for _ in sampling.trange(int(sigmas[-1] == 0), disable=True):  # a step like the others
+        x = unwrapped(x, positive[-1] * x.new_ones([x.shape[0]]))
+    return x
 
 
 # --- the block's part for flow models ---
@@ -506,6 +485,25 @@ def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
 
 
 # --- the block's last part, for the pipelines alone ---
+
+STEP_BEGINS = vars(sampling).setdefault("step_begins", contextvars.ContextVar("step_begins", default=lambda: None))
+evaluate = sampling.DPMSolver.eps
+
+
+def trange(n: int, disable: bool | None = None) -> Iterator[int]:
+    for i in sampling.tqdm(range(n), disable=disable):
+        STEP_BEGINS.get()()
+        yield i
+
+
+def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
+    if not cache and t is not getattr(solver, "began", None):  # the same t: dpm_adaptive retries
+        solver.began = t
+        STEP_BEGINS.get()()
+    return evaluate(solver, cache, key, x, t)
+
+
+sampling.trange, sampling.DPMSolver.eps = trange, eps  # fresh modules, and user-supplied functions, take them from here
 
 
 def run_sampler(
@@ -551,7 +549,9 @@ def run_sampler(
 
     try:
         given = {} if sampler.is_k_diffusions else {"callback": callback}
-        end = call_sampler(sampler, model, x, sigmas, generator, lambda: starts.append(True), **given)
+        context = contextvars.copy_context()
+        context.run(STEP_BEGINS.set, lambda: starts.append(True))
+        end = context.run(call_sampler, sampler, model, x, sigmas, generator, **given)
     except Interrupted as stopped:
         return stopped.args
     shape = list(end.shape) if isinstance(end, torch.Tensor) else type(end).__name__

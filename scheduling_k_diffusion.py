@@ -37,26 +37,21 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     The sampler runs in a greenlet, which pauses at `model(x, sigma)` until `step` brings the prediction. `timesteps`
     has one for each evaluation of the network; a trial on a tensor of one element finds them before the run.
-    The base says what the network was trained with, in which scale latents are, and which levels a call uses where no
-    schedule is named. `config` is the base's, and what is saved is the base, which every loader knows.
-    Flow models: x = (1 - t) x0 + t noise is y / (1 + sigma), sigma = t / (1 - t) ("ve"), or t is sigma ("flow").
-    In "ve" the first sigma is finite (15 or more), but the network is still told t = 1.
-    Without a generator (FLUX's pipelines give `step` none) a hash seeds the noise: of the noise that the pipeline added
-    to its picture, else of the first sample.
+    Without a generator (FLUX's pipelines give `step` none) a hash seeds the step noise: of the noise that the pipeline
+    added to its picture, else of the first sample.
 
     Args:
-        scheduler: the base: one with betas (epsilon, v_prediction, sample), for flow matching, or EDM.
-        sampler: a sampler of k-diffusion by name, with or without `sample_`, or a callable with its signature.
-        sampler_kwargs: options for it: `eta`, `s_noise`, `s_churn`, `solver_type`, `order`, ...
+        scheduler: the base: one with betas (epsilon, v_prediction, sample), for flow matching, or EDM. It says what the
+            network was trained with, and the scale of latents. Its config is this one's, and what is saved.
+        sampler, sampler_kwargs: a sampler of k-diffusion by name, or a callable with its signature; options for it.
         schedule: k-diffusion's "karras", "exponential" or "polyexponential", or the levels themselves, falling
             (sigma; for flow models t). None: the base's, also for the `sigmas` or `timesteps` that a pipeline passes.
-        parameterization: of flow models: "flow", "ve", or "auto", "ve" for those that add noise or place levels.
+        parameterization: of flow models: the sampler's sigma is t ("flow"), or t / (1 - t), but finite ("ve"). "auto":
+            "ve" for samplers that add noise or place their own levels.
         quantize_timesteps: round to the trained timesteps.
 
-    Raises:
-        ValueError, TypeError: for what does not fit, and for `dpm_adaptive`, whose timesteps nobody knows beforehand.
-            For a run of a callable that can't start part-way (`strength`), or that goes on in another copy or thread,
-            or with latents of another shape, if the sampler would need to know what was before.
+    ValueError, TypeError: for what does not fit; for dpm_adaptive, whose timesteps nobody knows beforehand; for a run
+    that the sampler can't start part-way, or continue in a copy, in another thread or with latents of another shape.
     """
 
     def __init__(
@@ -80,26 +75,23 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         uses_ve(parameterization, self.sampler, torch.ones(1))  # is it one?
         self.parameterization, self.quantize_timesteps = parameterization, quantize_timesteps
         self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
-        self._train: int = config.get("num_train_timesteps", 1000)
-        self._prediction, self._scale = config.get("prediction_type", "epsilon"), ""
-        # the timestep is 0.25 ln sigma, as Stable Video Diffusion's
-        self._continuous = config.get("timestep_type") == "continuous" and self._prediction == "v_prediction"
+        self._prediction, self._kind = config.get("prediction_type", "epsilon"), ""
         self._table: Any = None
         self._trial: Any = None
         taken = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
         needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if needed == ["model_output", "timestep", "sample"] and "Inverse" not in kind.__name__:
             if hasattr(base, "precondition_outputs"):
-                self._scale = "edm"
+                self._kind = "edm"
             elif config.get("use_flow_sigmas") or ("shift" in config and not hasattr(base, "alphas_cumprod")):
-                self._scale, self._prediction = "flow", "flow_prediction"
+                self._kind, self._prediction = "flow", "flow_prediction"
             elif hasattr(base, "alphas_cumprod"):
-                self._scale = "vp" if float(base.init_noise_sigma) == 1 else "betas"
+                self._kind = "vp" if float(base.init_noise_sigma) == 1 else "betas"
                 # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
                 alphas = base.alphas_cumprod.cpu().double().clamp(min=2**-24)
                 self._table = external.DiscreteSchedule(((1 - alphas) / alphas).sqrt(), quantize=quantize_timesteps)
         kinds = ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction")
-        if not self._scale or self._prediction not in kinds:
+        if not self._kind or self._prediction not in kinds:
             needs = "betas (epsilon, v_prediction, sample), flow or EDM, and step(model_output, timestep, sample)"
             raise ValueError(f"`scheduler`: needs {needs}, but is {kind.__name__} with {self._prediction!r}")
         for name in {"clip_sample", "thresholding"} & inspect.signature(kind.__init__).parameters.keys():
@@ -166,7 +158,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     def _named_levels(self, schedule: str, n: int, mu: float | None) -> torch.Tensor:
         """Between the ends that the network was trained with, or that the base's config names."""
         config = self.base.config
-        if self._scale != "flow":
+        if self._kind != "flow":
             low, high = self._table.sigmas[[0, -1]].tolist() if self._table else (0.0, 0.0)
             return named_sigmas(schedule, n, config.get("sigma_min") or low, config.get("sigma_max") or high)
         own = hasattr(type(self.base), "shift")  # its `set_shift` leaves the config alone
@@ -181,135 +173,142 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         Pipelines that pass levels (`given`), as FLUX's, count `timesteps` by one.
         """
         n = self.num_inference_steps = len(levels) - 1
-        ve = self._scale == "flow" and levels[0] <= 1 and uses_ve(self.parameterization, self.sampler, levels)
-        pure = ve and levels[0] > 0.9999
-        self._levels = ve_sigmas(levels) if ve else levels
-        tried = self._trial and self._trial.sampler is self.sampler and self._trial.levels.equal(self._levels)
+        ve = self._kind == "flow" and levels[0] <= 1 and uses_ve(self.parameterization, self.sampler, levels)
+        pure = ve and levels[0] > 0.9999  # t = 1: the first sigma of "ve" is finite
+        sigmas, trial = ve_sigmas(levels) if ve else levels, self._trial
+        tried = trial and trial.sampler is self.sampler and trial.levels.equal(sigmas)
         if not (tried and self.sampler.is_k_diffusions):  # others may have changed since
-            self._trial = try_out(self.sampler, self._levels)
-        asked, begins = self._trial.sigmas, self._trial.begins
-        order = math.ceil(len(asked) / n)
-        self.order = 1 if given else order
-        # a pipeline begins step k with timesteps[k * order]: is that right for all, or for which?
-        right = {j for j, k in begins.items() if j == k * order}
-        self._may_begin = range(len(asked)) if len(right) == n else {0} if given else right
-        self._evaluations, times = list[SimpleNamespace](), list[float]()
-        for i, sigma in enumerate([*asked, float(self._levels[-1])]):
+            trial = self._trial = try_out(self.sampler, sigmas)
+        self.order = 1 if given else math.ceil(len(trial.sigmas) / n)
+        self._evaluations = list[SimpleNamespace]()
+        for i, sigma in enumerate([*trial.sigmas, float(sigmas[-1])]):
             level = float(levels[0]) if pure and i == 0 else sigma / (1 + sigma) if ve else sigma
-            alpha, noise = self._shares(level)
-            scale = 1 / sigma if pure and i == 0 else alpha if ve or self._scale != "flow" else 1.0
-            # the pipeline's sample there: alpha x0 + noise n, n of unit variance, and scale y, y the sampler's state
-            self._evaluations.append(SimpleNamespace(sigma=sigma, alpha=alpha, noise=noise, scale=scale))
-            near = [t for one, t in known.items() if abs(one - level) <= 1e-9 * one]
-            times.append(near[0] if near else self._time(level))
+            at = self._at(level)
+            at.sigma, at.time = sigma, next((t for one, t in known.items() if abs(one - level) <= 1e-9 * one), at.time)
+            at.scale = 1 / sigma if pure and i == 0 else at.alpha if ve or self._kind != "flow" else 1.0
+            self._evaluations.append(at)
+        times = [at.time for at in self._evaluations[:-1]]
         like = levels if self.base.timesteps is None else self.base.timesteps  # PNDM's, at first
-        whole = all(t == round(t) for t in times[:-1])
-        self.timesteps = torch.tensor(times[:-1], dtype=like.dtype if whole else torch.float32, device=like.device)
-        self._times = self.timesteps.tolist()
-        ts = [one.noise if self._table is None else one.sigma for one in self._evaluations]
+        whole = all(t == round(t) for t in times)
+        self.timesteps = torch.tensor(times, dtype=like.dtype if whole else torch.float32, device=like.device)
+        ts = [at.noise if self._table is None else at.sigma for at in self._evaluations]
         self.sigmas = torch.tensor([1 - t for t in ts] if self._inverted else ts, dtype=torch.float32, device="cpu")
-        self._run: Paused | None = None
+        self._run: Any = None
         self._step_index: int | None = None
         self.begin_index: int | None = None
-        self._begun: int | None = None  # the evaluation that the run began with
         self._seeds: list[int] | None = None  # from the noise that the pipeline added
 
-    def _shares(self, level: float) -> tuple[float, float]:
-        """(alpha, sigma) of the pipeline's x = alpha x0 + sigma noise at a level of the base."""
-        if self._scale == "flow" and level <= 1:
-            return 1 - level, level
-        norm = math.hypot(1, level) if self._scale == "vp" else 1.0
-        return 1 / norm, level / norm
+    def _at(self, level: float) -> SimpleNamespace:
+        """The base's process at one of its levels: a sample is alpha x0 + noise n, n of unit variance.
 
-    def _time(self, level: float) -> float:
-        """The network's timestep at a level of the base."""
-        if self._scale == "flow":
-            time = self._train * (1 - level if self._inverted else level)
-            return float(round(time)) if self.quantize_timesteps else time
-        if self._continuous:
-            return 0.25 * math.log(max(level, 1e-10))
-        to_time = self._table.sigma_to_t if self._table else self.base.precondition_noise
-        return float(to_time(torch.tensor([level], dtype=torch.float64, device="cpu")))
+        The network gets sample / divisor and `time`, and x0 is (skip sample - share prediction) / norm.
+        """
+        base, at = self.base, SimpleNamespace(alpha=1.0, noise=level, divisor=1.0, skip=1.0, norm=1.0)
+        if self._kind == "flow":
+            at.alpha = 1 - level if level <= 1 else 1.0
+            at.time = base.config.get("num_train_timesteps", 1000) * (1 - level if self._inverted else level)
+            at.time = float(round(at.time)) if self.quantize_timesteps else at.time
+        elif self._prediction == "v_prediction" and base.config.get("timestep_type") == "continuous":
+            at.time = 0.25 * math.log(max(level, 1e-10))  # as Stable Video Diffusion's
+        else:
+            to_time = self._table.sigma_to_t if self._table else base.precondition_noise
+            at.time = float(to_time(torch.tensor([level], dtype=torch.float64, device="cpu")))
+        if self._kind == "vp":
+            at.alpha, at.noise = 1 / math.hypot(1, level), level / math.hypot(1, level)
+        elif self._kind == "betas":
+            at.divisor = math.hypot(level, 1)
+        at.share = at.noise
+        if self._kind == "edm":
+            at.divisor = 1 / base.precondition_inputs(1.0, level)
+            at.skip, at.share = (base.precondition_outputs(*one, level) for one in ((1.0, 0.0), (0.0, -1.0)))
+        elif self._prediction == "epsilon":
+            at.norm = at.alpha
+        elif self._prediction == "v_prediction":
+            at.norm = math.hypot(at.alpha, at.noise)
+            at.skip = at.alpha / at.norm
+        elif self._prediction != "flow_prediction":
+            at.skip, at.share = 0.0, -1.0
+        return at
 
     @property
     def init_noise_sigma(self) -> float:
         """What the pipeline multiplies unit noise by, for the first sample."""
         base, first = float(getattr(self.base, "init_noise_sigma", 1.0)), self._evaluations[0]
-        explicit = isinstance(self.schedule, torch.Tensor) and self._scale != "flow"
+        explicit = isinstance(self.schedule, torch.Tensor) and self._kind != "flow"
         if self.num_inference_steps is None or (base == 1 and not explicit):
             return base
-        return first.noise if self.schedule is not None else base * first.sigma / float(self._levels[0])
+        return first.noise if self.schedule is not None else base * first.sigma / float(self._trial.levels[0])
 
     step_index = property(lambda self: self._step_index, doc="The evaluation that comes next.")
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begins the run with this one of `timesteps`. ValueError: the sampler can't."""
-        self._part(begin_index)
+        self._run_from(begin_index)
         self.begin_index = begin_index
 
-    def _first(self, timestep: Any) -> int:
-        """The evaluation that a run begins with: the one named, or that of the first timestep. ValueError: it can't."""
-        if (first := self.begin_index) is None:
-            if not torch.as_tensor(timestep).numel():  # cut off behind the end
-                raise ValueError(PART_WAY)
-            time = float(torch.as_tensor(timestep).max())  # of several, the highest
-            away = [(abs(t - time), i not in self._trial.begins) for i, t in enumerate(self._times)]
+    def _next(self, timestep: Any) -> int:
+        """The evaluation that comes next; at first the one named, or that of the timestep. ValueError: it can't."""
+        if self._step_index not in (None, len(self.timesteps)):  # where a run went to its end another one begins
+            return self._step_index
+        first, times = self.begin_index, torch.as_tensor(timestep).flatten().tolist()
+        if not times:  # the pipeline cut off all of them
+            first = len(self.timesteps)
+        elif first is None:
+            time = max(times)
+            away = [(abs(at.time - time), i not in self._trial.begins) for i, at in enumerate(self._evaluations[:-1])]
             first = away.index(min(away)) if min(away)[0] <= 1e-2 * max(abs(time), 0.1) else 0  # some pass others
-            self._part(first)
+        self._run_from(first)
         return first
 
-    def _locate(self, timestep: Any) -> int:
-        """The evaluation that comes next."""
-        if self._step_index in (None, len(self._times)):  # at first, and after a run that went to its end
-            self._begun = self._step_index = self._first(timestep)
-        return self._step_index
+    def _run_from(self, i: int) -> tuple[int, Sampler, torch.Tensor]:
+        """A run from evaluation i on: where its first whole step begins, and the sampler and the levels from there.
 
-    def _part(self, i: int) -> tuple[int, Sampler, torch.Tensor]:
-        """For a run from evaluation i on: where its first whole step begins, and the sampler and the levels from there.
-
-        ValueError: it is not k-diffusion's, and would ask for other sigmas than in the whole run.
+        ValueError: there it would do something else than the whole run.
         """
-        sampler, asked, begins = self.sampler, self._trial.sigmas, self._trial.begins
+        sampler, whole, own = self.sampler, self._trial, self.sampler.is_k_diffusions
+        asked, begins, n, goes_on = whole.sigmas, whole.begins, len(whole.levels) - 1, i > 0 and i == self._step_index
         # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
         first = min((j for j in begins if j >= i), default=len(asked))
-        rest = self._levels[begins.get(first, len(self._levels)) :]
+        rest = whole.levels[begins.get(first, len(whole.levels)) :]
         if "sigma_min" in sampler.arguments and len(rest):  # it has a level for each evaluation
-            rest = torch.cat([rest.new_tensor(asked[first : first + 1]), self._levels[first + 1 :]])
-        if sampler.is_k_diffusions and (churn := sampler.arguments.get("s_churn")):  # it is spread over the steps
-            churn *= (len(rest) - 1) / (len(self._levels) - 1)
+            rest = torch.cat([rest.new_tensor(asked[first : first + 1]), whole.levels[first + 1 :]])
+        if own and (churn := sampler.arguments.get("s_churn")):  # it is spread over the steps
+            churn *= (len(rest) - 1) / n
             sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
-        if i > 0 and not sampler.is_k_diffusions:
-            falls = asked[i : first + 1] == sorted(asked[i : first + 1], reverse=True)
-            if not (
-                falls and i in self._may_begin and len(rest) and close(try_out(sampler, rest).sigmas, asked[first:])
-            ):
-                raise ValueError(PART_WAY)
+        if i == 0 or (own and not goes_on and i < len(asked)):
+            return first, sampler, rest
+        order = math.ceil(len(asked) / n)
+        # the pipeline skips as many evaluations as it thinks a step has
+        even = len(begins) == n and all(j == k * order for j, k in begins.items())
+        can = len(rest) > 0 and (own or even or begins.get(i, -1) * self.order == i)
+        if can:
+            again = try_out(sampler, rest, whole.states[first])
+            can = close(again.sigmas, asked[first:])
+        if can and goes_on:
+            can = first == i and "_sde" not in sampler.name and close(again.states, whole.states[i:])
+        if not can:
+            what = "start part-way (`strength`, `denoising_start`)"
+            if goes_on:
+                what = "go on with a copy of its run, in another thread, or with latents of another shape"
+            why = "it is within a step, or its steps vary or depend on a history or a path of noise"
+            way = "Pass `schedule=levels[i:]` and `latents`, or use euler or euler_ancestral"
+            raise ValueError(f"`sampler`: {sampler.name} can't {what} here: {why}. {way}")
         return first, sampler, rest
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The network's input."""
-        sigma = self._evaluations[self._locate(timestep)].sigma
-        if self._scale == "edm":
-            return self.base.precondition_inputs(sample, sigma)
-        return sample / math.hypot(sigma, 1) if self._scale == "betas" else sample
+        return sample / self._evaluations[self._next(timestep)].divisor
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """alpha x0 + sigma noise at any timesteps, one for each image or for all."""
-        if self._seeds is None and self._noisy:
-            self._seeds = seeds_of(noise)
-        if self._step_index is None:
-            self._first(timesteps)  # to refuse what can't begin there before the network runs
+        """alpha x0 + sigma noise at timesteps of the run, one for each image or for all; at others the base's."""
+        self._next(timesteps)  # to refuse what can't begin there before the network runs
+        self._seeds = self._seeds or seeds_of(noise)
         shares = []
         for time in timesteps.flatten().tolist():
-            known = [one for one, t in zip(self._evaluations, self._times) if math.isclose(t, time, rel_tol=1e-6)]
-            level = (self._train - time if self._inverted else time) / self._train
-            if self._continuous:
-                level = math.exp(4 * time)
-            elif self._table is not None:
-                level = float(self._table.t_to_sigma(torch.tensor(float(time), device="cpu")))
-            elif self._scale == "edm" and not known:
-                raise ValueError(f"`timesteps`: {time} is none of the run's")
-            shares.append((known[0].alpha, known[0].noise) if known else self._shares(level))
+            at = next((at for at in self._evaluations if math.isclose(at.time, time, rel_tol=1e-6)), None)
+            if at is None:
+                return self.base.add_noise(original_samples, noise, timesteps)
+            shares.append((at.alpha, at.noise))
         alpha, sigma = torch.tensor(shares).to(original_samples).T.reshape(2, -1, *[1] * (original_samples.ndim - 1))
         return alpha * original_samples + sigma * noise
 
@@ -324,7 +323,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
         Returns `prev_sample`, of the next timestep, in model_output's dtype; and `pred_original_sample`, x0.
         """
-        i = self._locate(timestep)
+        i = self._next(timestep)
         here, after = self._evaluations[i : i + 2]
         if model_output.shape[:2] == (len(sample), 2 * sample.shape[1]):
             model_output = model_output.chunk(2, dim=1)[0]  # the other half is the variance
@@ -333,7 +332,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if self._inverted != (given.get("per_token_timesteps") is not None):
             output = -output  # LTXCondition turns the sign of its network's, and keeps its own tokens
         known = given.get("pred_original_sample")  # Cosmos has x0, guided
-        denoised = self._denoised(output, x, here) if known is None else known.to(dtype)
+        denoised = (here.skip * x - here.share * output) / here.norm if known is None else known.to(dtype)
         run = self._run
         if run and run.knows and known is None:  # Cosmos asks for x0 of both sides of guidance, then goes back
             self._step_index = i + 1
@@ -350,119 +349,81 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self._run, self._step_index = None if run.dead else run, i + 1
         return EulerDiscreteSchedulerOutput(x, denoised) if return_dict else (x, denoised)
 
-    def _denoised(self, output: torch.Tensor, x: torch.Tensor, at: SimpleNamespace) -> torch.Tensor:
-        """The x0 of a prediction at x = alpha x0 + sigma noise."""
-        if self._scale == "edm":
-            return self.base.precondition_outputs(x, output, at.sigma)
-        if self._prediction == "epsilon":
-            return (x - at.noise * output) / at.alpha
-        if self._prediction == "v_prediction":
-            norm = math.hypot(at.alpha, at.noise)
-            return (at.alpha / norm * x - at.noise * output) / norm
-        return x - at.noise * output if self._prediction == "flow_prediction" else output
-
-    @property
-    def _noisy(self) -> bool:
-        """Whether the sampler may draw noise."""
-        named = self.sampler.arguments
-        return bool(not self.sampler.is_k_diffusions or named.get("s_churn") or named.get("eta"))
-
-    def _begin(self, i: int, x: torch.Tensor, generator: Any) -> Paused:
-        """The sampler, left where it asks for evaluation i. ValueError: it would need to know what was before."""
-        first, sampler, rest = self._part(i)
-        if i != self._begun:
-            states = self._trial.states[i:]
-            if first > i or "_sde" in sampler.name or not close(try_out(sampler, rest, states[0]).states, states):
-                what = "a copy of its run, in another thread, or with latents of another shape"
-                why = "it is within a step, or has a history or a path of noise. euler and euler_ancestral can"
-                raise ValueError(f"`sampler`: {sampler.name} can't go on with {what}: {why}")
-        # as in the trial: in float32 a level may round to zero, where k-diffusion's leave an evaluation out
-        rest = rest if sampler.is_k_diffusions else rest.to(x.dtype)
+    def _begin(self, i: int, x: torch.Tensor, generator: Any) -> Any:
+        """The sampler, left where it asks for evaluation i."""
+        first, sampler, rest = self._run_from(i)
         generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
-        if generator is None and self._noisy:
+        noisy = not sampler.is_k_diffusions or sampler.arguments.get("s_churn") or sampler.arguments.get("eta")
+        if generator is None and noisy:
             seeds = self._seeds if self._seeds and len(self._seeds) == len(x) else seeds_of(x)
             generator = [torch.Generator("cpu").manual_seed((seed + i) % 2**63) for seed in seeds]
-        call = functools.partial(call_sampler, sampler, sigmas=rest, generator=generator, begin=lambda: None)
-        run = Paused(_sample)
-        self._resume(run, i, x, [one.sigma for one in self._evaluations[i : first + 1]], call if len(rest) else None)
+        call = functools.partial(call_sampler, sampler, sigmas=rest, generator=generator)
+        run: Any = Paused(_sample)
+        run.residual = 0.0
+        self._resume(run, i, x, [at.sigma for at in self._evaluations[i : first + 1]], call if len(rest) else None)
         return run
 
-    def _resume(self, run: Paused, i: int, *given: Any) -> torch.Tensor:
+    def _resume(self, run: Any, i: int, *given: Any) -> torch.Tensor:
         """The sampler goes on until it asks for evaluation i, or ends: its state there."""
         x, sigma = run.switch(*given)
         # k-diffusion's functions ask for what was planned; to look at a sigma on a GPU is to wait for it
         wrong = sigma is not None and not self.sampler.is_k_diffusions
         wrong = wrong and not close(torch.as_tensor(sigma).flatten().tolist()[:1], self._trial.sigmas[i : i + 1])
-        if wrong or run.dead != (i == len(self._times)):
+        if wrong or run.dead != (i == len(self.timesteps)):
             raise ValueError("`sampler`: it asks for other evaluations than in its trial on a single number")
         run.position = i
         return x
 
 
-PART_WAY = (
-    "`sampler`: a run can't start part-way here (`strength`, `denoising_start`): this callable's evaluations vary from "
-    "step to step, or it would ask for other sigmas. Pass all levels, `schedule=levels[i:]`, and `latents` of the first"
-)
-
-
 class Paused(greenlet):
-    """A sampler that waits for the prediction at evaluation `position`. Copies share it until one of them goes on."""
-
-    position, residual, knows = 0, 0.0, False
-    place: Any = None
+    """A sampler that waits for a prediction. Copies share it until one of them goes on. It can't be saved."""
 
     def __deepcopy__(self, memo: Any) -> Paused:
         return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return type(None), ()  # it can't be saved
+        return type(None), ()
 
 
-class Trial(NamedTuple):
-    """What a sampler does at some levels."""
+def try_out(sampler: Sampler, levels: torch.Tensor, x: float = 1.0) -> SimpleNamespace:
+    """What a sampler does with a tensor of one element, without noise. ValueError: it fails, or is dpm_adaptive.
 
-    sampler: Sampler
-    levels: torch.Tensor
-    sigmas: list[float]  # of each evaluation
-    states: list[float]  # of each evaluation
-    begins: dict[int, int]  # {evaluation: level} of those that begin a step
+    Returns these and `sigmas`, `states` of all evaluations, and `begins`: {evaluation that begins a step: its level}.
+    """
+    asked, states, called = list[float](), list[float](), dict[int, float]()
+    # k-diffusion's sigmas are wanted in full; others may compare levels, as they will get them
+    one = torch.full([1] * 4, x, dtype=torch.float64 if sampler.is_k_diffusions else torch.float32, device="cpu")
 
-
-def try_out(sampler: Sampler, sigmas: torch.Tensor, x: float = 1.0) -> Trial:
-    """Runs a sampler on a tensor of one element, without noise. ValueError: for dpm_adaptive, and where it fails."""
-    asked, states, begins = list[float](), list[float](), dict[int, int]()
-    levels = sigmas if sampler.is_k_diffusions else sigmas.float()  # as in a run, where a callable may compare them
-
-    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False, **kwargs: Any) -> torch.Tensor:
-        if with_uncond:
-            raise ValueError("a scheduler can't see the prediction without guidance, as our pipelines can")
+    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         asked.append(float(sigma))
         states.append(float(x))
         return x.add(sigma).sin()  # curved, so that a history shows
 
-    def begin() -> None:
-        begins[len(asked)] = len(begins)
+    def callback(info: dict[str, Any]) -> None:  # the step began with the last evaluation at its level or above
+        sigma = float(info.get("sigma", math.nan))
+        begun = next((j for j in reversed(range(len(asked))) if asked[j] >= sigma * (1 - 1e-4)), None)
+        if begun is not None:
+            called[begun] = sigma
 
     try:
         if "rtol" in sampler.arguments:
             raise ValueError("the network's predictions decide on its steps")
         quiet = {"s_noise": 0.0} if "s_noise" in sampler.arguments else {}
-        still = {"noise_sampler": lambda sigma, sigma_next: levels.new_zeros([1] * 4)}
-        still = still if "noise_sampler" in sampler.arguments else {}
-        generator, one = torch.Generator("cpu").manual_seed(0), levels.new_full([1] * 4, x)
+        still = {"noise_sampler": lambda *_: torch.zeros_like(one)} if "noise_sampler" in sampler.arguments else {}
         silent = find_sampler(sampler.function, {**sampler.options, **quiet})
-        call_sampler(silent, model, one, levels, generator, begin, **still)
+        generator, run = torch.Generator("cpu").manual_seed(0), contextvars.Context().run
+        run(call_sampler, silent, model, one, levels, generator, callback=callback, **still)
     except Exception as error:
-        others = "for dpm_adaptive there are StableDiffusionXLComfyPipeline and FluxComfyPipeline"
+        others = "for dpm_adaptive and `with_uncond` there are StableDiffusionXLComfyPipeline and FluxComfyPipeline"
         raise ValueError(f"`sampler`: can't tell its timesteps before the run; {others} ({error})") from error
     if "sigma_min" in sampler.arguments:  # it places its own levels, one for each evaluation
-        begins = {j: j for j in range(len(asked))}
-    elif not sampler.is_k_diffusions:  # the last of the evaluations at a level
-        steps = levels[:-1].tolist()
-        near = [min(range(len(steps)), key=lambda k: abs(steps[k] - sigma)) for sigma in asked]
-        at = [k if close([steps[k]], [sigma]) else None for k, sigma in zip(near, asked)]
-        begins = {0: 0} | {j: k for j, k in enumerate(at) if k is not None and at[j + 1 : j + 2] != [k]}
-    return Trial(sampler, sigmas, asked, states, begins)
+        begins = dict(zip(called, called))
+    else:  # with the last call, or evaluation, at a level
+        marks = called or dict(enumerate(asked))
+        away, near = (torch.tensor([*marks.values()], device="cpu").unsqueeze(1) - levels[:-1]).abs().min(1)
+        last = {k: j for j, k, right in zip(marks, near.tolist(), (away < 1e-4 * levels[near]).tolist()) if right}
+        begins = {0: 0} | {j: k for k, j in last.items()}
+    return SimpleNamespace(sampler=sampler, levels=levels, sigmas=asked, states=states, begins=begins)
 
 
 def close(found: list[float], expected: list[float]) -> bool:
@@ -490,13 +451,10 @@ def _function_modes(modes: list) -> list:
 def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> tuple[torch.Tensor, None]:
     """A run, in its greenlet: Euler's steps through the levels `ahead`, then `call(model, x)`."""
     # nothing here refers to the scheduler: a run that is left half way ends with it
-    modes, grad, inference = (
-        _get_current_function_mode_stack(),
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-    )
+    modes, grad = _get_current_function_mode_stack(), torch.is_grad_enabled()
+    inference = torch.is_inference_mode_enabled()
 
-    def model(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         nonlocal modes, grad, inference
         own = _function_modes(modes)
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
@@ -528,36 +486,18 @@ utils, sampling, external = modules
 CODE = sampling.__spec__.loader.get_code(sampling.__name__)
 SCHEDULES = ("karras", "exponential", "polyexponential")
 GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
-STEP_BEGINS = vars(sampling).setdefault("step_begins", contextvars.ContextVar("step_begins", default=lambda: None))
 GLOBAL_GENERATORS = vars(sampling).setdefault("global_generators", threading.RLock())  # all copies share it
-
-
-def trange(n: int, disable: bool | None = None) -> Iterator[int]:
-    for i in sampling.tqdm(range(n), disable=disable):
-        STEP_BEGINS.get()()
-        yield i
-
-
-sampling.trange = trange  # user-supplied samplers that loop over it are followed as k-diffusion's
 
 
 def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     """k-diffusion's `sampling`, executed again as a module of its own, with these functions in place of torch's."""
     module: Any = importlib.util.module_from_spec(sampling.__spec__)
     exec(CODE, vars(module))
-    evaluate = module.DPMSolver.eps
-
-    def eps(solver: Any, cache: dict, key: str, x: torch.Tensor, t: torch.Tensor) -> tuple:
-        if not cache and t is not getattr(solver, "began", None):  # the same t: dpm_adaptive retries
-            solver.began = t
-            STEP_BEGINS.get()()
-        return evaluate(solver, cache, key, x, t)
-
     # 0-dim tensors on the CPU mix with latents on any device; torch's defaults (dtype, device) do not count
     functions["linspace"] = lambda *args, device=None: torch.linspace(*args, dtype=dtype, device="cpu")
     functions["tensor"] = lambda value: torch.tensor(value, dtype=dtype, device="cpu")
     functions["__getattr__"] = functools.partial(getattr, torch)  # all other names are torch's
-    module.torch, module.trange, module.DPMSolver.eps = ModuleType("torch"), trange, eps
+    module.torch, module.trange, module.DPMSolver.eps = ModuleType("torch"), sampling.trange, sampling.DPMSolver.eps
     vars(module.torch).update(functions)
     module.utils = SimpleNamespace(append_dims=lambda x, n: utils.append_dims(x, n) if x.ndim else x)
     return module
@@ -707,10 +647,8 @@ def exchanged(states: dict[torch.device, torch.Tensor], enter: bool) -> Iterator
         exchange(not enter)
 
 
-def call_sampler(
-    sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator: Any, begin: Callable, **given
-) -> torch.Tensor:
-    """Calls `sampler(model, x, sigmas)` with `given`, a `callback` or `noise_sampler`. A step's start calls `begin()`.
+def call_sampler(sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: torch.Tensor, generator, **given) -> Any:
+    """Calls `sampler(model, x, sigmas)` with `given`, a `callback` or `noise_sampler`.
 
     A function of k-diffusion runs in its own module, whose `torch.randn_like` draws from the generator. Other code runs
     with torch's global generators seeded from it, but not the network and callbacks. Euler's method takes the last step
@@ -735,13 +673,12 @@ def call_sampler(
         options |= {"sigma_min": positive[-1], "sigma_max": positive[0], "n": len(positive) - 1, "return_info": False}
         options["eta"] = eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0  # float32 makes NaN of lower ones
     options = {name: value for name, value in options.items() if sampler.takes_any or name in named}
-    context = contextvars.copy_context()
-    context.run(STEP_BEGINS.set, begin)
     if "sigma_min" not in named:
-        return context.run(function, model, x, sigmas if own else sigmas.to(x.device), **options)
-    end = context.run(function, model, x, **options) if len(positive) > 1 else x
-    begin()
-    return end if sigmas[-1] > 0 else unwrapped(end, positive[-1] * x.new_ones([x.shape[0]]))
+        return function(model, x, sigmas if own else sigmas.to(x), **options)
+    x = function(model, x, **options) if len(positive) > 1 else x
+    for _ in sampling.trange(int(sigmas[-1] == 0), disable=True):  # a step like the others
+        x = unwrapped(x, positive[-1] * x.new_ones([x.shape[0]]))
+    return x
 
 
 # --- the block's part for flow models ---

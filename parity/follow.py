@@ -341,7 +341,7 @@ class Session:
         if "noise_sampler" in parameters and (ours.noise, ours.noise_sampler) != (None, None):
             options["noise_sampler"] = noise_sampler
         bound, given = self.module.find_sampler(functools.partial(sampler, **options)), {"callback": called_back}
-        final = self.module.call_sampler(bound, recorded, x, sigmas, generator, lambda: None, **given)
+        final = self.module.call_sampler(bound, recorded, x, sigmas, generator, **given)
         if not isinstance(final, torch.Tensor) or final.shape != x.shape:
             returned = f"one of shape {tuple(final.shape)}" if torch.is_tensor(final) else type(final).__name__
             raise Refused(f"{side.text} has to return a tensor of shape {tuple(x.shape)}, but returned {returned}")

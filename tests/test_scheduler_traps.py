@@ -32,7 +32,7 @@ from small_pipelines import (
 from test_scheduler import BETAS, CLOSE, SAMPLERS, draw, made, ours
 
 from parity.exact import Transformer, mixture, patched, sdxl_pipeline, sliced_wasserstein, unpatched
-from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling
+from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling, try_out
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 EULER = diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading")
@@ -112,20 +112,33 @@ def restart(model, x, sigmas):
     return x
 
 
+def churned(model, x, sigmas, callback=None):
+    """Heun's steps from a tenth above each level, with which it calls back at the end of a step."""
+    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+        x = step_of(model, x, 1.1 * sigma, after, True)
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigma})
+    return x
+
+
 own_heun, heun_first = varying(lambda i, sigma: True), varying(lambda i, sigma: sigma > 0.9)
 VARYING = {
     "sigma": varying(lambda i, sigma: sigma < 0.9),
     "index": varying(lambda i, sigma: i % 3 == 0),
     "restart": restart,
 }
+UNIFORM = {"Heun": own_heun, "churn": churned}
 
 
 @pytest.mark.parametrize("base", [EULER, FLOW], ids=["sdxl", "flow"])
 @pytest.mark.parametrize("levels", [False, True], ids=["", "given"])
-@pytest.mark.parametrize("sampler", [*VARYING.values(), heun_first, own_heun], ids=[*VARYING, "Heun first", "Heun"])
+@pytest.mark.parametrize(
+    "sampler", [*VARYING.values(), heun_first, *UNIFORM.values()], ids=[*VARYING, "Heun first", *UNIFORM]
+)
 def test_a_callable_begins_with_the_step_that_strength_asks_for(sampler, base, levels):
-    """It ends as the callable does over the levels from there, or is refused before. Heun's never is."""
+    """It ends as the callable does over the levels from there, or is refused before. Heun's method never is."""
     scheduler, n, refused = KDiffusionScheduler.from_scheduler(base, sampler=sampler), 12, []
+    uniform = sampler in UNIFORM.values()
 
     def set_timesteps() -> torch.Tensor:
         if levels:  # as FLUX's pipelines
@@ -134,13 +147,13 @@ def test_a_callable_begins_with_the_step_that_strength_asks_for(sampler, base, l
             )
         else:
             scheduler.set_timesteps(n)
-        return scheduler._levels
+        return scheduler._trial.levels
 
     def model(x, sigma):
         slope = 0.5 * (x if base is FLOW else x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt())
         return x - sigma.view(-1, 1, 1, 1) * slope
 
-    for start in range(1 if levels and sampler is own_heun else n):  # FLUX's pipelines count evaluations
+    for start in range(1 if levels and uniform else n):  # FLUX's pipelines count evaluations
         planned = set_timesteps()
         try:
             cut = start * scheduler.order
@@ -154,7 +167,7 @@ def test_a_callable_begins_with_the_step_that_strength_asks_for(sampler, base, l
         for t in times:
             x = scheduler.step(scheduler.scale_model_input(x, t) * 0.5, t, x).prev_sample
         assert relative(x, sampler(model, first.double(), planned[start:])) < CLOSE
-    assert 0 not in refused and not (sampler is own_heun and refused)
+    assert 0 not in refused and not (uniform and refused)
     assert len(refused) < n - 1 or levels or sampler is not heun_first
 
 
@@ -196,13 +209,19 @@ def test_heun_begins_with_a_step_and_not_within_one():
     assert relative(loop(scheduler, start=3)[1], expected) < CLOSE
 
 
-def test_a_run_that_begins_within_a_step_goes_on_by_euler():
-    """dpm_2's second evaluation is in the middle of a step, by log sigma."""
-    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="dpm_2")
-    seen, _ = loop(scheduler, start=3)
-    now, after = scheduler._evaluations[3], scheduler._evaluations[4]
-    slope = seen[0] / (1 + now.sigma**2) ** 0.5 * 0.5  # the network's epsilon
-    assert relative(seen[1], seen[0] + slope * (after.sigma - now.sigma)) < CLOSE
+@pytest.mark.parametrize("sampler, steps", [("dpm_2", 6), ("dpm_fast", 9)])
+def test_a_run_that_begins_within_a_step_goes_on_by_euler(sampler, steps):
+    """dpm_2's second evaluation is in the middle of a step, by log sigma; dpm_fast's first two steps have three."""
+    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
+    for start in range(1, steps):
+        seen, _ = loop(scheduler, steps=steps, start=start)
+        first, function, rest = scheduler._run_from(start)
+        now, after = scheduler._evaluations[start : start + 2]
+        slope = seen[0] / (1 + now.sigma**2) ** 0.5 * 0.5  # the network's epsilon
+        if start < first < steps:
+            assert relative(seen[1], seen[0] + slope * (after.sigma - now.sigma)) < CLOSE
+        if len(rest):  # the network is told the sigmas that the sampler asks for
+            assert try_out(function, rest).sigmas == pytest.approx(scheduler._trial.sigmas[first:], rel=1e-6)
 
 
 @pytest.mark.parametrize("sampler, steps, start", [("dpm_fast", 9, 3), ("heun", 6, 6)])
@@ -220,7 +239,7 @@ def test_churn_is_spread_over_the_whole_run():
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="euler", sampler_kwargs={"s_churn": 1.0})
     seen, _ = loop(scheduler, start=3, generator=seeded())
     now, after = scheduler._evaluations[3], scheduler._evaluations[4]
-    level = float(scheduler._levels[4])
+    level = float(scheduler._trial.levels[4])
     assert after.sigma == pytest.approx(level * (1 + 1 / 6))
     slope = seen[0] / (1 + now.sigma**2) ** 0.5 * 0.5  # the network's epsilon
     noise = seen[1] - (seen[0] + slope * (level - now.sigma))
@@ -236,8 +255,8 @@ def test_churn_of_a_flow_model_begins_with_noise_of_its_level():
     noise = random(1, 2, 4, 4)
     x = scheduler.step(noise, scheduler.timesteps[0], noise, seeded(), return_dict=False)[0]  # v = noise: x0 is 0
     now, after = scheduler._evaluations[:2]
-    assert now.sigma > scheduler._levels[0]
-    torch.testing.assert_close(x / after.scale, noise * float(scheduler._levels[1]))
+    assert now.sigma > scheduler._trial.levels[0]
+    torch.testing.assert_close(x / after.scale, noise * float(scheduler._trial.levels[1]))
 
 
 # --- what a pipeline does to samples ----------------------------------------------------------------------------------
