@@ -68,7 +68,7 @@ class Subject:
         nothing = torch.zeros(images, 1, 1, dtype=dtype)
         prompt = {"prompt_embeds": nothing, "pooled_prompt_embeds": nothing[:, 0]}
         found = Session(self.family, self.module, self.options, pipe, prompt, (16 * columns, 16 * rows))
-        if self.stock and hasattr(scheduler := found.scheduler(self.side), "alphas_cumprod"):
+        if self.stock and not self.flux and hasattr(scheduler := found.scheduler(self.side), "alphas_cumprod"):
             pipe.register_modules(scheduler=scheduler)
             pipe.unet.answering(KNOWN, scheduler)  # it was trained with these betas
         return found

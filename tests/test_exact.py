@@ -42,6 +42,7 @@ def subject(text: str, family=SDXL, parameterization: str = "auto") -> Subject:
         ("ancestral", SDXL, "right. Distance from true samples"),
         ("dpm_adaptive", FLUX, "right. At "),
         ("Scheduler", SDXL, "right. Order "),
+        ("UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction')", FLUX, "right. Order "),
     ],
 )
 def test_right_ones(text, family, words):
@@ -94,6 +95,11 @@ def test_planted_faults_break_their_rule(fault, rule, words):
     found = list(rules(subject(fault), fault.startswith("ancestral"), False, counts))
     broken = {one.name: one.words for one in found if one.kept is False}
     assert any(rule in name and words in reason for name, reason in broken.items()), broken
+
+
+def test_a_scheduler_without_add_noise_is_not_judged_part_way():
+    found = {rule.name: rule.kept for rule in rules(subject("IPNDMScheduler"), False, False, {5: 5, 10: 10})}
+    assert found["a run begun part-way is right"] is None and found["add_noise agrees with the levels"] is None
 
 
 def test_status_json_and_page(tmp_path, capsys):
