@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import sys
 
 import pytest
@@ -102,10 +103,8 @@ def test_what_it_returns_does_what_it_does_in_the_parent(family, callback):
 @pytest.mark.parametrize("callback", [scaled_in_place, scaled_in_place_and_not_returned], ids=lambda c: c.__name__)
 def test_latents_changed_in_place(family, callback):
     name, pipe = family
-    options = [{"parameterization": "flow"}, {"parameterization": "ve"}] if name == "flux" else [{}]
-    for option in options:
-        expected = draw(pipe, name, scaled, **option)
-        assert relative(draw(pipe, name, callback, **option), expected) < CLOSE
+    for option in [{"parameterization": "flow"}, {"parameterization": "ve"}] if name == "flux" else [{}]:
+        assert relative(draw(pipe, name, callback, **option), draw(pipe, name, scaled, **option)) < CLOSE
 
 
 def test_callback_that_only_looks_changes_nothing(family):
@@ -164,10 +163,7 @@ def test_dpm_adaptive_is_followed(family):
 
     hook = network(pipe).register_forward_hook(lambda *_: evaluations.append(1))
     try:
-        options = {
-            "sampler": "dpm_adaptive",
-            "sampler_kwargs": {"h_init": 4.0},
-        }  # too long a first step: it is rejected
+        options = {"sampler": "dpm_adaptive", "sampler_kwargs": {"h_init": 4.0}}  # too long a first step
         plain = draw(pipe, name, look, ("latents", "sigma"), **options)
     finally:
         hook.remove()
@@ -178,7 +174,7 @@ def test_dpm_adaptive_is_followed(family):
     assert relative(seen[-1][1], plain) < CLOSE
 
 
-@pytest.mark.parametrize("sampler", sampler_names())
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2_ancestral", "dpm_fast", "dpm_adaptive", "dpmpp_2m_sde"])
 def test_interrupt_stops_at_that_step(family, sampler):
     """The callback is the last one, and its latents come back."""
     name, pipe = family
@@ -232,25 +228,6 @@ def test_diffusers_own_callbacks(sdxl):
         assert relative(draw(sdxl, "sdxl", callback), expected) < CLOSE
         assert relative(draw(sdxl, "sdxl"), expected) > 100 * CLOSE
     assert count.steps == [*range(4), *range(4)]
-
-
-def test_callable_sampler_that_needs_a_picture(family):
-    """One that can't run on one element: its callback sees every step, but can't change the latents."""
-    name, pipe = family
-
-    def sampler(model, x, sigmas, callback=None):
-        assert x.numel() > 1, "not a picture"
-        for i in range(len(sigmas) - 1):
-            denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]))
-            callback({"x": x, "i": i, "sigma": sigmas[i], "denoised": denoised})
-            x = denoised + (x - denoised) * sigmas[i + 1] / sigmas[i]
-        return x
-
-    seen = []
-    drawn = draw(pipe, name, lambda one, i, *rest: seen.append(i), sampler=sampler)
-    assert seen == [0, 1, 2, 3] and relative(drawn, draw(pipe, name)) < CLOSE
-    with pytest.raises(ValueError, match="can't change the latents: sampler"):
-        draw(pipe, name, scaled, sampler=sampler)
 
 
 # --- randomness ------------------------------------------------------------------------------------------------------
@@ -335,11 +312,7 @@ def test_an_exception_leaves_the_pipeline_as_it_was(family, where, monkeypatch):
             error = TypeError
         elif where == "interrupt by Ctrl-C":
             error = KeyboardInterrupt
-
-            def interrupt(*rest):
-                raise KeyboardInterrupt
-
-            call["callback"] = interrupt
+            call["callback"] = lambda *rest: signal.raise_signal(signal.SIGINT)
         else:
             module = getattr(pipe, where)
             patch.setattr(module, "decode" if where == "vae" else "forward", fail)

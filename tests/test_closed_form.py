@@ -244,7 +244,7 @@ def counted(sampler: Callable) -> Callable:
 
 
 def one_step_late(sampler: Callable) -> Callable:
-    """The network is told the next level in place of the one that the state is at, or half that where there is none."""
+    """The network gets the next level in place of that of the state, or half that where there is none."""
 
     @functools.wraps(sampler)
     def run(model: Callable, x: torch.Tensor, *levels: Any, **options: Any) -> torch.Tensor:
@@ -275,23 +275,19 @@ def in_flow_coordinates(sampler: Callable) -> Callable:
 PASSES = {"sdxl": PassesEpsilon, "flow": PassesVelocity, "ve": PassesVelocity}
 
 
-@pytest.mark.parametrize("sampler", ORDERS)
-@pytest.mark.parametrize("process", PROCESSES)
-def test_order_shows_a_network_passed_as_it_is(process, sampler):
-    with pytest.raises(AssertionError):
-        check_order(process, sampler, network=PASSES[process])
-
-
-@pytest.mark.parametrize("sampler", ORDERS)
-@pytest.mark.parametrize("process", PROCESSES)
-def test_order_shows_a_wrong_level(process, sampler):
-    with pytest.raises(AssertionError):
-        check_order(process, sampler, disturb=one_step_late)
-
-
 def fails(check: Callable, *arguments: Any) -> None:
     with pytest.raises(AssertionError):
         check(*arguments)
+
+
+def faults(process: str) -> dict[str, tuple[type | None, Callable]]:
+    return {"network as it is": (PASSES[process], counted), "one step late": (None, one_step_late)}
+
+
+@pytest.mark.parametrize("fault", ["network as it is", "one step late"])
+@pytest.mark.parametrize("process, sampler", zip(itertools.cycle(PROCESSES), ORDERS))
+def test_order_shows_a_fault(process, sampler, fault):
+    fails(check_order, process, sampler, *faults(process)[fault])
 
 
 @pytest.mark.parametrize(
@@ -304,17 +300,13 @@ def test_distribution_and_step_noise_show_a_network_passed_as_it_is(process, sam
     fails(check_step_noise, seen)
 
 
-@pytest.mark.parametrize("sampler", STOCHASTIC)
-def test_distribution_and_step_noise_show_noise_in_flow_coordinates(sampler):
+@pytest.mark.parametrize(
+    "process, sampler", [("sdxl", "dpmpp_2m_sde"), ("ve", "euler"), ("ve", "dpm_2_ancestral"), ("ve", "dpmpp_sde")]
+)
+def test_distribution_and_step_noise_show_noise_in_flow_coordinates(process, sampler):
     """On FLUX that is parameterization="flow", which "auto" guards against for every sampler with noise."""
-    seen, samples = sample("ve", sampler, parameterization="flow")
-    fails(check_distribution, samples)
-    fails(check_step_noise, seen)
-
-
-@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m_sde"])
-def test_distribution_and_step_noise_show_noise_in_flow_coordinates_on_sdxl(sampler):
-    seen, samples = sample("sdxl", sampler, disturb=in_flow_coordinates)
+    fault = {"disturb": in_flow_coordinates} if process == "sdxl" else {"parameterization": "flow"}
+    seen, samples = sample(process, sampler, **fault)
     fails(check_distribution, samples)
     fails(check_step_noise, seen)
 
@@ -331,37 +323,31 @@ def test_distribution_and_step_noise_show_a_wrong_level(process, sampler):
         fails(check_distribution, samples)
 
 
-@pytest.mark.parametrize("process", ["sdxl", "ve"])
-@pytest.mark.parametrize("fault", ["network as it is", "one step late"])
+@pytest.mark.parametrize("process, fault", [("sdxl", "network as it is"), ("ve", "one step late")])
 def test_adaptive_shows_a_fault(process, fault):
-    faults = {
-        "network as it is": {"network": PASSES[process], "disturb": counted},
-        "one step late": {"disturb": one_step_late},
-    }
-    with pytest.raises(AssertionError):
-        check_adaptive(process, **faults[fault])
+    fails(check_adaptive, process, *faults(process)[fault])
 
 
 # --- everything that FLUX may be asked -------------------------------------------------------------------------------
 
-STEP_COUNTS = [{"num_inference_steps": n} for n in (1, 2, 3, 4, 20, 100)]
+STEP_COUNTS = [{"num_inference_steps": n} for n in (1, 2, 3, 20)]
 USERS = [[1.0, 0.5, 0.2], [0.9, 0.5, 0.0], [1.0], [0.5], [1.0, 0.999, 0.998, 0.01], [1.0, 1e-4]]
 GRIDS = [{"sigmas": t} for t in USERS]
-GRIDS += [{"schedule": name, "num_inference_steps": n} for name in SCHEDULES for n in (1, 2, 20)]
+GRIDS += [{"schedule": name, "num_inference_steps": n} for name in SCHEDULES for n in (1, 20)]
 
 
 @pytest.mark.parametrize("sampler", sampler_names())
 def test_every_sampler_at_every_grid(sampler):
     """No NaN and no warning at any number of steps, shift, schedule, eta and s_churn, for a bfloat16 network too."""
     options = [{}]
-    options += [{"eta": eta} for eta in (0.0, 1e-4, 0.3, 1.0) if takes(sampler, "eta")]
+    options += [{"eta": eta} for eta in (0.0, 1e-4, 1.0) if takes(sampler, "eta")]
     options += [{"s_churn": churn} for churn in (0.01, 40.0) if takes(sampler, "s_churn")]
     product = itertools.product
     calls = [("auto", torch.float32, 1.15, *rest) for rest in product(options, STEP_COUNTS)]
     calls += [(p, torch.float32, 1.15, {}, grid) for p, grid in product(("flow", "ve"), STEP_COUNTS)]
     calls += [(p, torch.float32, 1.15, options[-1], grid) for p, grid in product(("auto", "flow", "ve"), GRIDS)]
     calls += [
-        ("auto", *rest) for rest in product((torch.float32, torch.bfloat16), (0.0, 0.5, 2.5), options[-1:], STEP_COUNTS)
+        ("auto", *rest) for rest in product((torch.float32, torch.bfloat16), (0.0, 2.5), options[-1:], STEP_COUNTS)
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -371,15 +357,11 @@ def test_every_sampler_at_every_grid(sampler):
             assert latents.isfinite().all() and latents.dtype == torch.float32, (dtype, mu, arguments)
 
 
-SHIFTS = [(name, mu) for i, name in enumerate(sampler_names()) for j, mu in enumerate((0.0, 0.5, 1.15)) if (i + j) % 3]
-
-
-@pytest.mark.parametrize("sampler, mu", SHIFTS)
+@pytest.mark.parametrize("sampler, mu", zip(sampler_names(), itertools.cycle((0.0, 0.5, 1.15))))
 def test_every_sampler_draws_samples_at_any_shift(sampler, mu):
-    """20 steps of FLUX's grid, by "auto"; each sampler at two of three shifts."""
-    samples = call(
-        pipeline("ve", torch.float32, mu=mu), 50, 80, sampler=sampler, num_inference_steps=20, generator=seeded()
-    )
+    """20 steps of FLUX's grid, by "auto"."""
+    pipe = pipeline("ve", torch.float32, mu=mu)
+    samples = call(pipe, 50, 80, sampler=sampler, num_inference_steps=20, generator=seeded())
     assert distances(samples[0])["covariance"] < 0.2
 
 

@@ -56,11 +56,7 @@ def function_of(name: str) -> Callable:
 
 
 def test_all_thirteen_are_found():
-    assert sampler_names() == THIRTEEN
-    assert flux_comfy_pipeline.sampler_names() == THIRTEEN
-
-
-def test_names_with_and_without_prefix_and_callables():
+    assert sampler_names() == flux_comfy_pipeline.sampler_names() == THIRTEEN
     for sampler in ("dpmpp_2m", "sample_dpmpp_2m", sampling.sample_dpmpp_2m):
         assert find_sampler(sampler).function is sampling.sample_dpmpp_2m
 
@@ -97,39 +93,6 @@ def test_bound_and_wrapped_samplers_draw_as_by_name(name):
     assert run(copied, eta=0.7).equal(run(name, eta=0.7))
 
 
-@pytest.mark.parametrize("name, options", [("euler", {"s_churn": 1.0}), ("euler_ancestral", {"eta": 0.5})])
-def test_a_callable_that_passes_its_options_on(name, options):
-    """It names no `noise_sampler`, so it gets none; the noise is drawn from the caller's generator all the same."""
-
-    def passing_on(model, x, sigmas, **options):
-        return function_of(name)(model, x, sigmas, **options)
-
-    def run(seed):
-        torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(0)
-        return run_sampler(
-            functools.partial(passing_on, **options), gaussian, noise(), SIGMAS, generator, lambda i, x, *_: x * 1.01
-        )
-
-    assert run(0)[0].equal(run(1)[0])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"noise_sampler": None}, {"noise_sampler": lambda sigma, sigma_next: torch.randn_like(noise())}],
-    ids=["none", "own"],
-)
-def test_a_noise_sampler_of_ones_own_draws_from_the_generator(options):
-    def run(seed):
-        torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(0)
-        return run_sampler(
-            functools.partial(sampling.sample_dpmpp_2m_sde, **options), gaussian, noise(), SIGMAS, generator
-        )[0]
-
-    assert run(0).equal(run(1))
-
-
 def test_an_option_that_a_callable_needs():
     def needy(model, x, sigmas, order, *, extra_args=None, callback=None, disable=None, power):
         return x
@@ -163,27 +126,6 @@ def test_sampler_is_k_diffusions_own(name):
 
 
 @pytest.mark.parametrize("name", THIRTEEN)
-def test_every_draw_comes_from_the_generators(name):
-    """The same generator gives the same sample, another one another; the global one is neither needed nor moved."""
-    function, x = function_of(name), noise()
-
-    def run(seed):
-        churn = {"s_churn": 5.0} if "s_churn" in inspect.signature(function).parameters else {}
-        eta = {"eta": 1.0} if name in ("dpm_fast", "dpm_adaptive") else {}
-        generator = torch.Generator().manual_seed(seed)
-        return run_sampler(functools.partial(function, **churn, **eta), gaussian, x, SIGMAS, generator)[0]
-
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first, other = run(0), run(1)
-    assert torch.get_rng_state().equal(before)
-    torch.manual_seed(2)
-    assert run(0).equal(first)
-    draws = name not in ("lms", "dpmpp_2m")
-    assert first.equal(other) != draws
-
-
-@pytest.mark.parametrize("name", THIRTEEN)
 def test_a_sampler_that_adds_no_noise_draws_none(name):
     """As in the stock loop. (k-diffusion draws in every step, and multiplies by zero.) Nor does one step to zero."""
     function = function_of(name)
@@ -196,14 +138,6 @@ def test_a_sampler_that_adds_no_noise_draws_none(name):
     assert drawn.shape == noise().shape
 
 
-def test_a_noise_sampler_may_be_bound_before():
-    """By `functools.partial`, as well as in `sampler_kwargs`."""
-    ones = {"noise_sampler": lambda sigma, sigma_next: torch.ones(2, 4, 8, 8)}
-    bound, generator = functools.partial(sampling.sample_dpmpp_sde, **ones), torch.Generator().manual_seed(0)
-    expected = sampling.sample_dpmpp_sde(gaussian, noise(), SIGMAS, **ones, disable=True)
-    assert run_sampler(bound, gaussian, noise(), SIGMAS, generator)[0].equal(expected)
-
-
 def test_step_noise_of_an_sde_sampler_is_a_path_whatever_follows_in_its_name():
     """ComfyUI has `sample_dpmpp_sde_gpu`. Noise over an interval is that of its halves together."""
 
@@ -214,38 +148,20 @@ def test_step_noise_of_an_sde_sampler_is_a_path_whatever_follows_in_its_name():
     torch.testing.assert_close(whole, halves)
 
 
-def test_each_image_has_a_generator():
-    with pytest.raises(ValueError, match="zip"):
-        run_sampler(sampling.sample_dpmpp_sde, gaussian, noise(), SIGMAS, [torch.Generator()])
-
-
 def test_a_callback_gets_the_level_of_what_was_predicted():
     """With `s_churn` the network is asked above the step's first level."""
-    asked, told = [], []
+    asked, levels = [], []
 
     def denoiser(x, sigma):
         asked.append(sigma[0].item())
         return gaussian(x, sigma)
 
     def after_step(i, x, sigma, began, denoised):
-        told.append(began.item())
+        levels.append(began.item())
         return x
 
     run_sampler(functools.partial(sampling.sample_euler, s_churn=2.0), denoiser, noise(), SIGMAS, None, after_step)
-    assert told == asked and asked[0] > SIGMAS[0]
-
-
-@pytest.mark.parametrize("name", [name for name in THIRTEEN if name != "dpm_adaptive"])
-def test_a_picture_does_not_depend_on_its_batch(name):
-    """With a generator for each image (dpm_adaptive is left out: its step size depends on the whole batch)."""
-    function, x = function_of(name), noise(3)
-    options = {"s_churn": 5.0} if "s_churn" in inspect.signature(function).parameters else {}
-    generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    together = run_sampler(functools.partial(function, **options), gaussian, x, SIGMAS, generators)[0]
-    alone = run_sampler(
-        functools.partial(function, **options), gaussian, x[1:2], SIGMAS, [torch.Generator().manual_seed(1)]
-    )[0]
-    torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-5)
+    assert levels == asked and asked[0] > SIGMAS[0]
 
 
 @pytest.mark.parametrize("name", THIRTEEN)
@@ -303,35 +219,6 @@ def test_sampler_runs_on_a_gpu_without_waiting(name, device):
     assert y.is_cuda and y.isfinite().all()
 
 
-class Pageable:
-    """Noise on the CPU as a GPU's driver sees it: only a copy from pinned memory goes on by itself."""
-
-    def __init__(self, pinned: bool = False):
-        self.pinned, self.device, self.waited = pinned, torch.device("cpu"), None
-
-    def pin_memory(self):
-        return Pageable(pinned=True)
-
-    def to(self, device, non_blocking=False):
-        copy = Pageable()
-        copy.device, copy.waited = device, not (self.pinned and non_blocking)
-        return copy
-
-
-def test_noise_is_sent_to_a_gpu_without_waiting(monkeypatch):
-    """The stock loop's noise from a CPU's generator waits, once a step, until the GPU has done all before it."""
-    on_gpu = pipeline_file._sent(Pageable(), torch.device("cuda"))
-    assert on_gpu.device.type == "cuda" and not on_gpu.waited
-    same = torch.randn(3)
-    assert pipeline_file._sent(same, torch.device("cpu")) is same
-    with FakeTensorMode():
-        x = torch.empty(2, 3, device="cuda")
-    monkeypatch.setattr(pipeline_file, "_sent", lambda noise, device: (noise.device.type, device.type))
-    generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    for generator in (generators[0], generators):
-        assert pipeline_file.white_noise(x, generator) == ("cpu", "cuda")
-
-
 @pytest.mark.parametrize("name", THIRTEEN)
 def test_after_step_sees_the_state_between_steps(name):
     """Called once a step, in order, with the state at the level that the step ended at; what it returns goes on."""
@@ -353,58 +240,34 @@ def test_after_step_sees_the_state_between_steps(name):
         torch.testing.assert_close(torch.tensor([one[2] for one in seen]), SIGMAS[:-1])
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "dpm_2_ancestral"])
-def test_changed_latents_take_effect(name):
-    """Zeroed after a step, the state of N(0, 1) under a deterministic denoiser stays zero but for later noise."""
-    x = noise()
+def calling_back(how: str) -> Callable:
+    """Euler's method of somebody's own, with a callback that k-diffusion's functions do not make like this."""
 
-    def after_step(i, x, sigma, began, denoised):
-        return torch.zeros_like(x) if i == 5 else x
+    def euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        first = x
+        for i in range(len(sigmas) - 1):
+            if how == "before its evaluation":
+                callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x})
+            denoised = model(x * 1.0 if how == "on another tensor" else x, sigmas[i] * x.new_ones([x.shape[0]]))
+            if how != "before its evaluation":
+                shown = first if how == "with the first x" else x
+                callback({"x": shown, "i": i, "sigma": sigmas[i], "denoised": denoised})
+            x = denoised + sigmas[i + 1] / sigmas[i] * (x - denoised)
+        return x
 
-    options = {"eta": 0.0} if name == "dpm_2_ancestral" else {}
-    y = run_sampler(find_sampler(name, options), gaussian, x, SIGMAS, torch.Generator().manual_seed(0), after_step)[0]
-    scale = run_sampler(find_sampler(name, options), gaussian, x, SIGMAS)[0].abs().mean()
-    # multistep samplers carry what earlier steps predicted, single-step ones nothing
-    assert y.abs().mean() < (0.5 * scale if name == "dpmpp_2m" else 1e-6)
-
-
-def before_its_evaluation(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    for i in range(len(sigmas) - 1):
-        callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x})
-        denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]))
-        x = denoised + sigmas[i + 1] / sigmas[i] * (x - denoised)
-    return x
+    return euler
 
 
-def on_another_tensor(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    for i in range(len(sigmas) - 1):
-        denoised = model(x * 1.0, sigmas[i] * x.new_ones([x.shape[0]]))
-        callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        x = denoised + sigmas[i + 1] / sigmas[i] * (x - denoised)
-    return x
-
-
-def with_the_first_x(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """As some samplers that are written for other programs."""
-    first = x
-    for i in range(len(sigmas) - 1):
-        denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]))
-        callback({"x": first, "i": i, "sigma": sigmas[i], "denoised": denoised})
-        x = denoised + sigmas[i + 1] / sigmas[i] * (x - denoised)
-    return x
-
-
-@pytest.mark.parametrize("sampler", [before_its_evaluation, on_another_tensor, with_the_first_x])
-def test_changed_latents_are_refused_where_they_would_be_lost(sampler):
+@pytest.mark.parametrize("how", ["before its evaluation", "on another tensor", "with the first x"])
+def test_changed_latents_are_refused_where_they_would_be_lost(how):
     """Its steps don't begin at the evaluation before the callback, or not with the tensor that it hands over."""
-    with pytest.raises(ValueError, match=f"{sampler.__name__} does not say"):
-        run_sampler(sampler, gaussian, noise(), SIGMAS, None, lambda i, x, *_: x * 2)
+    with pytest.raises(ValueError, match="euler does not say"):
+        run_sampler(calling_back(how), gaussian, noise(), SIGMAS, None, lambda i, x, *_: x * 2)
 
 
 def test_latents_that_are_not_finite_are_not_changed_latents():
-    y, _ = run_sampler(
-        with_the_first_x, lambda x, sigma: x * float("nan"), noise(), SIGMAS, None, lambda i, x, *_: x * 1
-    )
+    sampler, same = calling_back("with the first x"), lambda i, x, *_: x * 1
+    y, _ = run_sampler(sampler, lambda x, sigma: x * float("nan"), noise(), SIGMAS, None, same)
     assert y.isnan().all()
 
 
@@ -482,27 +345,13 @@ def test_a_callback_may_sample(sampler, module):
     assert run(1, sample).equal(outer)
 
 
-@pytest.mark.parametrize("name", THIRTEEN)
-def test_interrupt(name):
-    """Stops after the step in which it is asked to, with the state and sigma of that place."""
-    ends = []
-
-    def after_step(i, x, sigma, *rest):
-        ends.append((x.clone(), sigma.clone()))
-        return x
-
-    y, sigma = run_sampler(name, gaussian, noise(), SIGMAS, None, after_step, lambda: len(ends) == 2)
-    assert len(ends) == 2 and 0 < sigma < SIGMAS[0]
-    assert y.equal(ends[-1][0]) and sigma == ends[-1][1]
-
-
-@pytest.mark.parametrize("tells", [True, False])
-def test_interrupt_of_a_callable(tells):
+@pytest.mark.parametrize("calls_back", [True, False])
+def test_interrupt_of_a_callable(calls_back):
     """Whether or not it calls back, the latents are those that the third evaluation left."""
     asked = []
 
     def euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        return sampling.sample_euler(model, x, sigmas, callback=callback if tells else None, disable=True)
+        return sampling.sample_euler(model, x, sigmas, callback=callback if calls_back else None, disable=True)
 
     def denoiser(x, sigma):
         asked.append(x)
@@ -538,11 +387,28 @@ class Disturbing:
         return self.func(model, x + torch.randn_like(x), sigmas, **options)
 
 
-def test_a_callable_with_a_function_of_k_diffusion_in_it_is_none():
+def passing_on(function):
+    """It names no `noise_sampler`, so it gets none."""
+    return lambda model, x, sigmas, **options: function(model, x, sigmas, **options)
+
+
+OWN_NOISE = {
+    "s_churn passed on": functools.partial(passing_on(sampling.sample_euler), s_churn=1.0),
+    "ancestral passed on": functools.partial(passing_on(sampling.sample_euler_ancestral), eta=0.5),
+    "no noise_sampler": functools.partial(sampling.sample_dpmpp_2m_sde, noise_sampler=None),
+    "its noise_sampler": functools.partial(
+        sampling.sample_dpmpp_2m_sde, noise_sampler=lambda sigma, sigma_next: torch.randn_like(noise())
+    ),
+    "noise added to the first x": Disturbing(sampling.sample_dpmpp_2m),
+}
+
+
+@pytest.mark.parametrize("sampler", OWN_NOISE.values(), ids=OWN_NOISE)
+def test_noise_of_a_callable_follows_the_generator(sampler):
     def run(seed):
         torch.manual_seed(seed)
-        sampler = Disturbing(sampling.sample_dpmpp_2m)
-        return run_sampler(sampler, gaussian, noise(), SIGMAS, torch.Generator().manual_seed(0))[0]
+        generator = torch.Generator().manual_seed(0)
+        return run_sampler(sampler, gaussian, noise(), SIGMAS, generator, lambda i, x, *_: x * 1.0)[0]
 
     assert run(0).equal(run(1))
 
@@ -637,7 +503,7 @@ def test_a_callback_gets_the_steps_state_whatever_the_sampler_calls_back_with():
         seen.append((x, sigma, denoised))
         return x
 
-    run_sampler(with_the_first_x, gaussian, noise(), SIGMAS, None, look)
+    run_sampler(calling_back("with the first x"), gaussian, noise(), SIGMAS, None, look)
     x = noise()
     assert len(seen) == len(SIGMAS) - 1
     for (state, sigma, predicted), now, then in zip(seen, SIGMAS, SIGMAS[1:]):

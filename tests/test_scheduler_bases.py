@@ -53,7 +53,7 @@ def of_cosine(scheduler: Any) -> Any:
 
 
 def of_flow(scheduler: Any) -> Any:
-    """x0 = x - t v. Mochi's network is told 1 - t, and predicts -v."""
+    """x0 = x - t v. Mochi's network gets 1 - t, and predicts -v."""
     inverted = scheduler.config.get("invert_sigmas")
 
     def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -137,12 +137,12 @@ def double():
 
 @pytest.mark.parametrize("name", BASES)
 def test_every_sampler_is_k_diffusions(double, name):
-    """In float64, with step noise that depends on the levels alone."""
+    """In float64, with step noise that depends on the levels alone. Over other levels each third sampler."""
     base, denoiser = BASES[name]
     vp = name.startswith(("vp", "multistep"))  # whose latents are divided by sqrt(1 + sigma^2)
     x = random(1, 2, 3, 3).double()
-    for way, (options, arguments, sigmas) in ways(name, base).items():
-        for sampler in SAMPLERS:
+    for i, (way, (options, arguments, sigmas)) in enumerate(ways(name, base).items()):
+        for sampler in SAMPLERS if i == 0 else SAMPLERS[i::3]:
             noisy = "noise_sampler" in find_sampler(sampler).arguments
             noise = {"noise_sampler": fixed_noise(x, 3)} if noisy else {}
             scheduler = KDiffusionScheduler.from_scheduler(
@@ -159,12 +159,11 @@ def test_every_sampler_is_k_diffusions(double, name):
             assert relative(sample, expected) < CLOSE, (way, sampler)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", ["epsilon", "vp", "EDM", "EDM, cosine", "flow", "flow, UniPC"])
 def test_no_float64_on_the_device(name):
     base, _ = BASES[name]
     with PretendMps():
         for sampler in SAMPLERS:
-            scheduler = KDiffusionScheduler.from_scheduler(base, sampler=sampler)
             for options in ({}, {"s_churn": 1.0}) if sampler in ("euler", "heun", "dpm_2") else ({},):
                 scheduler = KDiffusionScheduler.from_scheduler(base, sampler=sampler, sampler_kwargs=options)
                 scheduler.set_timesteps(STEPS, device="mps")

@@ -13,10 +13,9 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
-    StableDiffusionXLPipeline,
 )
 
-from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline, sampler_names, sampling
+from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
 
 # rounding alone: the scheduler keeps its sigmas and timesteps in float32
 EXACT = 1e-6
@@ -28,28 +27,16 @@ CONTINUOUS = {"prediction_type": "v_prediction", "timestep_type": "continuous"} 
     "call",
     [
         {},
-        {"negative_prompt": "a cat in the snow, warm colors"},
-        {"guidance_scale": 1.0},
         {"guidance_rescale": 0.7},
-        {"height": 96, "width": 160},
-        {"original_size": (64, 64), "crops_coords_top_left": (16, 0), "target_size": (256, 256)},
-        {
-            "negative_original_size": (32, 32),
-            "negative_target_size": (32, 32),
-            "negative_crops_coords_top_left": (8, 8),
-        },
-        {"num_images_per_prompt": 2},
         {"prompt": [PROMPT, "a red car in the desert"], "negative_prompt": ["snow", ""]},
-        {"prompt_2": "a robot in a city", "clip_skip": 0},
         {"denoising_end": 0.6},
-        {"sigmas": [12.0, 6.0, 2.0, 0.5, 0.1]},
         {"sigmas": [12.0, 6.0, 2.0, 0.5, 0.1, 0.0]},
         {"timesteps": [990, 700, 400, 100]},
     ],
     ids=lambda call: ",".join(call) + str(call.get("sigmas", "")) or "default",
 )
 def test_euler_is_the_stock_pipeline(sdxl64, call):
-    """EulerDiscreteScheduler through the untouched parent, float64, the same generator."""
+    """EulerDiscreteScheduler through the untouched parent, in float64. All arguments: test_side_by_side.py."""
     child, parent = sdxl64
     call = {"prompt": PROMPT, "num_inference_steps": 4, **SMALL, **call}
     if "sigmas" in call or "timesteps" in call:
@@ -70,14 +57,7 @@ def test_negative_sizes_reach_every_image_of_a_batch(sdxl64):
         return relative(batch[1:], alone)
 
     assert both(child) < 1e-9
-    assert both(parent) > 1e-6  # when this fails, diffusers has mended it: then README's remark goes
-
-
-def test_euler_is_the_stock_picture(sdxl64):
-    child, parent = sdxl64
-    expected = parent(PROMPT, num_inference_steps=4, generator=seeded(), output_type="np").images
-    drawn = child(PROMPT, num_inference_steps=4, generator=seeded(), output_type="np").images
-    assert abs(drawn - expected).max() < 1e-5
+    assert both(parent) > 1e-6  # when this fails, diffusers has fixed it: then README's remark goes
 
 
 def with_scheduler(pipe, scheduler):
@@ -149,7 +129,7 @@ def test_ddim_is_euler(sdxl64):
 
 
 def test_levels_cut_in_two_are_one_run(sdxl64):
-    """Latents beside levels of one's own are x0 + sigma noise, in and out, whatever the scheduler's scale."""
+    """Latents beside the caller's own levels are x0 + sigma noise, in and out, whatever the scheduler's scale."""
     child = quiet(with_scheduler(sdxl64[0], DDIMScheduler.from_config(sdxl64[0].scheduler.config)))
     levels = [14.0, 6.0, 2.0, 0.5, 0.0]
     whole = child(PROMPT, schedule=levels, generator=seeded(), **SMALL).images
@@ -172,25 +152,6 @@ def test_quantize_timesteps_is_what_dpm_solver_does(sdxl64):
     assert relative(ours[False], expected) > 1e-4  # 4e-4 on a closed-form model
 
 
-def few_steps(sdxl, sampler):
-    steps = 20 if sampler == "dpm_fast" else 12  # dpm_fast takes a step for three of them
-    call = {"num_inference_steps": steps, "schedule": "karras", **SMALL}
-    return sdxl(PROMPT, sampler=sampler, generator=seeded(), **call).images
-
-
-@pytest.fixture(scope="module")
-def spread(sdxl):
-    return few_steps(sdxl, "heun").std()
-
-
-@pytest.mark.parametrize("sampler", sampler_names())
-def test_every_sampler_gives_a_likely_picture(sdxl, spread, sampler):
-    """Latents of the spread that the VAE's have: noise would be wider, mush narrower."""
-    latents = few_steps(sdxl, sampler)
-    assert latents.dtype == torch.float32
-    assert 0.8 < latents.std() / spread < 1.25
-
-
 def test_state_is_float32_for_a_half_network(sdxl):
     half = quiet(StableDiffusionXLComfyPipeline(**copy.deepcopy(sdxl.components)).to(torch.bfloat16))
     call = {"num_inference_steps": 4, "guidance_scale": 1.0, **SMALL}
@@ -198,55 +159,6 @@ def test_state_is_float32_for_a_half_network(sdxl):
     latents = half(prompt_embeds=embeds[0], pooled_prompt_embeds=embeds[1], generator=seeded(), **call).images
     assert latents.dtype == torch.float32
     assert half(PROMPT, num_inference_steps=2, generator=seeded()).images[0].size == (128, 128)
-
-
-def test_callback(sdxl):
-    """Once a step, in order, with what is asked for; returned prompt embeddings and latents take effect."""
-    seen = []
-
-    def callback(pipe, i, timestep, tensors):
-        seen.append((i, round(float(timestep)), sorted(tensors)))
-        return {}
-
-    call = {"num_inference_steps": 4, "sampler": "heun", **SMALL}
-    names = ["latents", "prompt_embeds", "denoised", "sigma"]
-    plain = sdxl(PROMPT, generator=seeded(), **call).images
-    watched = sdxl(
-        PROMPT,
-        generator=seeded(),
-        callback_on_step_end=callback,
-        callback_on_step_end_tensor_inputs=names,
-        **call,
-    ).images
-    assert watched.equal(plain)
-    assert seen == [(i, t, sorted(names)) for i, t in enumerate((751, 501, 251, 1))]
-
-    other = sdxl.encode_prompt("a red car in the desert")[:2]
-
-    def to_a_car(pipe, i, timestep, tensors):
-        return {"prompt_embeds": torch.cat(other[::-1])} if i == 0 else {}
-
-    assert relative(sdxl(PROMPT, generator=seeded(), callback_on_step_end=to_a_car, **call).images, plain) > 0.05
-
-    def stop(pipe, i, timestep, tensors):
-        pipe._interrupt = i == 1
-        return {}
-
-    stopped = sdxl(PROMPT, generator=seeded(), callback_on_step_end=stop, **call).images
-    assert relative(stopped, plain) > 0.05
-    assert sdxl(PROMPT, generator=seeded(), **call).images.equal(plain)
-
-
-def test_from_pipe_shares_the_weights(sdxl):
-    parent = StableDiffusionXLPipeline.from_pipe(sdxl)
-    child = StableDiffusionXLComfyPipeline.from_pipe(parent)
-    assert child.unet is parent.unet is sdxl.unet
-
-
-def test_scheduler_is_left_alone(sdxl):
-    before = sdxl.scheduler.timesteps.clone(), sdxl.scheduler.sigmas.clone()
-    sdxl(PROMPT, num_inference_steps=2, generator=seeded(), output_type="latent")
-    assert sdxl.scheduler.timesteps.equal(before[0]) and sdxl.scheduler.sigmas.equal(before[1])
 
 
 def no_network(*args, **kwargs):
@@ -285,7 +197,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("call, error, message", BAD, ids=[message[:40] for _, _, message in BAD])
-def test_bad_input_is_told_before_any_network_runs(sdxl, monkeypatch, call, error, message):
+def test_bad_input_is_reported_before_any_network_runs(sdxl, monkeypatch, call, error, message):
     for name in ("unet", "text_encoder", "text_encoder_2", "vae"):
         monkeypatch.setattr(getattr(sdxl, name), "forward", no_network)
     with pytest.raises(error, match=message):
@@ -296,10 +208,3 @@ def test_unknown_prediction_type(sdxl):
     pipe = with_scheduler(sdxl, EulerDiscreteScheduler.from_config(sdxl.scheduler.config, prediction_type="sample"))
     with pytest.raises(ValueError, match="`scheduler`: needs betas and 'epsilon' or 'v_prediction'"):
         pipe(PROMPT)
-
-
-def test_callable_sampler_gets_the_options(sdxl):
-    call = {"num_inference_steps": 4, "output_type": "latent"}
-    named = sdxl(PROMPT, sampler="dpmpp_2m_sde", sampler_kwargs={"eta": 0.0}, generator=seeded(), **call).images
-    function = sampling.sample_dpmpp_2m_sde
-    assert sdxl(PROMPT, sampler=function, sampler_kwargs={"eta": 0.0}, generator=seeded(), **call).images.equal(named)
