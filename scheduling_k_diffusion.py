@@ -481,8 +481,8 @@ if (spec := importlib.util.find_spec("k_diffusion")) is None:
     raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
 package = sys.modules.setdefault("k_diffusion_alone", ModuleType("k_diffusion_alone"))
 package.__path__ = spec.submodule_search_locations or []
-modules: Any = (importlib.import_module(f"k_diffusion_alone.{name}") for name in ("utils", "sampling", "external"))
-utils, sampling, external = modules
+modules: Any = (importlib.import_module(f"k_diffusion_alone.{name}") for name in ("sampling", "external"))
+sampling, external = modules
 CODE = sampling.__spec__.loader.get_code(sampling.__name__)
 SCHEDULES = ("karras", "exponential", "polyexponential")
 GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
@@ -499,7 +499,7 @@ def fresh_sampling(dtype: torch.dtype, **functions: Callable) -> Any:
     functions["__getattr__"] = functools.partial(getattr, torch)  # all other names are torch's
     module.torch, module.trange, module.DPMSolver.eps = ModuleType("torch"), sampling.trange, sampling.DPMSolver.eps
     vars(module.torch).update(functions)
-    module.utils = SimpleNamespace(append_dims=lambda x, n: utils.append_dims(x, n) if x.ndim else x)
+    module.utils = SimpleNamespace(append_dims=lambda sigma, n: sigma)  # its levels stay 0-dim
     return module
 
 
