@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, parent_of, relative, seeded
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from small_pipelines import (
     built,
     flux_fill,
@@ -31,6 +32,7 @@ from small_pipelines import (
 )
 from test_scheduler import BETAS, CLOSE, SAMPLERS, draw, made, ours
 
+from flux_comfy_pipeline import FluxComfyPipeline
 from parity.exact import Transformer, mixture, patched, sdxl_pipeline, sliced_wasserstein, unpatched
 from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling, try_out
 
@@ -704,3 +706,29 @@ def test_distribution(name, sampler):
     call |= {"num_inference_steps": 50} if name == "sdxl" else {"sigmas": np.linspace(1, 1 / 50, 50)}
     samples = patched(pipe(**call)[0], KNOWN)[0]
     assert sliced_wasserstein(samples, KNOWN.sample(len(samples), seeded(1))) < 0.08
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"set_shift": 3.0}, {"use_dynamic_shifting": True}, {"time_shift_type": "linear"}], ids=str
+)
+def test_named_levels_are_the_pipelines(options, flux):
+    """The shift is the config's, what `set_shift` gave, or the picture's (`mu`, two kinds), as in FluxComfyPipeline."""
+    config = {name: value for name, value in options.items() if name != "set_shift"}
+    base = diffusers.FlowMatchEulerDiscreteScheduler(
+        shift=2.0, **({"use_dynamic_shifting": True} if config else {}) | config
+    )
+    base.set_shift(options.get("set_shift", 2.0))
+    pipe = FluxComfyPipeline(**{**flux.components, "scheduler": base})
+    scheduler = KDiffusionScheduler(base, schedule="karras", parameterization="flow")
+    scheduler.set_timesteps(4, mu=calculate_shift(1000))  # which the base ignores unless it shifts by the size
+    assert torch.allclose(scheduler.sigmas.double(), pipe.noise_levels(1000, 4, schedule="karras"), rtol=1e-6)
+
+
+def test_step_returns_an_output_or_a_tuple():
+    scheduler = KDiffusionScheduler(EULER)
+    for whole in (True, False):
+        scheduler.set_timesteps(2)
+        x = torch.ones(1, 1, 2, 2)
+        stepped = scheduler.step(x, scheduler.timesteps[0], x, return_dict=whole)
+        assert isinstance(stepped, tuple) != whole
+        assert (stepped.prev_sample if whole else stepped[0]).shape == x.shape
