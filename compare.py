@@ -1,4 +1,4 @@
-"""Holds a k-diffusion sampler against a scheduler of diffusers or another sampler. `uv run compare.py --help`"""
+"""Compares a k-diffusion sampler with a scheduler of diffusers or another sampler. `uv run compare.py --help`"""
 
 import sys
 

@@ -296,7 +296,9 @@ def _stochastic(subject: Subject, answer: Answer) -> None:
         second = Subject(subject.side, subject.family, subject.module, subject.schedule, way)
         rows = draws(f"{answer.name}, parameterization {way}", functools.partial(own, second))
         if wrong and way == "ve" and not _judge_samples(rows, others, answer.true):
-            answer.wrong.insert(0, 'parameterization "flow" adds its noise to the wrong process; with "ve" it is right')
+            answer.wrong.insert(
+                0, 'parameterization "flow" adds its noise to the wrong process; with "ve" its samples are right'
+            )
 
 
 @functools.cache

@@ -18,7 +18,7 @@ OF_MODELS = ("model", "steps", "width", "height", "prompt", "guidance", "seed", 
 def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
     """The options of `compare.py`. Raises SystemExit(2) with one line for values that can't be right."""
     parser = grids.Parser(
-        description="Runs two samplers on one network from the same noise and finds the step where they part, and why.",
+        description="Runs two samplers on one network from the same noise, and finds where they diverge and why.",
         epilog="A side is NAME or NAME(option=value, ...). Exit status: 0 identical to rounding, 1 not, 2 bad input.",
     )
     parser.set_defaults(comfy=False)  # that switch is the grids'

@@ -36,7 +36,7 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
     if result.switches:
         rows = list[tuple[str, list[str]]]()
         for switch in result.switches:
-            outcome = "removes the difference" if switch.removes else f"part at step {switch.parts}"
+            outcome = "removes the difference" if switch.removes else f"diverge at step {switch.parts}"
             cells = [escape(switch.name), switch.side, f"{switch.difference:.1e}", outcome]
             rows.append(("class=removes" * switch.removes, cells))
         heads = ["switch", "side", "largest difference", ""]
@@ -151,7 +151,7 @@ def _steps(session: Session, result: Result, ours: Trajectory, theirs: Trajector
             at = x(max(result.cause.step, 1))
             anchor, shift = ("end", -6) if at > width / 2 else ("start", 6)
             parts.append(svg_line("parting", (at, at), ends))
-            parts.append(svg_text("mark", at + shift, TOP - 5, f"parts here: {result.cause.kind}", anchor))
+            parts.append(svg_text("mark", at + shift, TOP - 5, f"diverges here: {result.cause.kind}", anchor))
         return "".join([*parts, svg_line("cursor", (x(1),) * 2, ends)])
 
     lines = {kind: [(row.step, getattr(row, kind)) for row in result.rows] for kind in ("latents", "denoised")}

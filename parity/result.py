@@ -154,7 +154,7 @@ class Truth:
         """For the verdict."""
         if math.isnan(self.ours):
             return f"Distance from the truth: {self.equation}."
-        who = {"ours": "k-diffusion's", "theirs": "theirs", None: "neither, as far as can be told"}[self.nearer]
+        who = {"ours": "k-diffusion's", "theirs": "theirs", None: "neither, as far as can be known"}[self.nearer]
         known = f"the solution is known to {self.error:.0e} after {self.evaluations} evaluations"
         known += "; more of them take more --truth-seconds" if self.stopped and self.nearer is None else ""
         return (
@@ -197,7 +197,7 @@ class Result:
         """Where the sides diverge and why, or that they agree."""
         if self.cause is not None:
             first, *more = (self._describe(cause) for cause in (self.cause, *self.others))
-            return " ".join([f"part {first}", *(f"Also {words}" for words in more)])
+            return " ".join([f"diverge {first}", *(f"Also {words}" for words in more)])
         if self.local is None:
             return f"identical to rounding (largest difference {self.largest:.1e}, tolerance {self.tolerance:.0e})"
         return (
@@ -220,13 +220,13 @@ class Result:
         best = max(self.switches, key=lambda switch: switch.reach)
         words = f"None of the {len(self.switches)} switches tried removes it."
         if best.reach[0] > self.cause.step:
-            words += f" The furthest goes {best.name} ({best.side}), with which they part at step {best.parts}."
+            words += f" The furthest goes {best.name} ({best.side}), with which they diverge at step {best.parts}."
         return words
 
     def table(self) -> str:
         """The steps as text, with marks where the sides diverge."""
         marks = {cause.step: f" <-- {cause.kind}" for cause in reversed(self.others)}
-        marks |= {self.cause.step: " <-- parts here"} if self.cause else {}
+        marks |= {self.cause.step: " <-- diverges here"} if self.cause else {}
         heads = ["step", self.level_name, "timestep, ours", "timestep, theirs", "latents", "denoised"]
         lines = [(heads, ""), (["", "", "", "initial", f"{self.initial:.1e}"], "")]
         lines += [(row.cells(), marks.get(row.step, "")) for row in self.rows]

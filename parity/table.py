@@ -169,7 +169,7 @@ def markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "",
         f"Made by `compare.py --all` with {packages}: {options.model} models, {options.steps} steps.",
         "A number is the largest relative difference of latents and predictions in any step. A bold one is past the",
-        "tolerance; beside it, the step at which the sides part and what differs there. `docs/parity.md` explains.",
+        "tolerance; beside it, the step at which the sides diverge and what differs there. `docs/parity.md` explains.",
         "",
         *overview(rows),
         "",

@@ -515,7 +515,7 @@ def test_exit_status_and_json(capsys, tmp_path):
         capsys, "--against", "DPMSolverMultistepScheduler(use_karras_sigmas=True)", "--steps", "3", "--json"
     )
     written = json.loads(out)  # nothing else on standard output
-    assert status == 1 and written["cause"]["kind"] == "timestep" and "<-- parts here" in err
+    assert status == 1 and written["cause"]["kind"] == "timestep" and "<-- diverges here" in err
     assert [switch["name"] for switch in written["switches"] if switch["removes"]][0] == "quantize_timesteps"
 
 
@@ -637,7 +637,7 @@ def test_report_in_a_browser(browser, capsys, tmp_path):
         return [browser.find_element("id", name).get_attribute("src") for name in ("ours", "theirs")]
 
     slider, label = browser.find_element("id", "step"), browser.find_element("id", "label")
-    assert slider.get_attribute("value") == "2" and label.text.startswith("Step 2 of 4")  # where they part
+    assert slider.get_attribute("value") == "2" and label.text.startswith("Step 2 of 4")  # where they diverge
     widths = browser.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth)")
     assert len(widths) == 5 and all(width == 128 for width in widths)
     at_two = sources()
@@ -650,8 +650,8 @@ def test_report_in_a_browser(browser, capsys, tmp_path):
     browser.find_elements("css selector", "tr[data-step]")[3].click()
     assert label.text.startswith("Step 4 of 4")
     assert len(browser.find_elements("css selector", "svg.wide polyline")) == 2
-    assert "parts here: timestep" in browser.find_element("css selector", "svg.wide").text
-    assert "part at step 2 of 4" in browser.find_element("css selector", ".verdict").text.lower()
+    assert "diverges here: timestep" in browser.find_element("css selector", "svg.wide").text
+    assert "diverge at step 2 of 4" in browser.find_element("css selector", ".verdict").text.lower()
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]

@@ -52,7 +52,9 @@ def test_right_ones(text, family, words):
 
 def test_flow_is_wrong_for_a_sampler_that_adds_noise():
     answer = judge(subject("euler_ancestral", FLUX, "flow"))
-    assert 'parameterization "flow" adds its noise to the wrong process; with "ve" it is right' in answer.verdict
+    assert (
+        'parameterization "flow" adds its noise to the wrong process; with "ve" its samples are right' in answer.verdict
+    )
 
 
 @pytest.mark.parametrize(
