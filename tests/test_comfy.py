@@ -32,6 +32,7 @@ from comfy_samplers import ON_BOTH, ON_FLUX
 from conftest import ROOT, parent_of, relative, seeded
 from diffusers import (
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     VQDiffusionScheduler,
@@ -661,10 +662,14 @@ FLOWS = dict.fromkeys(["sd3_text", "wan_text", "z_image", "sana"], 3.0)
 FLOWS |= {"chroma": 1.0, "qwen_text": math.exp(0.5), "ltx": 2.5}
 
 
-@pytest.mark.parametrize("kind", ["sd_text", "animate_diff", "pixart_sigma", "stable_audio", *FLOWS])
+@pytest.mark.parametrize("kind", ["sd_text", "animate_diff", "pixart_sigma", "stable_audio", "continuous", *FLOWS])
 def test_levels_of_any_pipeline(kind):
     """By the kind of scheduler: the ends of the trained betas or of EDM, or t = 1/2 shifted. 256 tokens have mu 0.5."""
-    pipe = getattr(small_pipelines, kind)(1)[0]
+    pipe = getattr(small_pipelines, "sd_text" if kind == "continuous" else kind)(1)[0]
+    if kind == "continuous":
+        pipe.scheduler = EulerDiscreteScheduler(
+            prediction_type="v_prediction", timestep_type=kind, sigma_min=0.002, sigma_max=700.0
+        )
     if kind == "ltx":
         with pytest.raises(ValueError, match="LTXPipeline shifts by more than a width and a height.*shift=exp"):
             levels(pipe, "simple", 2)
@@ -679,10 +684,10 @@ def test_levels_of_any_pipeline(kind):
         if ends[0] is None:
             ends = [((1 - a) / a) ** 0.5 for a in scheduler.alphas_cumprod[[0, -1]].tolist()]
         # diffusers' alphas_cumprod is float32: 2e-4 of the lowest level
-        assert levels(pipe, "exponential", 3).tolist() == pytest.approx(
-            [ends[1], math.sqrt(ends[0] * ends[1]), ends[0], 0], rel=3e-4
-        )
-    if kind != "sd_text":
+        for schedule in ("exponential", *["normal"] * bool(scheduler.config.get("sigma_min"))):
+            found = levels(pipe, schedule, 3).tolist()  # normal: time is a logarithm of sigma there
+            assert found == pytest.approx([ends[1], math.sqrt(ends[0] * ends[1]), ends[0], 0], rel=3e-4)
+    if kind not in ("sd_text", "continuous"):
         with pytest.raises(ValueError, match=f"{type(pipe).__name__} is not of SDXL or FLUX"):
             ksampler(pipe, **settings("none/euler/simple/4/0"))
     pipe.scheduler = VQDiffusionScheduler(num_vec_classes=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import runpy
 import shutil
@@ -11,10 +12,17 @@ import sys
 
 import blocks
 import pytest
-from conftest import PROMPT, ROOT, seeded
+from conftest import CHILDREN, FAMILIES, PARENTS, PROMPT, ROOT, seeded
 
 FILES = {"sdxl": "sdxl_comfy_pipeline.py", "flux": "flux_comfy_pipeline.py"}
 CLASSES = {"sdxl": "StableDiffusionXLComfyPipeline", "flux": "FluxComfyPipeline"}
+
+
+@FAMILIES
+def test_the_parents_arguments_keep_their_defaults(name):
+    own, stock = (inspect.signature(kind.__call__).parameters for kind in (CHILDREN[name], PARENTS[name]))
+    assert [p for p in stock if p not in own] == ["kwargs"] * (name == "sdxl")  # the deprecated ones
+    assert not [p for p in stock if p in own and own[p].default != stock[p].default]
 
 
 @pytest.mark.parametrize("name", blocks.OTHERS)
