@@ -427,6 +427,7 @@ def test_uncond_denoised(pipes):
     call = ksampler(pipe, **settings("sdxl/euler/karras/4/0/7/1"))
     draw(pipe, **call | {"sampler": comfy_sampler(look, pipe, **SIZE)})
     (found,) = seen
+    assert found["model_options"]["sampler_post_cfg_function"] and found["model"].model_sampling
     x, sigma = found["input"], found["sigma"]
     level = pipe.unet.sigma(model_sampling(pipe).timestep(sigma))[0].item()
     halves = [mixture(4).denoised(sign * x.flatten(1), level).view(x.shape) * sign for sign in (1, -1)]

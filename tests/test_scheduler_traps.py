@@ -584,6 +584,21 @@ def test_the_scheduler_that_it_is_made_of_stays_as_it_is():
     assert torch.equal(base.timesteps, before)
 
 
+def test_noise_of_a_callable_is_seeded_where_the_pipeline_gives_no_generator():
+    """torch's global generator is not needed."""
+
+    def sampler(model, x, sigmas):
+        for sigma, after in zip(sigmas, sigmas[1:]):
+            x = step_of(model, x, sigma, after, False) + after * torch.randn_like(x) * 0.1
+        return x
+
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        found.append(loop(KDiffusionScheduler.from_scheduler(EULER, sampler=sampler))[1])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     "folder, name", [("sdxl", "EulerDiscreteScheduler"), ("flux", "FlowMatchEulerDiscreteScheduler")]
 )
