@@ -455,8 +455,8 @@ def try_out(sampler: Sampler, sigmas: torch.Tensor, x: float = 1.0) -> Trial:
     except Exception as error:
         others = "for dpm_adaptive there are StableDiffusionXLComfyPipeline and FluxComfyPipeline"
         raise ValueError(f"`sampler`: can't tell its timesteps before the run; {others} ({error})") from error
-    if "sigma_min" in sampler.arguments:  # it places its own levels, one for each evaluation
-        begins = {j: j for j in range(len(asked))}
+    if "sigma_min" in sampler.arguments:  # it places its own levels, one for each evaluation; a step has up to three
+        begins = {j: j for j in begins if j < len(asked)}
     elif not sampler.is_k_diffusions:  # the last of the evaluations at a level
         steps = levels[:-1].tolist()
         near = [min(range(len(steps)), key=lambda k: abs(steps[k] - sigma)) for sigma in asked]
