@@ -6,22 +6,29 @@ repeated; the first sample differs). Latents come back, not images.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from PIL import Image
+
+from scheduling_k_diffusion import sampling
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SIZE = 32
 TOKENS = 4
 
 
-def random(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def random(*shape: int, seed: int = 1, dtype: Any = None) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def picture() -> Image.Image:
@@ -516,3 +523,221 @@ MAKERS = (
     modular_flux,
     modular_sdxl,
 )
+
+
+class Evaluate(Exception):
+    """k-diffusion's function asks for (state, sigma)."""
+
+
+class Relay:
+    """k-diffusion's own function in a pipeline, in place of its scheduler's method: mixed into the scheduler's class.
+
+    At each step the function runs again from the start, over all that the network predicted so far, until it asks for
+    more. The formulas are those of the papers, not those of scheduling_k_diffusion.py.
+    """
+
+    base: Any  # a scheduler of the same kind, for its levels and timesteps
+    sampler: str
+    noise: LevelNoise
+    skipped = 0  # so many steps are left out (`strength`)
+    unused = 0  # so many timesteps does the pipeline cut off
+    quantize = False
+
+    def plan(self, *args: Any, **kwargs: Any) -> None:
+        """Its `set_timesteps`."""
+        me: Any = self
+        type(self.base).set_timesteps(me, *args, **kwargs)
+        config, stock = me.config, me.timesteps.double()[:: getattr(type(self.base), "order", 1)]
+        self.data, self.inverted = config.get("sigma_data"), config.get("invert_sigmas")
+        self.flow = "alphas_cumprod" not in vars(self.base) and not self.data or bool(config.get("use_flow_sigmas"))
+        self.vp = not self.flow and not self.data and float(self.base.init_noise_sigma) == 1
+        self.kind = "flow_prediction" if self.flow else config.get("prediction_type", "epsilon")
+        if not self.flow and not self.data:
+            self.table = (1 / self.base.alphas_cumprod.double().clamp(min=2**-24) - 1).sqrt().numpy()
+        if not hasattr(me, "sigmas"):
+            stock = stock.unique_consecutive()
+            levels = torch.as_tensor(self.table[stock.long()])
+        else:
+            levels = 1 - me.sigmas.double() if self.inverted else me.sigmas.double()
+            levels = levels.unique_consecutive()[: len(stock)]
+        self.known = {} if self.quantize else dict(zip(levels.tolist(), stock.tolist()))
+        # a flow model's t as "ve", for functions that add noise or place levels: sigma = t / (1 - t), at first finite
+        asks = inspect.signature(getattr(sampling, f"sample_{self.sampler}")).parameters
+        self.ve = self.flow and ("noise_sampler" in asks or "sigma_min" in asks)
+        self.pure = self.ve and not self.skipped and float(levels[0]) > 0.9999
+        if self.ve:
+            levels = levels / (1 - levels)
+            if not levels[0] < 9999:
+                levels[0] = max(float(levels[1] ** 2 / levels[2]), 15.0)
+        self.whole, self.within = levels.tolist(), 0
+        if self.sampler == "dpm_fast" and self.skipped:  # the pipeline begins where the whole run would be
+            self.prepare(levels)
+            self.whole, self.within = self.planned, self.skipped
+        self.prepare(levels[self.skipped :])
+        found = [self.time(i) for i in range(len(self.planned))]
+        times, self.at = [*range(-self.unused, 0), *found], {t: self.level(i) for i, t in enumerate(found)}
+        whole = all(time == round(time) for time in times)
+        me.timesteps = torch.tensor(times, dtype=me.timesteps.dtype if whole else torch.float32)
+        if hasattr(me, "sigmas"):
+            me.sigmas = torch.tensor([self.level(i) for i in range(len(times) + 1)])
+        self.begun, self.start = None, None
+
+    def prepare(self, levels: torch.Tensor) -> None:
+        """Where the function evaluates: it runs with a network of zeros."""
+        self.levels, self.seen, self.planned = torch.cat([levels, levels.new_zeros(1)]), [], []
+        self.result(torch.zeros(1, 1, 1, 1, dtype=torch.float64))
+
+    def result(self, start: torch.Tensor) -> Any:
+        """What the function returns; or raises, if it needs more than it saw. Plans where it begins with zeros."""
+        known, plan = iter(self.seen), start.dtype == torch.float64 and not self.planned
+
+        def model(x: torch.Tensor, sigma: torch.Tensor, **_: Any) -> torch.Tensor:
+            if plan:
+                self.planned.append(float(sigma))
+                return x * 0.5
+            if (one := next(known, None)) is None:
+                raise Evaluate(x)
+            x.copy_(one[0])
+            return one[1]
+
+        function = getattr(sampling, f"sample_{self.sampler}")
+        noise = {"noise_sampler": self.noise} if "noise_sampler" in inspect.signature(function).parameters else {}
+        self.noise.like = start
+        torch.set_default_dtype(torch.float64)  # in which dpm_fast makes its levels
+        try:
+            return self.call(function, model, start.clone(), noise)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def call(self, function: Any, model: Any, start: torch.Tensor, noise: dict[str, Any]) -> torch.Tensor:
+        if self.sampler != "dpm_fast":
+            return function(model, start, self.levels, disable=True, **noise)
+        low, whole, n = float(self.levels[-2]), self.whole, len(self.whole) - 1  # the last goes to zero
+        # Lu et al. 2022, section 3.4: steps of three evaluations, the rest at the end. Within one, Euler's method
+        # goes to the next
+        orders = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
+        first = min(i for i in [*itertools.accumulate(orders, initial=0)] if i >= self.within)
+        for sigma, after in itertools.pairwise(whole[self.within : first + 1]):
+            start = start + (start - model(start, torch.tensor([sigma]))) * (after / sigma - 1)
+        x = function(model, start, low, whole[first], n - first, disable=True, **noise) if n > first else start
+        return model(x, torch.tensor([low]))
+
+    def level(self, i: int) -> float:
+        """The base's level of evaluation i: sigma; for flow models t."""
+        sigma = self.planned[i] if i < len(self.planned) else 0.0
+        return (1.0 if self.pure and i == 0 else sigma / (1 + sigma)) if self.ve else sigma
+
+    def share(self, i: int) -> float:
+        """The pipeline's sample at evaluation i is this times the function's state."""
+        sigma = self.planned[i] if i < len(self.planned) else 0.0
+        if self.ve:
+            return 1 / sigma if self.pure and i == 0 else 1 / (1 + sigma)
+        return 1 / math.hypot(1, sigma) if self.vp else 1.0
+
+    def time(self, i: int) -> float:
+        """The network's timestep at evaluation i: the base's own at its levels, else by the formula of its kind."""
+        level = self.level(i)
+        for known, time in self.known.items():
+            if math.isclose(known, level, rel_tol=1e-9):
+                return time
+        if self.flow:
+            return 1000 * (1 - level if self.inverted else level)
+        config: Any = self.base.config
+        if "Cosine" in type(self.base).__name__:
+            return math.atan(level) * 2 / math.pi
+        if self.data or config.get("timestep_type") == "continuous":
+            return math.log(level) / 4
+        distances = np.abs(np.log(self.table) - math.log(level))
+        if self.quantize:
+            return float(distances.argmin())
+        return float(np.interp(math.log(level), np.log(self.table), np.arange(len(self.table))))
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        if self.flow or self.vp:
+            return sample
+        return sample / math.hypot(self.sigma(timestep), self.data or 1.0)
+
+    def sigma(self, timestep: Any) -> float:
+        """Of the evaluation that comes next, which `begun` finds at first."""
+        if self.begun is None:
+            self.begun = int((self.timesteps.double() - float(torch.as_tensor(timestep).max())).abs().argmin())
+        return self.planned[min(len(self.seen), len(self.planned) - 1)]
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Any) -> torch.Tensor:
+        near = min(self.at, key=lambda time: abs(time - float(timesteps.flatten()[0])))
+        level = self.at[near]
+        if self.flow:
+            return (1 - level) * original_samples + level * noise
+        return (original_samples + level * noise) / (math.hypot(1, level) if self.vp else 1.0)
+
+    def scale_noise(self, sample: torch.Tensor, timestep: Any, noise: torch.Tensor) -> torch.Tensor:
+        return self.add_noise(sample, noise, timestep)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        self.begun = begin_index
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+        sigma, i = self.sigma(timestep), len(self.seen)
+        if model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output.chunk(2, dim=1)[0]
+        output = model_output.to(torch.promote_types(model_output.dtype, torch.float32))
+        # a pipeline that hands on what it got gives no news of the state, and what it got is rounded
+        same = i > 0 and sample.equal(self.given)
+        y = self.state if same else sample.to(output.dtype) / self.share(i)
+        self.start = y if i == 0 else self.start
+        self.seen.append((y, self.x0(output, y, sigma, i)))
+        try:
+            self.state = self.result(self.start)
+        except Evaluate as asked:
+            self.state = asked.args[0].clone()
+        self.given = (self.state * self.share(i + 1)).to(model_output.dtype)
+        return EulerDiscreteSchedulerOutput(self.given, self.seen[-1][1]) if return_dict else (self.given,)
+
+    def x0(self, output: torch.Tensor, y: torch.Tensor, sigma: float, i: int) -> torch.Tensor:
+        if self.flow:
+            return y * self.share(i) - self.level(i) * (-output if self.inverted else output)
+        if self.data:  # Karras et al. 2022, Table 1; with the sign of v
+            norm = math.hypot(sigma, self.data)
+            sign = -1 if self.kind == "v_prediction" else 1
+            return (self.data / norm) ** 2 * y + sign * sigma * self.data / norm * output
+        if self.kind == "epsilon":
+            return y - sigma * output
+        if self.kind == "v_prediction":
+            return y / (1 + sigma**2) - sigma / math.hypot(1, sigma) * output
+        return output
+
+
+class LevelNoise:
+    """A noise sampler of k-diffusion's whose noise depends on the levels alone, for states as the one it saw last."""
+
+    like: torch.Tensor
+
+    def __call__(self, sigma: Any, sigma_next: Any) -> torch.Tensor:
+        a, b = (math.log(max(float(one), 1e-6)) for one in (sigma, sigma_next))
+        first, second = (random(*self.like.shape, seed=seed, dtype=torch.float32).to(self.like) for seed in (5, 6))
+        return first * math.cos(9 * a) + second * math.sin(9 * b)
+
+
+def over_k_diffusion(base: Any, sampler: str, noise: LevelNoise, **options: Any) -> Any:
+    """A scheduler of the base's class that hands each prediction to k-diffusion's function."""
+    scheduler = copy.deepcopy(base)
+    scheduler.__class__ = type("Relay", (Relay, type(base)), {})
+    vars(scheduler).update(base=base, sampler=sampler, noise=noise, **options)
+    # with the base's signature, in which pipelines look for `sigmas`
+    scheduler.set_timesteps = functools.wraps(base.set_timesteps)(functools.partial(scheduler.plan))
+    return scheduler
+
+
+def run_over_k_diffusion(run: Callable[[Any], Any], base: Any, sampler: str, noise: LevelNoise, **options: Any) -> Any:
+    """What `run(scheduler)` gives with k-diffusion's function, from the step that the pipeline begins with.
+
+    ValueError: there is none, where a pipeline counts evaluations and begins within a step.
+    """
+    run(first := over_k_diffusion(base, "euler", noise, **options))
+    skipped = unused = first.begun
+    for _ in range(4):  # by how many timesteps there are, some pipelines cut off another number
+        found = run(scheduler := over_k_diffusion(base, sampler, noise, skipped=skipped, unused=unused, **options))
+        if scheduler.begun == unused:
+            return found
+        unused = scheduler.begun
+    raise ValueError("it begins within a step")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import relative, seeded
 from pretend_mps import PretendMps, placed
-from small_pipelines import random
+from small_pipelines import LevelNoise, flux_image, random, run_over_k_diffusion, sd3_image, sd_inpaint
 from test_scheduler import BETAS, CLOSE, SAMPLERS, fixed_noise
 
 from scheduling_k_diffusion import KDiffusionScheduler, external, find_sampler, sampling
@@ -157,6 +157,23 @@ def test_every_sampler_is_k_diffusions(double, name):
             sample = sample * float((1 + sigmas[-1] ** 2).sqrt()) if vp else sample
             expected = k_diffusions(sampler, denoiser(base), start, sigmas, noise)
             assert relative(sample, expected) < CLOSE, (way, sampler)
+
+
+@pytest.mark.parametrize("maker", [sd_inpaint, sd3_image, flux_image], ids=lambda maker: maker.__name__)
+def test_every_sampler_in_a_pipeline_is_k_diffusions(maker):
+    """Part-way, with timesteps that the network gets."""
+    pipe, arguments = maker(1)
+    base, noise = pipe.scheduler, LevelNoise()
+
+    def run(scheduler: Any) -> torch.Tensor:
+        pipe.scheduler = scheduler
+        return pipe(**arguments, num_inference_steps=4, generator=seeded(), output_type="latent")[0]
+
+    for sampler in SAMPLERS:
+        options = {"noise_sampler": noise} if "noise_sampler" in find_sampler(sampler).arguments else {}
+        expected = run_over_k_diffusion(run, base, sampler, noise)
+        found = run(KDiffusionScheduler.from_scheduler(base, sampler=sampler, sampler_kwargs=options))
+        assert relative(found, expected) < CLOSE, sampler
 
 
 @pytest.mark.parametrize("name", ["epsilon", "vp", "EDM", "EDM, cosine", "flow", "flow, UniPC"])
