@@ -21,9 +21,9 @@ def parts(name: str) -> tuple[str, str, str]:
     return text[:begin], text[begin:end], text[end:]
 
 
-def expected(name: str) -> str:
+def expected(name: str, block: str = "") -> str:
     """The block that a file should have: SDXL needs no flow, and the scheduler does not run a sampler by itself."""
-    block = parts(FIRST)[1]
+    block = block or parts(FIRST)[1]
     flow, last = block.index(FLOW), block.index(LAST)
     if name.startswith("sdxl"):
         return block[:flow] + block[last:]

@@ -1,0 +1,259 @@
+"""Changes one place of a copied file at a time, and runs the tests that reach it: which changes do no tests notice?
+
+    uv run tests/mutants.py --map     # once: which test reaches which line, about ten minutes
+    uv run tests/mutants.py           # 200 mutants, an hour or more; continues where it was stopped
+    uv run tests/mutants.py --report  # the share, and the mutants that survived
+
+The sample is seeded. A mutant of the shared block changes all files that have it. The working tree stays as it is: each
+mutant runs in a forked process that imports the changed text. Results are in `tests/.mutants`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib.machinery
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import blocks
+import pytest
+
+ROOT, WORK = blocks.ROOT, Path(__file__).parent / ".mutants"
+FILES = (blocks.FIRST, *blocks.OTHERS, "comfy_ksampler.py")
+MAPPED = """brownian callbacks closed_form comfy comfyui files finetunes flux loading models modes recipes sampling
+    scheduler scheduler_bases scheduler_traps sdxl settings side_by_side""".split()
+SECONDS = 25  # of the tests that run for a mutant, as they took for the map
+OTHER: dict[type, type] = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}
+OTHER |= {ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
+OTHER |= {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div}
+OTHER |= {ast.Pow: ast.Mult, ast.And: ast.Or, ast.Or: ast.And, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr}
+
+
+def changes(node: ast.AST) -> list[ast.AST]:
+    """The mutants of one node of the syntax tree."""
+    found = []
+
+    def change(**fields: Any) -> None:
+        found.append(mutant := copy.copy(node))
+        vars(mutant).update(fields)
+
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in OTHER:
+        change(ops=[OTHER[type(node.ops[0])](), *node.ops[1:]])
+    elif isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in OTHER:
+        change(op=OTHER[type(node.op)]())
+    elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
+        change(value=not node.value if isinstance(node.value, bool) else node.value + 1)
+    elif isinstance(node, ast.UnaryOp):
+        found.append(node.operand)
+    elif isinstance(node, ast.IfExp):
+        found += [node.body, node.orelse]
+    elif isinstance(node, ast.If):
+        change(test=ast.UnaryOp(ast.Not(), node.test))
+        change(body=[ast.Pass()])
+    elif isinstance(node, ast.Call):
+        for keyword in node.keywords:
+            if keyword.arg:
+                change(keywords=[one for one in node.keywords if one is not keyword])
+    return found
+
+
+def mutants(name: str) -> list[tuple[str, int, str, str]]:
+    """(file, line, the change, the changed text) of all mutants of a file, without those of a copied block."""
+    text = (ROOT / name).read_text()
+    lines = text.splitlines(keepends=True)
+    starts = [0, *(sum(len(line.encode()) for line in lines[: i + 1]) for i in range(len(lines)))]
+    block = range(0) if name not in blocks.OTHERS else range(*(text.index(mark) for mark in (blocks.BEGIN, blocks.END)))
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not hasattr(node, "lineno") or isinstance(node, ast.Constant) and isinstance(node.value, str):
+            continue
+        start, end = (
+            starts[n - 1] + c for n, c in ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
+        )
+        if start in block:
+            continue
+        for mutant in changes(node):
+            new = ast.unparse(ast.fix_missing_locations(mutant))
+            if isinstance(mutant, ast.expr):
+                new = f"({new})"
+            else:  # a statement keeps its indentation
+                new = "el" * text.encode()[start:].startswith(b"elif") + new.replace("\n", "\n" + " " * node.col_offset)
+            changed = text.encode()[:start].decode() + new + text.encode()[end:].decode()
+            try:
+                ast.parse(changed)
+            except SyntaxError:  # a part of an f-string
+                continue
+            found.append(
+                (name, node.lineno, f"{ast.unparse(node).splitlines()[0]}  ->  {new.splitlines()[0]}", changed)
+            )
+    return found
+
+
+def texts(name: str, changed: str) -> dict[str, str]:
+    """The texts of all files, by module, with this one changed, and with its block in the others."""
+    found = {file.removesuffix(".py"): (ROOT / file).read_text() for file in FILES} | {
+        name.removesuffix(".py"): changed
+    }
+    if name == blocks.FIRST:
+        block = changed[changed.index(blocks.BEGIN) : changed.index(blocks.END)]
+        for other in blocks.OTHERS:
+            before, _, after = blocks.parts(other)
+            found[other.removesuffix(".py")] = before + blocks.expected(other, block) + after
+    return found
+
+
+def pytest_sessionstart(session: Any) -> None:
+    session.reached = {}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: Any):
+    """Notes the lines of the files that a test reaches: {test: [seconds, {file: lines}]}."""
+    lines: dict[str, set[int]] = {str(ROOT / name): set() for name in FILES}
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if (reached := lines.get(frame.f_code.co_filename)) is None:
+            return None
+        reached.add(frame.f_lineno)
+        return trace
+
+    began = time.process_time()
+    sys.settrace(trace)
+    yield
+    sys.settrace(None)
+    found = {Path(name).name: sorted(reached) for name, reached in lines.items() if reached}
+    item.session.reached[item.nodeid] = [time.process_time() - began, found]
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    if reached := getattr(session, "reached", None):
+        (WORK / f"map-{os.getpid()}.json").write_text(json.dumps(reached))
+
+
+def tests_of(name: str, line: int, reached: dict[str, list]) -> list[str]:
+    """The tests that reach a line, one of each function in turn, for `SECONDS`. Of an unreached line: of its file."""
+    text = (ROOT / name).read_text().splitlines()
+    places = {name: line}
+    if name == blocks.FIRST:  # the same line of the block in the other files
+        for other in blocks.OTHERS:
+            theirs = (ROOT / other).read_text().splitlines()
+            same = [i for i, one in enumerate(theirs, 1) if one == text[line - 1] and theirs[i - 2] == text[line - 2]]
+            places |= {other: same[0]} if same and line > text.index(next(t for t in text if blocks.BEGIN in t)) else {}
+    hits = [test for test, (_, at) in reached.items() if any(n in at.get(file, ()) for file, n in places.items())]
+    hits = hits or [test for test, (_, at) in reached.items() if any(file in at for file in places)]
+    functions = defaultdict(list)
+    for test in sorted(hits, key=lambda test: reached[test][0]):
+        functions[test.split("[")[0]].append(test)
+    chosen, total = list[str](), 0.0
+    for rank in range(max(map(len, functions.values()), default=0)):
+        for tests in functions.values():
+            if rank < len(tests) and total + reached[tests[rank]][0] < SECONDS:
+                chosen.append(tests[rank])
+                total += reached[tests[rank]][0]
+    return chosen
+
+
+class Changed(importlib.machinery.SourceFileLoader):
+    """Finds and loads the files from texts instead of the folder."""
+
+    texts: dict[str, str] = {}
+
+    def get_code(self, fullname: str) -> Any:
+        return compile(self.texts[fullname], self.path, "exec", dont_inherit=True)
+
+    @classmethod
+    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
+        file = str(ROOT / f"{fullname}.py")
+        return (
+            importlib.util.spec_from_file_location(fullname, file, loader=cls(fullname, file))
+            if fullname in cls.texts
+            else None
+        )
+
+
+class Killer:
+    """Notes the first test that fails."""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            (WORK / "killer").write_text(report.nodeid)
+
+
+def survives(changed: dict[str, str], tests: list[str]) -> str:
+    """The test that kills a mutant, "time", "import" for one that can't be imported, or "" if it survives."""
+    (WORK / "killer").unlink(missing_ok=True)
+    if (child := os.fork()) == 0:
+        os.setsid()
+        for stream in (1, 2):
+            os.dup2(os.open(WORK / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        Changed.texts = changed
+        sys.meta_path.insert(0, Changed)
+        options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-W", "ignore"]
+        os._exit(int(pytest.main([*options, *tests], plugins=[Killer()])))
+    limit = time.monotonic() + 10 * SECONDS
+    while (status := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > limit:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return "time"
+        time.sleep(0.1)
+    if os.waitstatus_to_exitcode(status[1]) == 0:
+        return ""
+    return (WORK / "killer").read_text() if (WORK / "killer").exists() else "import"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--map", action="store_true", help="find out which test reaches which line")
+    parser.add_argument("--report", action="store_true", help="print the results so far")
+    args = parser.parse_args()
+    WORK.mkdir(exist_ok=True)
+    results = WORK / "results.jsonl"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if args.map:
+        for old in WORK.glob("map-*.json"):
+            old.unlink()
+        tests = [f"tests/test_{name}.py" for name in MAPPED]
+        line = [sys.executable, "-m", "pytest", "-p", "mutants", "-W", "ignore", *tests]
+        sys.exit(subprocess.run(line, cwd=ROOT, env={**os.environ, "PYTHONPATH": "tests"}).returncode)
+    every = [mutant for name in FILES for mutant in mutants(name)]
+    chosen = random.Random(args.seed).sample(every, args.count)
+    done = {one["mutant"]: one for one in map(json.loads, results.read_text().splitlines())} if results.exists() else {}
+    names = [f"{name}:{line}: {what}" for name, line, what, _ in chosen]
+    if not args.report:
+        import diffusers
+        import torch
+
+        torch.set_num_threads(1)
+        diffusers.FluxPipeline, diffusers.StableDiffusionXLPipeline  # noqa: B018, imported before the forks
+        reached = {test: at for path in WORK.glob("map-*.json") for test, at in json.loads(path.read_text()).items()}
+        for title, (name, line, _, changed) in zip(names, chosen):
+            if title in done:
+                continue
+            tests = tests_of(name, line, reached)
+            killer = survives(texts(name, changed), tests) if tests else ""
+            done[title] = {"mutant": title, "killer": killer, "tests": len(tests)}
+            with results.open("a") as file:
+                file.write(json.dumps(done[title]) + "\n")
+            print(f"{'survives' if not killer else 'killed  '} {title}  {killer}", flush=True)
+    here = [done[title] for title in names if title in done]
+    survivors = [one for one in here if not one["killer"]]
+    print(f"{len(every)} mutants, {len(here)} tried, {len(here) - len(survivors)} killed; survivors:")
+    print("\n".join(one["mutant"] for one in survivors))
+
+
+if __name__ == "__main__":
+    main()
