@@ -45,7 +45,7 @@ class Drawn:
 
 
 def outcome(one: Drawn) -> str:
-    return one.error and f"FAILED: {one.error}" or one.note or _cost(one)
+    return f"FAILED: {one.error}" if one.error else one.note or _cost(one)
 
 
 def _cost(one: Drawn) -> str:

@@ -76,7 +76,7 @@ def mutants(name: str) -> list[tuple[str, int, str, str]]:
     block = range(0) if name not in blocks.OTHERS else range(*(text.index(mark) for mark in (blocks.BEGIN, blocks.END)))
     found = []
     for node in ast.walk(ast.parse(text)):
-        if not hasattr(node, "lineno") or isinstance(node, ast.Constant) and isinstance(node.value, str):
+        if not hasattr(node, "lineno") or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
             continue
         start, end = (
             starts[n - 1] + c for n, c in ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))

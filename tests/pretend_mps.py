@@ -38,7 +38,7 @@ def devices(given: list[Any]) -> list[torch.device]:
     return [
         torch.device(one)
         for one in given
-        if isinstance(one, torch.device) or isinstance(one, str) and one in ("cpu", "mps")
+        if isinstance(one, torch.device) or (isinstance(one, str) and one in ("cpu", "mps"))
     ]
 
 

@@ -549,7 +549,7 @@ class Relay:
         type(self.base).set_timesteps(me, *args, **kwargs)
         config, stock = me.config, me.timesteps.double()[:: getattr(type(self.base), "order", 1)]
         self.data, self.inverted = config.get("sigma_data"), config.get("invert_sigmas")
-        self.flow = "alphas_cumprod" not in vars(self.base) and not self.data or bool(config.get("use_flow_sigmas"))
+        self.flow = ("alphas_cumprod" not in vars(self.base) and not self.data) or bool(config.get("use_flow_sigmas"))
         self.vp = not self.flow and not self.data and float(self.base.init_noise_sigma) == 1
         self.kind = "flow_prediction" if self.flow else config.get("prediction_type", "epsilon")
         if not self.flow and not self.data:

@@ -31,7 +31,7 @@ def test_the_scheduler_draws_what_the_pipelines_do(name, generators):
             for one, options in ((stock, {}), (pipe, {"sampler": sampler, **schedule}))
         )
         assert found.is_cuda and found.isfinite().all()
-        if name == "sdxl" or sampler != "dpm_fast" and not sampler.endswith(NOISY):
+        if name == "sdxl" or (sampler != "dpm_fast" and not sampler.endswith(NOISY)):
             # dpm_fast places its levels in float32
             assert relative(found, expected) < (1e-5 if sampler == "dpm_fast" else 1e-12), sampler
 
