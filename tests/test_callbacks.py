@@ -34,6 +34,7 @@ def test_callback_sees_what_the_parents_sees(family):
     def record(one, i, timestep, tensors):
         tensors = {key: value.clone() for key, value in tensors.items()}
         seen.setdefault(type(one), []).append((one.num_timesteps, i, float(timestep), tensors))
+        assert name == "sdxl" or float(one.current_timestep) == pytest.approx(float(timestep), rel=1e-5)
         return {}
 
     parent = parent_of(pipe, name)
