@@ -119,32 +119,30 @@ def test_the_demo_model_by_its_path_has_the_demo_models_names(tmp_path, monkeypa
     [
         (("--steps", "abc"), "--steps: has to be a whole number from 1 to 1000 (the models were trained with as many"),
         (("--steps", "0"), "--steps: has to be a whole number from 1 to 1000"),
-        (("--steps", "1000000000"), "--steps: has to be a whole number from 1 to 1000"),
         (("--width", "100000"), "--width: has to be a whole number from 1 to 4096 (16 times the pixels"),
         (("--height", "100"), "--height: has to be divisible by 8 for SDXL, but is 100"),
-        (("--width", "7"), "--width: has to be divisible by 8 for SDXL, but is 7"),
         (("--batch", "1000000"), "--batch: has to be a whole number from 1 to 256 (all of them are in memory"),
         (("--seeds", "1000000000"), "--seeds: has to be a whole number from 1 to 100000 (each is a file"),
         (("--model", ""), "--model: is empty"),
         (("--device", " "), "--device: is empty"),
         (("--prompt", "a cat", "--prompts", "file"), "--prompts: goes without --prompt"),
-        (("--samplers", ""), "--samplers: names none"),
         (("--samplers", ",", " "), "--samplers: names none"),
         (("--guidance", "nan"), "--guidance: has to be a finite number, but is 'nan'"),
-        (("--guidance=-inf",), "--guidance: has to be a finite number"),
         (("--seed", "99999999999999999999"), "--seed: has to be a whole number in -9223372036854775808.."),
-        (("--seed", "-9223372036854775809"), "--seed: has to be a whole number in"),
         (("--seed", "18446744073709551615", "--seeds", "2"), "--seeds: the last of them would be 18446744073709551616"),
         (("--seed", "18446744073709551616", "--comfy"), "--seed: has to be a whole number in"),
+        (("--height", "8"), "--height: has to be divisible by 16 for FLUX, but is 8"),
+        (("--true-cfg", "3", "--negative-prompt", ""), "--true-cfg: needs --negative-prompt"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_values_that_cannot_be_right_are_refused_in_words(capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
-        parse(SDXL, list(arguments))
+        parse(FLUX if "FLUX" in message or "--true-cfg" in arguments else SDXL, list(arguments))
     (line,) = capsys.readouterr().err.splitlines()
     assert f"error: argument {message}" in line
-    if not {"--samplers", "--seeds", "--comfy", "--batch", "--prompts"} & set(arguments):  # compare.py has the others
+    # compare.py has the others
+    if not {"--samplers", "--seeds", "--comfy", "--batch", "--prompts", "--true-cfg", "8"} & {*arguments}:
         with pytest.raises(SystemExit, match="2"):
             parse_compare(list(arguments))
 
@@ -155,52 +153,27 @@ def test_the_first_and_the_last_seed_draw(tmp_path, seed, comfy):
     assert run_here(SDXL, *options, "--output", tmp_path) == 0
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("--width", "100"), "--width: has to be divisible by 16 for FLUX, but is 100"),
-        (("--height", "8"), "--height: has to be divisible by 16 for FLUX, but is 8"),
-        (("--true-cfg", "3"), "--true-cfg: needs --negative-prompt"),
-        (("--true-cfg", "3", "--negative-prompt", ""), "--true-cfg: needs --negative-prompt"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_what_flux_can_not_draw_is_refused(capsys, arguments, message):
-    """By the options, before a model is loaded."""
-    with pytest.raises(SystemExit, match="2"):
-        parse(FLUX, list(arguments))
-    assert f"error: argument {message}" in capsys.readouterr().err
-
-
-def test_the_number_of_pictures_is_that_of_all_prompts(tmp_path, capsys):
+def test_prompts_and_names(tmp_path, capsys):
+    """No prompt is the default prompt and "" is none; all prompts of a file count; names may share one argument."""
     (tmp_path / "prompts.txt").write_text("a cat\n" * 11)
     with pytest.raises(SystemExit, match="2"):
         parse(SDXL, ["--prompts", str(tmp_path / "prompts.txt"), "--seeds", "10000"])
     assert "110000 pictures of each sampler; one folder takes at most 100000" in capsys.readouterr().err
-
-
-def test_the_prompt_of_a_file_is_no_default():
+    assert parse(SDXL, ["--samplers", "euler, heun", "lms"]).samplers == ["euler", "heun", "lms"]
     assert parse(SDXL, []).prompt == PROMPT and parse(SDXL, ["--prompt", ""]).prompt == ""
     assert parse(FLUX, ["--negative-prompt", "snow"]).true_cfg == 2.0
-
-
-def test_names_in_one_argument():
-    assert parse(SDXL, ["--samplers", "euler, heun", "lms"]).samplers == ["euler", "heun", "lms"]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("--samplers", "dpmp_2m"), "--samplers: there is no 'dpmp_2m'; did you mean dpmpp_2m"),
-        (("--samplers", "Euler"), "--samplers: there is no 'Euler'; did you mean euler?\n"),
         (("--samplers", "lcm"), "--samplers: there is no 'lcm'; there are euler, "),
         (("--schedule", "karas"), "--schedule: there is no 'karas'; did you mean karras?\n"),
         (("--output", "/proc/nothing"), "Name another folder with --output"),
         (("--device", "cuda"), "--device: no cuda on this machine"),
-        (("--device", "nonsense"), "--device: no nonsense on this machine"),
         (("--device", "meta"), "--device: no meta on this machine"),
         (("--offload", "model"), "--offload model: there is no GPU"),
-        (("--offload", "sequential"), "--offload sequential: there is no GPU"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -222,9 +195,13 @@ def test_a_script_that_is_refused_prints_one_line():
 
 
 @pytest.mark.parametrize(
-    "settings, policy", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "9"}, None)]
+    "script, settings, policy",
+    [
+        *((script, {}, "passive") for script in ("test.py", "test_flux.py", "compare.py")),
+        ("test.py", {"OMP_WAIT_POLICY": "active"}, "active"),
+        ("test.py", {"GOMP_SPINCOUNT": "9"}, None),
+    ],
 )
-@pytest.mark.parametrize("script", ["test.py", "test_flux.py", "compare.py"])
 def test_idle_threads_sleep_beside_a_busy_process(script, settings, policy):
     code = (
         "import os, runpy, sys\n"
@@ -278,8 +255,7 @@ def test_help_needs_no_torch():
 
 @pytest.mark.parametrize(
     "script, after",
-    [(script, name) for script in ("test.py", "test_flux.py") for name in ("gallery.options", "gallery.grid", "torch")]
-    + [("test.py", "torch.nn"), ("test.py", "diffusers")],
+    [("test.py", name) for name in ("gallery.options", "torch", "diffusers")] + [("test_flux.py", "gallery.grid")],
 )
 def test_ctrl_c_while_the_script_starts(tmp_path, script, after):
     """During the import of a module: exit status 130, and no traceback."""
@@ -354,23 +330,6 @@ def test_a_picture_that_is_not_finite_has_failed(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "FAILED: the picture is not finite" in out and "0 of 1 drawn" in out
     assert [path.name for path in tmp_path.iterdir()] == ["sdxl-demo-grid.png"]
-
-
-def test_work_precision_measures_again_for_another_number_of_images(tmp_path, monkeypatch):
-    """The committed numbers are for the default batch. With a batch of 2, only deterministic samplers agree."""
-    file = tmp_path / "work_precision.json"
-    shutil.copy(ROOT / "benchmarks" / file.name, file)
-    name, before, results = "demo SDXL", json.loads(file.read_text()), work_precision.Results(file)
-    model = work_precision.Demo(name, 16)
-    work_precision.measure(name, model, results)
-    assert results.get(f"{model.key}/floor", lambda: None) == before[f"{name}/floor"]
-    assert json.loads(file.read_text()) == before
-    monkeypatch.setattr(work_precision, "runs", lambda sampler: [{"steps": 4}])
-    monkeypatch.setattr(work_precision, "sampler_names", lambda: ["euler", "euler_ancestral"])
-    curves = work_precision.measure(name, work_precision.Demo(name, 2), results)
-    assert curves["euler"] == [tuple(before[f'{name}/euler/{{"steps": 4}}'])]
-    assert curves["euler_ancestral"][0][1] != before[f'{name}/euler_ancestral/{{"steps": 4}}'][1]
-    assert json.loads(file.read_text()).keys() - before.keys() == {f'{name}, 2 images/euler_ancestral/{{"steps": 4}}'}
 
 
 @pytest.mark.parametrize(
