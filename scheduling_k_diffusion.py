@@ -394,7 +394,9 @@ def try_out(sampler: Sampler, levels: torch.Tensor, x: float = 1.0) -> SimpleNam
     # k-diffusion's sigmas are wanted in full; others may compare levels, as they will get them
     one = torch.full([1] * 4, x, dtype=torch.float64 if sampler.is_k_diffusions else torch.float32, device="cpu")
 
-    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
+        if with_uncond:
+            raise ValueError("a scheduler can't see the prediction without guidance, as our pipelines can")
         asked.append(float(sigma))
         states.append(float(x))
         return x.add(sigma).sin()  # curved, so that a history shows
@@ -414,7 +416,7 @@ def try_out(sampler: Sampler, levels: torch.Tensor, x: float = 1.0) -> SimpleNam
         generator, run = torch.Generator("cpu").manual_seed(0), contextvars.Context().run
         run(call_sampler, silent, model, one, levels, generator, callback=callback, **still)
     except Exception as error:
-        others = "for dpm_adaptive and `with_uncond` there are StableDiffusionXLComfyPipeline and FluxComfyPipeline"
+        others = "for dpm_adaptive there are StableDiffusionXLComfyPipeline and FluxComfyPipeline"
         raise ValueError(f"`sampler`: can't tell its timesteps before the run; {others} ({error})") from error
     if "sigma_min" in sampler.arguments:  # it places its own levels, one for each evaluation
         begins = dict(zip(called, called))

@@ -34,11 +34,18 @@ class Mixture:
 
     def __init__(self, means: torch.Tensor, stds: torch.Tensor):
         self.means, self.stds, self.dimensions = means.double(), stds.double(), means.shape[1]
-        self.mean = self.means.mean(0)  # (d,)
-        centred = self.means - self.mean
-        within = self.stds.square().mean() * torch.eye(self.dimensions, dtype=torch.float64)
-        self.covariance = centred.T @ centred / len(centred) + within  # (d, d)
         self._squares = self.means.square().sum(-1)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Of shape (d,)."""
+        return self.means.mean(0)
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Of shape (d, d)."""
+        centred, within = self.means - self.mean, self.stds.square().mean()
+        return centred.T @ centred / len(centred) + within * torch.eye(self.dimensions, dtype=torch.float64)
 
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """True samples, of shape (n, d), float64."""
