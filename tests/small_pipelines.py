@@ -676,7 +676,7 @@ class Relay:
     def set_begin_index(self, begin_index: int = 0) -> None:
         self.begun = begin_index
 
-    def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+    def step(self, model_output: Any, timestep: Any, sample: Any, generator=None, return_dict=True, **_: Any) -> Any:
         sigma, i = self.sigma(timestep), len(self.seen)
         if model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output.chunk(2, dim=1)[0]
@@ -691,7 +691,8 @@ class Relay:
         except Evaluate as asked:
             self.state = asked.args[0].clone()
         self.given = (self.state * self.share(i + 1)).to(model_output.dtype)
-        return EulerDiscreteSchedulerOutput(self.given, self.seen[-1][1]) if return_dict else (self.given,)
+        both = self.given, self.seen[-1][1]
+        return EulerDiscreteSchedulerOutput(*both) if return_dict else both
 
     def x0(self, output: torch.Tensor, y: torch.Tensor, sigma: float, i: int) -> torch.Tensor:
         if self.flow:
