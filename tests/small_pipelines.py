@@ -640,9 +640,9 @@ class Relay:
         for known, time in self.known.items():
             if math.isclose(known, level, rel_tol=1e-9):
                 return time
-        if self.flow:
-            return 1000 * (1 - level if self.inverted else level)
         config: Any = self.base.config
+        if self.flow:
+            return config.get("num_train_timesteps", 1000) * (1 - level if self.inverted else level)
         if "Cosine" in type(self.base).__name__:
             return math.atan(level) * 2 / math.pi
         if self.data or config.get("timestep_type") == "continuous":
