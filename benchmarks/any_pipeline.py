@@ -153,7 +153,6 @@ def late(*_: Any) -> None:
 
 def draw(tester: Any, pipe: Any, scheduler: Any, steps: int, **options: Any) -> torch.Tensor:
     """All that a call of this pipeline returns, as one vector. The options go before the tester's inputs."""
-
     getattr(pipe, "decoder_pipe", pipe).scheduler = scheduler  # Kandinsky's combined ones hand it on when they are made
     torch.manual_seed(0)
     inputs = {**call(tester.get_dummy_inputs, "cpu"), **options}
@@ -185,8 +184,8 @@ def name_of(tester_class: type) -> str:
     return tester_class.pipeline_class.__name__.removesuffix("Wrapper")
 
 
-def measure(tester_class: type, samplers: list[str]) -> dict[str, Any]:
-    """One row of the table."""
+def measure(tester_class: type, samplers: list[str], config: dict[str, Any] | None) -> dict[str, Any]:
+    """One row of the table. `config`: of a scheduler in place of the pipeline's own."""
     row: dict[str, Any] = {"pipeline": name_of(tester_class)}
     stage = "built"
     try:
@@ -196,6 +195,7 @@ def measure(tester_class: type, samplers: list[str]) -> dict[str, Any]:
         own = getattr(pipe, "scheduler", None)
         if own is None:
             raise ValueError("it has no scheduler")
+        own = getattr(diffusers, config["_class_name"]).from_config(config) if config else own
         row["scheduler"] = type(own).__name__
         row["prediction"] = own.config.get("prediction_type", "flow")
         stage, output = "run with its own scheduler", {}
@@ -292,7 +292,9 @@ def main() -> None:
     parser.add_argument("--diffusers", type=Path, metavar="FOLDER", help="a checkout of diffusers")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="only draw image to image with every sampler")
     parser.add_argument("--only", default="", metavar="TEXT", help="pipelines with this in their test's name")
-    parser.add_argument("--samplers", nargs="*", help="names; default: all but dpm_adaptive")
+    parser.add_argument("--base", type=json.loads, metavar="JSON", help="the config of another scheduler for all")
+    known = [name for name in sampler_names() if name != "dpm_adaptive"]
+    parser.add_argument("--samplers", nargs="*", default=known, help="names; default: all but dpm_adaptive")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep rows in this JSON file, and go on from it")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "any-pipeline.md", help="whose table is replaced")
     options = parser.parse_args()
@@ -301,8 +303,6 @@ def main() -> None:
     if not options.diffusers:
         parser.error("pass --diffusers FOLDER or --grid FILE")
     signal.signal(signal.SIGALRM, late)
-    known = [name for name in sampler_names() if name != "dpm_adaptive"]
-    samplers = known if options.samplers is None else options.samplers
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     diffusers.utils.logging.set_verbosity(logging.CRITICAL)
@@ -314,7 +314,7 @@ def main() -> None:
                 print(f"{module}: {reason(cls)}", flush=True)
             if isinstance(cls, Exception) or options.only not in module or name_of(cls) in done:
                 continue
-            row = measure(cls, samplers)
+            row = measure(cls, options.samplers, options.base)
             gc.collect()
             rows.append(row)
             print(json.dumps(row), flush=True)
@@ -322,14 +322,14 @@ def main() -> None:
                 options.rows.write_text(json.dumps(rows, indent=1))
     close = sum(row["difference"] <= CLOSE for row in rows if row.get("stock") and row["seen"])
     ran = [row for row in rows if "difference" in row]
-    every = sum(row["samplers"] == len(samplers) for row in ran)
+    every = sum(row["samplers"] == len(options.samplers) for row in ran)
     head = f"diffusers {diffusers.__version__}: {len(rows)} pipelines, {len(ran)} ran, {close} equal to {CLOSE:.0e}."
     head += f" With {every} of them every sampler was k-diffusion's to {CLOSE:.0e}."
     print(head)
-    if not options.only:
+    if not (options.only or options.base):
         page = options.page.read_text() if options.page.exists() else "<!-- table -->\n"
         before = page.split("<!-- table -->")[0]
-        options.page.write_text(f"{before}<!-- table -->\n\n{head}\n\n{table(rows, len(samplers))}")
+        options.page.write_text(f"{before}<!-- table -->\n\n{head}\n\n{table(rows, len(options.samplers))}")
 
 
 if __name__ == "__main__":
