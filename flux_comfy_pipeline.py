@@ -135,7 +135,8 @@ class FluxComfyPipeline(FluxPipeline):
                 prompts["uncond"] = (negative_prompt, negative_prompt_2, *embeds)
             images = {"cond": (ip_adapter_image, ip_adapter_image_embeds)}
             images["uncond"] = (negative_ip_adapter_image, negative_ip_adapter_image_embeds)
-            noise_dtype, conditioning, adapters = self._encode(prompts, images, max_sequence_length, batch_size)
+            rest = (max_sequence_length, batch_size, device, dtype)
+            noise_dtype, conditioning, adapters = self._encode(prompts, images, *rest)
 
             # generator -> noise, the stock pipeline's own; t -> sigmas; noise -> y at the first of them
             shape = (batch_size, self.transformer.config.in_channels // 4, height, width)
@@ -169,17 +170,16 @@ class FluxComfyPipeline(FluxPipeline):
             self.maybe_free_model_hooks()
         return FluxPipelineOutput(images=image) if return_dict else (image,)
 
-    def _encode(self, prompts, images, max_length, batch_size: int) -> tuple[torch.dtype, dict, dict]:
+    def _encode(self, prompts, images, max_length, batch_size: int, device, dtype) -> tuple[torch.dtype, dict, dict]:
         """The text encoders' dtype, and the transformer's text and IP-adapter arguments for each side of true CFG."""
-        device, lora_scale = self._execution_device, self._joint_attention_kwargs.get("scale")
-        conditioning, adapters = {}, {}
+        conditioning, adapters, lora_scale = {}, {}, self._joint_attention_kwargs.get("scale")
         for side, (prompt, prompt_2, *embeds) in prompts.items():
             *embeds, ids = self.encode_prompt(prompt, prompt_2, device, 1, *embeds, max_length, lora_scale=lora_scale)
             noise_dtype = embeds[0].dtype
             # for several images of a prompt, and one negative prompt for several
             repeated = [e if len(e) == batch_size else e.repeat_interleave(batch_size // len(e), 0) for e in embeds]
             named = zip(("encoder_hidden_states", "pooled_projections", "txt_ids"), (*repeated, ids), strict=True)
-            conditioning[side] = {name: value.to(device, self.transformer.dtype) for name, value in named}
+            conditioning[side] = {name: value.to(device, dtype) for name, value in named}
         if any(one is not None for pair in images.values() for one in pair):  # a side without an image gets a black one
             black = [np.zeros((224, 224, 3), np.uint8)] * self.transformer.encoder_hid_proj.num_ip_adapters
             for side in prompts:
@@ -190,8 +190,8 @@ class FluxComfyPipeline(FluxPipeline):
 
     def _denoiser(self, conditioning, adapters, image_ids, true_cfg_scale: float, ve: bool) -> Callable:
         """A function of the sampler's state and sigma, shape (b,), that calls the network: x0 with true CFG."""
-        text = conditioning["cond"]["encoder_hidden_states"]
-        guidance = torch.full([len(text)], self._guidance_scale, device=text.device, dtype=torch.float32)
+        prompt = conditioning["cond"]["encoder_hidden_states"]  # of the network's dtype: to look that up takes 0.5 ms
+        guidance = torch.full([len(prompt)], self._guidance_scale, device=prompt.device, dtype=torch.float32)
         shared = {"guidance": guidance if self.transformer.config.guidance_embeds else None, "img_ids": image_ids}
 
         def denoiser(y: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
@@ -200,7 +200,7 @@ class FluxComfyPipeline(FluxPipeline):
             sigma = sigma.view(-1, 1, 1)
             x, t = (y / (1 + sigma), sigma / (1 + sigma)) if ve else (y, sigma)
             self._current_timestep = t.flatten()[0] * 1000
-            named = {"hidden_states": x.to(self.transformer.dtype), "timestep": t.flatten(), **shared}
+            named = {"hidden_states": x.to(prompt.dtype), "timestep": t.flatten(), **shared}
             velocities: dict[str, Any] = {}  # noise - x0, predicted for either side
             for side, text in conditioning.items():
                 named["joint_attention_kwargs"] = {**self.joint_attention_kwargs, **adapters.get(side, {})}

@@ -8,7 +8,6 @@ This file works alone: it needs torch, diffusers, k-diffusion and greenlet, and 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import copy
 import difflib
 import functools
@@ -25,6 +24,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import diffusers
+import numpy
 import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -69,10 +69,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             base = diffusers.CogVideoXDDIMScheduler.from_config(base.config)
         config, kind = base.config, type(base)
         self.base: Any = copy.deepcopy(base)  # with what the config does not know, as `set_shift`
-        self.__module__ = kind.__module__  # beside __class__, for savers
+        self.__module__ = kind.__module__  # pipelines save (module, class)
         self.sampler = find_sampler(sampler, sampler_kwargs)
-        self.schedule = schedule if isinstance(schedule, str | None) else check_sigmas(schedule, "schedule")
-        uses_ve(parameterization, self.sampler, torch.ones(1))  # is it one?
+        self.schedule: Any = schedule if isinstance(schedule, str | None) else check_sigmas(schedule, "schedule")
+        uses_ve(parameterization, self.sampler, torch.ones(1))  # raises where it is unknown
         self.parameterization, self.quantize_timesteps = parameterization, quantize_timesteps
         self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
         self._prediction, self._kind = config.get("prediction_type", "epsilon"), ""
@@ -85,19 +85,19 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
                 self._kind = "edm"
             elif config.get("use_flow_sigmas") or ("shift" in config and not hasattr(base, "alphas_cumprod")):
                 self._kind, self._prediction = "flow", "flow_prediction"
-            elif hasattr(base, "alphas_cumprod"):
+            elif hasattr(base, "alphas_cumprod"):  # latents of unit variance, or x0 + sigma noise
                 self._kind = "vp" if float(base.init_noise_sigma) == 1 else "betas"
                 # zero terminal SNR has no finite last sigma: as EulerDiscreteScheduler does, take 4096 for it
                 alphas = base.alphas_cumprod.cpu().double().clamp(min=2**-24)
                 self._table = external.DiscreteSchedule(((1 - alphas) / alphas).sqrt(), quantize=quantize_timesteps)
-        kinds = ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction")
-        if not self._kind or self._prediction not in kinds:
+        kinds = ("epsilon", "v_prediction", "sample", "original_sample")
+        if not self._kind or (self._kind != "flow" and self._prediction not in kinds):
             needs = "betas (epsilon, v_prediction, sample), flow or EDM, and step(model_output, timestep, sample)"
             raise ValueError(f"`scheduler`: needs {needs}, but is {kind.__name__} with {self._prediction!r}")
         for name in {"clip_sample", "thresholding"} & inspect.signature(kind.__init__).parameters.keys():
             if config.get(name):
                 warnings.warn(f"{kind.__name__}'s `{name}` is ignored: x0 is left as it is predicted", stacklevel=3)
-        self._plan(check_sigmas([0.8, 0.4, 0.2, 0.1, 0.0]), {})  # `order` is asked before timesteps are set
+        self._plan(check_sigmas([0.8, 0.4, 0.2, 0.1, 0.0]), {})  # some ask for `order` before they set timesteps
         self.timesteps = self.base.timesteps
         self.num_inference_steps: int | None = None
 
@@ -147,25 +147,23 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         known = {} if self.quantize_timesteps else dict(zip(levels.tolist(), times.tolist()))
         if not given or len(levels) == n:  # the base's own, if they list the last twice or end above zero, get the zero
             levels = torch.cat([levels[:n], levels.new_zeros(1)])
-        if isinstance(self.schedule, str):
-            levels = self._named_levels(self.schedule, n, kwargs.get("mu"))
-        elif self.schedule is not None:
-            levels = self.schedule
+        if self.schedule is not None:
+            levels = self._named_levels(n, kwargs.get("mu")) if isinstance(self.schedule, str) else self.schedule
         if (steps := len(levels) - 1) != n:
             raise ValueError(f"`schedule` has {steps} steps: pass num_inference_steps={steps}, not {n}")
         self._plan(check_sigmas(levels, f"{type(self.base).__name__}.sigmas"), known, given)
 
-    def _named_levels(self, schedule: str, n: int, mu: float | None) -> torch.Tensor:
+    def _named_levels(self, n: int, mu: float | None) -> torch.Tensor:
         """Between the ends that the network was trained with, or that the base's config names."""
         config = self.base.config
         if self._kind != "flow":
             low, high = self._table.sigmas[[0, -1]].tolist() if self._table else (0.0, 0.0)
-            return named_sigmas(schedule, n, config.get("sigma_min") or low, config.get("sigma_max") or high)
+            return named_sigmas(self.schedule, n, config.get("sigma_min") or low, config.get("sigma_max") or high)
         own = hasattr(type(self.base), "shift")  # its `set_shift` leaves the config alone
         shift = self.base.shift if own else config.get("flow_shift", config.get("shift", 1.0))
         if mu is not None and config.get("use_dynamic_shifting"):
             shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-        return named_sigmas(schedule, n, shift / (shift + 9999), 1.0)
+        return named_sigmas(self.schedule, n, shift / (shift + 9999), 1.0)  # from t = 1 / 10,000, shifted
 
     def _plan(self, levels: torch.Tensor, known: dict[float, float], given: bool = False) -> None:
         """The evaluations that the sampler will make, through these levels. `known`: their timesteps, if the base's.
@@ -184,8 +182,9 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         for i, sigma in enumerate([*trial.sigmas, float(sigmas[-1])]):
             level = float(levels[0]) if pure and i == 0 else sigma / (1 + sigma) if ve else sigma
             at = self._at(level)
-            at.sigma, at.time = sigma, next((t for one, t in known.items() if abs(one - level) <= 1e-9 * one), at.time)
-            at.scale = 1 / sigma if pure and i == 0 else at.alpha if ve or self._kind != "flow" else 1.0
+            time = next((t for one, t in known.items() if abs(one - level) <= 1e-9 * one), at.time)
+            at.sigma, at.time = sigma, float(numpy.float32(time))  # as in `timesteps`
+            at.scale = at.noise / sigma if sigma else 1.0  # the pipeline's latents are the sampler's state times this
             self._evaluations.append(at)
         times = [at.time for at in self._evaluations[:-1]]
         like = levels if self.base.timesteps is None else self.base.timesteps  # PNDM's, at first
@@ -203,7 +202,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
         The network gets sample / divisor and `time`, and x0 is (skip sample - share prediction) / norm.
         """
-        base, at = self.base, SimpleNamespace(alpha=1.0, noise=level, divisor=1.0, skip=1.0, norm=1.0)
+        base, at = self.base, SimpleNamespace(alpha=1.0, noise=level, divisor=1.0)
         if self._kind == "flow":
             at.alpha = 1 - level if level <= 1 else 1.0
             at.time = base.config.get("num_train_timesteps", 1000) * (1 - level if self._inverted else level)
@@ -217,27 +216,24 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             at.alpha, at.noise = 1 / math.hypot(1, level), level / math.hypot(1, level)
         elif self._kind == "betas":
             at.divisor = math.hypot(level, 1)
-        at.share = at.noise
+        norm = math.hypot(at.alpha, at.noise)
+        shares = {"epsilon": (1.0, at.noise, at.alpha), "v_prediction": (at.alpha / norm, at.noise, norm)}
+        shares["flow_prediction"] = 1.0, at.noise, 1.0
+        at.skip, at.share, at.norm = shares.get(self._prediction, (0.0, -1.0, 1.0))
         if self._kind == "edm":
             at.divisor = 1 / base.precondition_inputs(1.0, level)
             at.skip, at.share = (base.precondition_outputs(*one, level) for one in ((1.0, 0.0), (0.0, -1.0)))
-        elif self._prediction == "epsilon":
-            at.norm = at.alpha
-        elif self._prediction == "v_prediction":
-            at.norm = math.hypot(at.alpha, at.noise)
-            at.skip = at.alpha / at.norm
-        elif self._prediction != "flow_prediction":
-            at.skip, at.share = 0.0, -1.0
+            at.norm = 1.0
         return at
 
     @property
     def init_noise_sigma(self) -> float:
         """What the pipeline multiplies unit noise by, for the first sample."""
         base, first = float(getattr(self.base, "init_noise_sigma", 1.0)), self._evaluations[0]
-        explicit = isinstance(self.schedule, torch.Tensor) and self._kind != "flow"
-        if self.num_inference_steps is None or (base == 1 and not explicit):
+        if self._kind == "flow" or (base == 1 and not isinstance(self.schedule, torch.Tensor)):
             return base
-        return first.noise if self.schedule is not None else base * first.sigma / float(self._trial.levels[0])
+        named = self.schedule is not None and self.num_inference_steps  # with churn, the first sigma is above the level
+        return first.noise if named else base * first.sigma / float(self._trial.levels[0])
 
     step_index = property(lambda self: self._step_index, doc="The evaluation that comes next.")
 
@@ -279,12 +275,11 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             return first, sampler, rest
         order = math.ceil(len(asked) / n)
         # the pipeline skips as many evaluations as it thinks a step has
-        even = len(begins) == n and all(j == k * order for j, k in begins.items())
-        can = len(rest) > 0 and (own or even or begins.get(i, -1) * self.order == i)
-        if can:
-            again = try_out(sampler, rest, whole.states[first])
-            can = close(again.sigmas, asked[first:])
-        if can and goes_on:
+        even = begins == {k * order: k for k in range(n)}
+        begun = len(rest) > 0 and (own or even or begins.get(i, -1) * self.order == i)
+        again: Any = try_out(sampler, rest, whole.states[first]) if begun else None
+        can = again and close(again.sigmas, asked[first:])
+        if can and goes_on:  # a path of noise can't be drawn again
             can = first == i and "_sde" not in sampler.name and close(again.states, whole.states[i:])
         if not can:
             what = "start part-way (`strength`, `denoising_start`)"
@@ -303,12 +298,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         """alpha x0 + sigma noise at timesteps of the run, one for each image or for all; at others the base's."""
         self._next(timesteps)  # to refuse what can't begin there before the network runs
         self._seeds = self._seeds or seeds_of(noise)
-        shares = []
-        for time in timesteps.flatten().tolist():
-            at = next((at for at in self._evaluations if math.isclose(at.time, time, rel_tol=1e-6)), None)
-            if at is None:
-                return self.base.add_noise(original_samples, noise, timesteps)
-            shares.append((at.alpha, at.noise))
+        known = {at.time: (at.alpha, at.noise) for at in reversed(self._evaluations)}  # the first of a time counts
+        shares = [known.get(time) for time in timesteps.flatten().tolist()]
+        if None in shares:
+            return self.base.add_noise(original_samples, noise, timesteps)
         alpha, sigma = torch.tensor(shares).to(original_samples).T.reshape(2, -1, *[1] * (original_samples.ndim - 1))
         return alpha * original_samples + sigma * noise
 
@@ -334,15 +327,15 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         known = given.get("pred_original_sample")  # Cosmos has x0, guided
         denoised = (here.skip * x - here.share * output) / here.norm if known is None else known.to(dtype)
         run = self._run
-        if run and run.knows and known is None:  # Cosmos asks for x0 of both sides of guidance, then goes back
+        if run and run.knows and known is None:  # Cosmos asks for x0 of both sides, and passes x0, guided
             self._step_index = i + 1
             return sample, denoised
         y, self._run = x / here.scale, None  # gone if the sampler fails
-        place = x.shape, threading.current_thread()
-        if run is None or run.dead or (run.position, run.place) != (i, place):
+        place = x.shape, threading.current_thread()  # a greenlet stays in its thread
+        if run is None or run.dead or run.place != (i, *place):
             run = self._begin(i, y, generator)
         # the pipeline may have changed what it got (inpainting, callbacks): the state is that and what rounding took
-        run.parent, run.place, run.knows = getcurrent(), place, known is not None
+        run.parent, run.place, run.knows = getcurrent(), (i + 1, *place), known is not None
         asked = self._resume(run, i + 1, denoised, y + run.residual)
         x = (asked * after.scale).to(model_output.dtype)
         run.residual = asked - x.to(asked.dtype) / after.scale
@@ -371,7 +364,6 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         wrong = wrong and not close(torch.as_tensor(sigma).flatten().tolist()[:1], self._trial.sigmas[i : i + 1])
         if wrong or run.dead != (i == len(self.timesteps)):
             raise ValueError("`sampler`: it asks for other evaluations than in its trial on a single number")
-        run.position = i
         return x
 
 
@@ -402,10 +394,8 @@ def try_out(sampler: Sampler, levels: torch.Tensor, x: float = 1.0) -> SimpleNam
         return x.add(sigma).sin()  # curved, so that a history shows
 
     def callback(info: dict[str, Any]) -> None:  # the step began with the last evaluation at its level or above
-        sigma = float(info.get("sigma", math.nan))
-        begun = next((j for j in reversed(range(len(asked))) if asked[j] >= sigma * (1 - 1e-4)), None)
-        if begun is not None:
-            called[begun] = sigma
+        sigma = float(info.get("sigma", math.inf))
+        called.update([(j, sigma) for j, one in enumerate(asked) if one >= sigma * (1 - 1e-4)][-1:])
 
     try:
         if "rtol" in sampler.arguments:
@@ -413,25 +403,22 @@ def try_out(sampler: Sampler, levels: torch.Tensor, x: float = 1.0) -> SimpleNam
         quiet = {"s_noise": 0.0} if "s_noise" in sampler.arguments else {}
         still = {"noise_sampler": lambda *_: torch.zeros_like(one)} if "noise_sampler" in sampler.arguments else {}
         silent = find_sampler(sampler.function, {**sampler.options, **quiet})
-        generator, run = torch.Generator("cpu").manual_seed(0), contextvars.Context().run
-        run(call_sampler, silent, model, one, levels, generator, callback=callback, **still)
+        generator = torch.Generator("cpu").manual_seed(0)
+        outside = greenlet(call_sampler)  # of the caller's context, where a pipeline of ours may count steps
+        outside.switch(silent, model, one, levels, generator, callback=callback, **still)
     except Exception as error:
         others = "for dpm_adaptive there are StableDiffusionXLComfyPipeline and FluxComfyPipeline"
         raise ValueError(f"`sampler`: can't tell its timesteps before the run; {others} ({error})") from error
-    if "sigma_min" in sampler.arguments:  # it places its own levels, one for each evaluation
-        begins = dict(zip(called, called))
-    else:  # with the last call, or evaluation, at a level
-        marks = called or dict(enumerate(asked))
-        away, near = (torch.tensor([*marks.values()], device="cpu").unsqueeze(1) - levels[:-1]).abs().min(1)
-        last = {k: j for j, k, right in zip(marks, near.tolist(), (away < 1e-4 * levels[near]).tolist()) if right}
-        begins = {0: 0} | {j: k for k, j in last.items()}
+    # one that places its own levels has one for each evaluation; the last call, or evaluation, at a level counts
+    marks, known = called or dict(enumerate(asked)), asked if "sigma_min" in sampler.arguments else levels[:-1].tolist()
+    last = {k: j for j, sigma in marks.items() for k, at in enumerate(known) if abs(sigma - at) < 1e-4 * at}
+    begins = {0: 0} | {j: k for k, j in last.items()}
     return SimpleNamespace(sampler=sampler, levels=levels, sigmas=asked, states=states, begins=begins)
 
 
 def close(found: list[float], expected: list[float]) -> bool:
     """The same numbers, but for rounding in float32."""
-    near = [math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(found, expected)]
-    return len(found) == len(expected) and all(near)
+    return len(found) == len(expected) and bool(numpy.allclose(found, expected, rtol=1e-4, atol=1e-6))
 
 
 def seeds_of(x: torch.Tensor) -> list[int]:
@@ -442,9 +429,7 @@ def seeds_of(x: torch.Tensor) -> list[int]:
 
 def _function_modes(modes: list) -> list:
     """Puts these of torch's function modes in the place of those that are on, which it returns."""
-    own = _get_current_function_mode_stack()
-    for _ in own:
-        _pop_mode()
+    own = [_pop_mode() for _ in _get_current_function_mode_stack()][::-1]  # the innermost comes first
     for mode in modes:
         _push_mode(mode)
     return own

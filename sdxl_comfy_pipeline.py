@@ -142,7 +142,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             negative_sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
             if negative_original_size is None or negative_target_size is None:
                 negative_sizes = sizes
-            noise_dtype, conditioning, image_embeds = self._encode(texts, images, (sizes, negative_sizes), batch_size)
+            rest = ((sizes, negative_sizes), batch_size, dtype)
+            noise_dtype, conditioning, image_embeds = self._encode(texts, images, *rest)
             denoiser = self._denoiser(conditioning, image_embeds, quantize_timesteps)
 
             # generator -> noise, the stock pipeline's own -> x at the first level
@@ -171,8 +172,8 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
                 return x + (back - x / scale) * scale if torch.is_tensor(scale) else back  # x if unchanged
 
             with self.progress_bar(total=math.inf if "sigma_min" in resolved.arguments else len(levels) - 1) as bar:
-                rest = (levels.to(state_dtype), generator, after_step, lambda: self.interrupt)
-                x, sigma = run_sampler(resolved, denoiser, x, *rest)
+                given = (levels.to(state_dtype), generator, after_step, lambda: self.interrupt)
+                x, sigma = run_sampler(resolved, denoiser, x, *given)
             latents = x / (1.0 if explicit else self.latents_scale(sigma))
 
             # latents -> images
@@ -181,9 +182,9 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             self.maybe_free_model_hooks()
         return StableDiffusionXLPipelineOutput(images=image) if return_dict else (image,)
 
-    def _encode(self, texts: tuple, images: tuple, sizes: tuple, batch_size: int) -> tuple[torch.dtype, dict, dict]:
+    def _encode(self, texts, images, sizes, batch_size: int, dtype: torch.dtype) -> tuple[torch.dtype, dict, dict]:
         """The text encoders' dtype, and the U-Net's text and image conditioning, its negative half first."""
-        guided, device, dtype = self.do_classifier_free_guidance, self._execution_device, self.unet.dtype
+        device, _, guided = texts[2:5]
         embeds = self.encode_prompt(*texts, (self.cross_attention_kwargs or {}).get("scale"), self.clip_skip)
         time_ids = [self._get_add_time_ids(*size, dtype, embeds[2].shape[-1]).repeat(batch_size, 1) for size in sizes]
         pairs = {"prompt_embeds": embeds[:2], "add_text_embeds": embeds[2:], "add_time_ids": time_ids}
@@ -195,10 +196,9 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
 
     def _denoiser(self, conditioning: dict[str, torch.Tensor], image_embeds: dict[str, Any], quantize: bool) -> Any:
         """k-diffusion's wrapper of the network: a function of x and sigma, shape (b,), that predicts x0."""
-        dtype, timestep_cond = self.unet.dtype, None
-        state_dtype = torch.promote_types(dtype, torch.float32)
+        pooled = conditioning["add_text_embeds"]  # where the network is, in its dtype: to ask it takes milliseconds
+        dtype, state_dtype, timestep_cond = pooled.dtype, torch.promote_types(pooled.dtype, torch.float32), None
         if (dim := self.unet.config.time_cond_proj_dim) is not None:
-            pooled = conditioning["add_text_embeds"]
             scales = torch.full([len(pooled)], self.guidance_scale - 1.0)
             timestep_cond = self.get_guidance_scale_embedding(scales, dim).to(pooled)
 
@@ -223,7 +223,7 @@ class StableDiffusionXLComfyPipeline(StableDiffusionXLPipeline):
             return torch.stack([prediction, unconditional]) if with_uncond else prediction
 
         wrapper, alphas_cumprod = self._trained_with()
-        denoiser = wrapper(predict, alphas_cumprod.to(self._execution_device, state_dtype), quantize)
+        denoiser = wrapper(predict, alphas_cumprod.to(pooled.device, state_dtype), quantize)
         if self.scheduler.config.get("timestep_type") == "continuous" and wrapper is external.DiscreteVDDPMDenoiser:
             denoiser.sigma_to_t = lambda sigma, quantize=None: 0.25 * sigma.log()
         return denoiser
