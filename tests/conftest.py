@@ -45,10 +45,10 @@ def flux():
     return load(FluxComfyPipeline, "flux")
 
 
-def family64(child_class: type, parent_class: type, folder: str):
+def family64(name: str):
     """The child and, on the same weights, the parent, in float64."""
-    child = load(child_class, folder, torch.float64)
-    parent = parent_class(**child.components)
+    child = load(CHILDREN[name], name, torch.float64)
+    parent = PARENTS[name](**child.components)
     parent.set_progress_bar_config(disable=True)
     return child, parent
 
@@ -61,12 +61,12 @@ def family(request, sdxl, flux):
 
 @pytest.fixture(scope="session")
 def sdxl64():
-    return family64(StableDiffusionXLComfyPipeline, StableDiffusionXLPipeline, "sdxl")
+    return family64("sdxl")
 
 
 @pytest.fixture(scope="session")
 def flux64():
-    return family64(FluxComfyPipeline, FluxPipeline, "flux")
+    return family64("flux")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -115,18 +115,10 @@ def browser(tmp_path_factory):
 
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=1100,1900",
-        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(flag)
+    flags = "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update"
+    for flag in [*flags.split(), "disable-sync", "window-size=1100,1900"]:
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     with webdriver.Chrome(options=options, service=Service(driver)) as opened:
         yield opened

@@ -15,6 +15,7 @@ import ast
 import copy
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -31,7 +32,7 @@ import pytest
 
 ROOT, WORK = blocks.ROOT, Path(__file__).parent / ".mutants"
 FILES = (blocks.FIRST, *blocks.OTHERS, "comfy_ksampler.py")
-MAPPED = """brownian callbacks closed_form comfy comfyui files finetunes flux loading models modes recipes sampling
+MAPPED = """brownian callbacks closed_form comfy comfyui files flux loading member models modes recipes sampling
     scheduler scheduler_bases scheduler_traps sdxl settings side_by_side""".split()
 SECONDS = 25  # of the tests that run for a mutant, as they took for the map
 OTHER: dict[type, type] = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}
@@ -68,19 +69,25 @@ def changes(node: ast.AST) -> list[ast.AST]:
     return found
 
 
+def annotations(tree: ast.AST) -> set[ast.AST]:
+    """All nodes within type annotations, which have no effect."""
+    found = [getattr(node, field, None) for node in ast.walk(tree) for field in ("annotation", "returns")]
+    return {inner for one in found if one for inner in ast.walk(one)}
+
+
 def mutants(name: str) -> list[tuple[str, int, str, str]]:
     """(file, line, the change, the changed text) of all mutants of a file, without those of a copied block."""
     text = (ROOT / name).read_text()
-    lines = text.splitlines(keepends=True)
-    starts = [0, *(sum(len(line.encode()) for line in lines[: i + 1]) for i in range(len(lines)))]
+    starts = [*itertools.accumulate((len(line.encode()) for line in text.splitlines(keepends=True)), initial=0)]
     block = range(0) if name not in blocks.OTHERS else range(*(text.index(mark) for mark in (blocks.BEGIN, blocks.END)))
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        if not hasattr(node, "lineno") or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+    found, tree = [], ast.parse(text)
+    skipped = annotations(tree)
+    for node in ast.walk(tree):
+        text_alone = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if not hasattr(node, "lineno") or text_alone or node in skipped:
             continue
-        start, end = (
-            starts[n - 1] + c for n, c in ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
-        )
+        start = starts[node.lineno - 1] + node.col_offset
+        end = starts[node.end_lineno - 1] + node.end_col_offset
         if start in block:
             continue
         for mutant in changes(node):
@@ -94,17 +101,15 @@ def mutants(name: str) -> list[tuple[str, int, str, str]]:
                 ast.parse(changed)
             except SyntaxError:  # a part of an f-string
                 continue
-            found.append(
-                (name, node.lineno, f"{ast.unparse(node).splitlines()[0]}  ->  {new.splitlines()[0]}", changed)
-            )
+            what = f"{ast.unparse(node).splitlines()[0]}  ->  {new.splitlines()[0]}"
+            found.append((name, node.lineno, what, changed))
     return found
 
 
 def texts(name: str, changed: str) -> dict[str, str]:
     """The texts of all files, by module, with this one changed, and with its block in the others."""
-    found = {file.removesuffix(".py"): (ROOT / file).read_text() for file in FILES} | {
-        name.removesuffix(".py"): changed
-    }
+    found = {file.removesuffix(".py"): (ROOT / file).read_text() for file in FILES}
+    found[name.removesuffix(".py")] = changed
     if name == blocks.FIRST:
         block = changed[changed.index(blocks.BEGIN) : changed.index(blocks.END)]
         for other in blocks.OTHERS:
@@ -174,12 +179,10 @@ class Changed(importlib.machinery.SourceFileLoader):
 
     @classmethod
     def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname not in cls.texts:
+            return None
         file = str(ROOT / f"{fullname}.py")
-        return (
-            importlib.util.spec_from_file_location(fullname, file, loader=cls(fullname, file))
-            if fullname in cls.texts
-            else None
-        )
+        return importlib.util.spec_from_file_location(fullname, file, loader=cls(fullname, file))
 
 
 class Killer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import sys
 
 import pytest
@@ -24,7 +26,13 @@ def draw(pipe, name, callback=None, inputs=("latents",), **call):
     return pipe(callback_on_step_end=callback, callback_on_step_end_tensor_inputs=list(inputs), **call).images
 
 
-# --- what the callback sees, and what it returns ---------------------------------------------------------------------
+@contextlib.contextmanager
+def counted(pipe):
+    """A list that grows with each evaluation of the network."""
+    evaluations = []
+    hook = network(pipe).register_forward_hook(lambda *_: evaluations.append(1))
+    yield evaluations
+    hook.remove()
 
 
 def test_callback_sees_what_the_parents_sees(family):
@@ -56,10 +64,6 @@ def scaled_in_place(pipe, i, timestep, tensors):
     if i == 1:
         tensors["latents"].mul_(0.8)
     return tensors
-
-
-def scaled_in_place_and_not_returned(pipe, i, timestep, tensors):
-    scaled_in_place(pipe, i, timestep, tensors)
 
 
 def other_prompt(pipe, i, timestep, tensors):
@@ -100,11 +104,13 @@ def test_what_it_returns_does_what_it_does_in_the_parent(family, callback):
         assert relative(draw(parent, name), expected) > 100 * CLOSE
 
 
-@pytest.mark.parametrize("callback", [scaled_in_place, scaled_in_place_and_not_returned], ids=lambda c: c.__name__)
-def test_latents_changed_in_place(family, callback):
+@pytest.mark.parametrize("returned", [True, False])
+def test_latents_changed_in_place(family, returned):
     name, pipe = family
     for option in [{"parameterization": "flow"}, {"parameterization": "ve"}] if name == "flux" else [{}]:
-        assert relative(draw(pipe, name, callback, **option), draw(pipe, name, scaled, **option)) < CLOSE
+        change = scaled_in_place if returned else lambda *seen: (scaled_in_place(*seen), None)[1]
+        found = draw(pipe, name, change, **option)
+        assert relative(found, draw(pipe, name, scaled, **option)) < CLOSE
 
 
 def test_callback_that_only_looks_changes_nothing(family):
@@ -148,18 +154,15 @@ def test_changed_latents_are_where_the_next_step_starts(family, sampler):
 def test_dpm_adaptive_is_followed(family):
     """The callback sees every accepted step and no rejected one; the next step begins with what it returns."""
     name, pipe = family
-    seen, evaluations = [], []
+    seen = []
 
     def look(one, i, timestep, tensors):
         seen.append((float(tensors["sigma"]), tensors["latents"]))
         return {}
 
-    hook = network(pipe).register_forward_hook(lambda *_: evaluations.append(1))
-    try:
-        options = {"sampler": "dpm_adaptive", "sampler_kwargs": {"h_init": 4.0}}  # too long a first step
+    options = {"sampler": "dpm_adaptive", "sampler_kwargs": {"h_init": 4.0}}  # too long a first step
+    with counted(pipe) as evaluations:
         plain = draw(pipe, name, look, ("latents", "sigma"), **options)
-    finally:
-        hook.remove()
     levels = [sigma for sigma, _ in seen]
     assert levels == sorted(set(levels), reverse=True)
     assert len(evaluations) > 3 * (len(seen) - 1) + 1  # three evaluations for each step, accepted or not; then to zero
@@ -171,18 +174,15 @@ def test_dpm_adaptive_is_followed(family):
 def test_interrupt_stops_at_that_step(family, sampler):
     """The callback is the last one, and its latents come back."""
     name, pipe = family
-    seen, evaluations = [], []
+    seen = []
 
     def stop(one, i, timestep, tensors):
         seen.append((tensors["latents"], len(evaluations)))
         one._interrupt = i == 1
         return {}
 
-    hook = network(pipe).register_forward_hook(lambda *_: evaluations.append(1))
-    try:
+    with counted(pipe) as evaluations:
         stopped = draw(pipe, name, stop, sampler=sampler, num_inference_steps=6)
-    finally:
-        hook.remove()
     assert len(seen) == 2 and relative(stopped, seen[1][0]) < CLOSE
     assert len(evaluations) == seen[1][1]  # the network doesn't run again
 
@@ -206,9 +206,6 @@ def test_diffusers_own_callbacks(sdxl):
         expected = draw(parent_of(sdxl, "sdxl"), "sdxl", callback)
         assert relative(draw(sdxl, "sdxl", callback), expected) < CLOSE
         assert relative(draw(sdxl, "sdxl"), expected) > 100 * CLOSE
-
-
-# --- randomness ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", sampler_names())
@@ -252,9 +249,6 @@ def test_cpu_generator_on_a_gpu(family, sampler):
     assert on_gpu.is_cuda and relative(on_gpu.cpu(), expected) < 0.05
 
 
-# --- exceptions ------------------------------------------------------------------------------------------------------
-
-
 class Broken(Exception):
     pass
 
@@ -263,46 +257,36 @@ def fail(*args, **kwargs):
     raise Broken
 
 
-def fail_at(evaluation: int):
-    """A forward hook that fails at this evaluation of the network."""
-    count = iter(range(1000))
-    return lambda *args: fail() if next(count) == evaluation else None
+def press_ctrl_c(*args):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("where", ["callback", "network", "text_encoder", "vae", "sampler", "interrupt by Ctrl-C"])
 def test_an_exception_leaves_the_pipeline_as_it_was(family, where, monkeypatch):
     name, pipe = family
-    call = {"sampler": "heun", "output_type": "pt"}
+    call, error = {"sampler": "heun", "output_type": "pt"}, Broken
     before = draw(pipe, name, **call)
-    call["num_inference_steps"] = 5
     scheduler, modules = copy.deepcopy(vars(pipe.scheduler)), set(sys.modules)
     freed = []
     monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(True))
     monkeypatch.setitem(pipe._progress_bar_config, "disable", False)
-    error = Broken
     with pytest.MonkeyPatch.context() as patch:
+        count = itertools.count()
         if where == "callback":
             call["callback"] = lambda one, i, *rest: fail() if i == 1 else {}
         elif where == "network":
-            hook = network(pipe).register_forward_hook(fail_at(4))
+            forward = network(pipe).forward
+            patch.setattr(network(pipe), "forward", lambda *a, **k: fail() if next(count) == 4 else forward(*a, **k))
         elif where == "sampler":
-            call["sampler_kwargs"] = {"s_churn": 1.0, "s_noise": "loud"}
-            error = TypeError
+            call["sampler_kwargs"], error = {"s_churn": 1.0, "s_noise": "loud"}, TypeError
         elif where == "interrupt by Ctrl-C":
-            error = KeyboardInterrupt
-
-            def interrupt(*rest):
-                raise KeyboardInterrupt
-
-            call["callback"] = interrupt
+            call["callback"], error = press_ctrl_c, KeyboardInterrupt
         else:
-            module = getattr(pipe, where)
-            patch.setattr(module, "decode" if where == "vae" else "forward", fail)
+            patch.setattr(getattr(pipe, where), "decode" if where == "vae" else "forward", fail)
         with pytest.raises(error):
-            draw(pipe, name, **call)
-    if where == "network":
-        hook.remove()
+            draw(pipe, name, num_inference_steps=5, **call)
     assert freed == [True]  # offloaded models went back
+    assert name == "sdxl" or pipe.current_timestep is None
     assert not tqdm._instances  # no progress bar stays open
     assert torch.overrides._len_torch_function_stack() == 0
     assert set(sys.modules) == modules

@@ -666,7 +666,7 @@ FLOWS |= {"chroma": 1.0, "qwen_text": math.exp(0.5), "ltx": 2.5}
 @pytest.mark.parametrize("kind", ["sd_text", "animate_diff", "pixart_sigma", "stable_audio", "continuous", *FLOWS])
 def test_levels_of_any_pipeline(kind):
     """By the kind of scheduler: the ends of the trained betas or of EDM, or t = 1/2 shifted. 256 tokens have mu 0.5."""
-    pipe = getattr(small_pipelines, "sd_text" if kind == "continuous" else kind)(1)[0]
+    pipe = small_pipelines.small_pipeline("sd_text" if kind == "continuous" else kind)[0]
     if kind == "continuous":
         pipe.scheduler = EulerDiscreteScheduler(
             prediction_type="v_prediction", timestep_type=kind, sigma_min=0.002, sigma_max=700.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import re
 import runpy
 import shutil
@@ -12,17 +11,10 @@ import sys
 
 import blocks
 import pytest
-from conftest import CHILDREN, FAMILIES, PARENTS, PROMPT, ROOT, seeded
+from conftest import CHILDREN, PROMPT, ROOT
 
-FILES = {"sdxl": "sdxl_comfy_pipeline.py", "flux": "flux_comfy_pipeline.py"}
-CLASSES = {"sdxl": "StableDiffusionXLComfyPipeline", "flux": "FluxComfyPipeline"}
-
-
-@FAMILIES
-def test_the_parents_arguments_keep_their_defaults(name):
-    own, stock = (inspect.signature(kind.__call__).parameters for kind in (CHILDREN[name], PARENTS[name]))
-    assert [p for p in stock if p not in own] == ["kwargs"] * (name == "sdxl")  # the deprecated ones
-    assert not [p for p in stock if p in own and own[p].default != stock[p].default]
+FILES = {name: f"{name}_comfy_pipeline.py" for name in CHILDREN}
+CLASSES = {name: kind.__name__ for name, kind in CHILDREN.items()}
 
 
 @pytest.mark.parametrize("name", blocks.OTHERS)
@@ -72,40 +64,12 @@ def test_missing_k_diffusion_says_how_to_install_it(monkeypatch):
 
 def test_requirements_are_the_project_dependencies():
     """requirements.txt is pyproject's list for pip, without k-diffusion, which pip installs with --no-deps."""
-    text = (ROOT / "pyproject.toml").read_text()
-    listed = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL).group(1)
-    names = set(re.findall(r'"([^"]+)"', listed))
+    listed = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = {line for line in lines if line and not line.startswith("#")}
-    assert {name for name in names if name.startswith("k-diffusion")} == {"k-diffusion==0.1.1.post1"}
-    assert required == names - {"k-diffusion==0.1.1.post1"}
+    assert required | {"k-diffusion==0.1.1.post1"} == set(re.findall(r'"([^"]+)"', listed.group(1)))
 
 
 def test_demo_models_are_small():
-    size = sum(
-        path.stat().st_size for family in FILES for path in (ROOT / "demo" / family).rglob("*") if path.is_file()
-    )
-    assert size <= 25e6
-
-
-def test_two_versions_of_a_file_in_one_process(flux, tmp_path):
-    """Another version, with another Brownian path, also called inside a callback, changes nothing of this one."""
-    text, constant = (ROOT / FILES["flux"]).read_text(), "0x9E3779B97F4A7C15"
-    assert text.count(constant) == 1
-    (tmp_path / "other_version.py").write_text(text.replace(constant, "0xBF58476D1CE4E5B9"))
-    call = {"sampler": "dpmpp_sde", "num_inference_steps": 3, "output_type": "latent"}
-    ours = flux(PROMPT, generator=seeded(), **call).images
-    spec = importlib.util.spec_from_file_location("other_version", tmp_path / "other_version.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    other = module.FluxComfyPipeline(**flux.components)
-    other.set_progress_bar_config(disable=True)
-    theirs = [other(PROMPT, generator=seeded(), **call).images]
-
-    def nested(pipe, i, timestep, tensors):
-        theirs.append(other(PROMPT, generator=seeded(), **call).images)
-        return {}
-
-    assert flux(PROMPT, generator=seeded(), callback_on_step_end=nested, **call).images.equal(ours)
-    assert len(theirs) == 4 and all(one.equal(theirs[0]) for one in theirs)
-    assert not theirs[0].allclose(ours, rtol=0, atol=0.1)
+    files = [path for family in FILES for path in (ROOT / "demo" / family).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25e6

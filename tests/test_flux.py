@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from conftest import PROMPT, relative, seeded
+from conftest import CHILDREN, FAMILIES, PROMPT, load, relative, seeded
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from flux_comfy_pipeline import FluxComfyPipeline, find_sampler, sampler_names, uses_ve, ve_sigmas
@@ -17,39 +17,30 @@ SIZE = {"height": 128, "width": 128, "max_sequence_length": 64}
 SMALL = {"height": 64, "width": 64, "max_sequence_length": 64, "output_type": "latent"}
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        {},
-        {"negative_prompt": "a cat in the snow, warm colors", "true_cfg_scale": 2.0},
-        {"prompt": [PROMPT, "a red car in the desert"]},
-        {"sigmas": [1.0, 0.7, 0.4, 0.1]},
-    ],
-    ids=lambda call: ",".join(call) or "default",
-)
-def test_euler_is_the_stock_pipeline(flux64, call):
-    """FlowMatchEulerDiscreteScheduler through the untouched parent, in float64. All arguments: test_side_by_side.py."""
+@pytest.mark.parametrize("schnell", [False, True])
+@pytest.mark.parametrize("call", [{"negative_prompt": "snow", "true_cfg_scale": 2.0}, {"sigmas": [1.0, 0.7, 0.4, 0.1]}])
+def test_euler_is_the_stock_pipeline(flux64, call, schnell):
+    """FlowMatchEulerDiscreteScheduler through the untouched parent, in float64. All arguments: test_side_by_side.py.
+
+    schnell has no guidance embedding and no dynamic shift. Weights are the demo's where the layers match.
+    """
     child, parent = flux64
+    if schnell:
+        transformer = FluxTransformer2DModel.from_config(parent.transformer.config, guidance_embeds=False).double()
+        transformer.load_state_dict(parent.transformer.state_dict(), strict=False)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        components = {**child.components, "transformer": transformer, "scheduler": scheduler}
+        child, parent = FluxComfyPipeline(**components), FluxPipeline(**components)
     call = {"prompt": PROMPT, "num_inference_steps": 4, **SMALL, **call}
     expected = parent(generator=seeded(), **call).images
     assert relative(child(generator=seeded(), sampler="euler", **call).images, expected) < EXACT
 
 
-def test_schnell_has_no_guidance_embedding_and_a_fixed_shift(flux64):
-    """The layout of schnell: no guidance embedding, no dynamic shift. Weights are the demo's where the layers match."""
-    child, parent = flux64
-    transformer = FluxTransformer2DModel.from_config(parent.transformer.config, guidance_embeds=False).double()
-    transformer.load_state_dict(parent.transformer.state_dict(), strict=False)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    components = {**child.components, "transformer": transformer, "scheduler": scheduler}
-    child, parent = FluxComfyPipeline(**components), FluxPipeline(**components)
-    call = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 0.0, **SIZE}
-    expected = parent(PROMPT, generator=seeded(), **call).images
-    assert relative(child(PROMPT, generator=seeded(), **call).images, expected) < EXACT
-
-
-def test_default_size_is_the_models(flux):
-    assert flux(PROMPT, num_inference_steps=1, generator=seeded()).images[0].size == (128, 128)
+@FAMILIES
+def test_default_size_is_the_models(name):
+    """Of a half precision model too: the VAE gets latents of its dtype."""
+    half = load(CHILDREN[name], name, torch.bfloat16)
+    assert half(PROMPT, num_inference_steps=1, generator=seeded()).images[0].size == (128, 128)
 
 
 def test_which_parameterization():
@@ -90,15 +81,6 @@ def test_tiny_autoencoder(flux):
     assert image.shape == (1, 128, 128, 3)
 
 
-def test_no_timestep_is_left_after_an_error(flux):
-    def broken(*args):
-        raise RuntimeError("broken")
-
-    with pytest.raises(RuntimeError, match="broken"):
-        flux(PROMPT, num_inference_steps=2, callback_on_step_end=broken, **SIZE)
-    assert flux.current_timestep is None
-
-
 @pytest.mark.parametrize("shift", [1.0, 3.158])
 @pytest.mark.parametrize("steps", [2, 3, 4, 20, 100])
 def test_first_ve_sigma_continues_the_ratio(steps, shift):
@@ -106,57 +88,29 @@ def test_first_ve_sigma_continues_the_ratio(steps, shift):
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     t = shift * t / (1 + (shift - 1) * t)
     sigmas = ve_sigmas(t)
-    assert sigmas.isfinite().all() and (sigmas.diff() < 0).all()
     torch.testing.assert_close(sigmas[1:] / (1 + sigmas[1:]), t[1:])
-    if steps >= 20:
-        torch.testing.assert_close(sigmas[0] / sigmas[1], sigmas[1] / sigmas[2])
-    assert sigmas[0] >= 15
+    ratio = sigmas[1] ** 2 / sigmas[2] if steps > 2 else torch.zeros(())
+    assert float(sigmas[0]) == pytest.approx(max(float(ratio), 15)) and sigmas[0] > sigmas[1]
 
 
 def test_callback_speaks_in_t(flux):
     """Levels and latents are FLUX's own, in both parameterizations."""
-    ts = flux.noise_levels(64, 5)
-    expected = {}
+    ts, spread = flux.noise_levels(64, 5), {}
+    call = {"num_inference_steps": 5, "output_type": "latent", **SIZE}
     for parameterization in ("flow", "ve"):
         seen = []
 
         def callback(pipe, i, timestep, tensors, seen=seen):
-            seen.append((i, timestep.item() / 1000, tensors["sigma"].item(), tensors["latents"].std().item()))
+            seen.append((timestep.item() / 1000, tensors["sigma"].item(), tensors["latents"].std().item()))
             return {}
 
-        flux(
-            PROMPT,
-            num_inference_steps=5,
-            generator=seeded(),
-            output_type="latent",
-            parameterization=parameterization,
-            callback_on_step_end=callback,
-            callback_on_step_end_tensor_inputs=["latents", "sigma", "denoised", "prompt_embeds"],
-            **SIZE,
-        )
-        assert [one[0] for one in seen] == list(range(5))
+        call |= {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "sigma"]}
+        flux(PROMPT, generator=seeded(), parameterization=parameterization, **call)
+        times, levels, spread[parameterization] = zip(*seen)
         first = 1 if parameterization == "ve" else 0  # "ve" begins a little below t = 1
-        torch.testing.assert_close(torch.tensor([one[2] for one in seen[first:]]), ts[first:-1].float())
-        assert all(one[1] == pytest.approx(one[2]) for one in seen)
-        expected[parameterization] = [one[3] for one in seen]
-    assert expected["ve"] == pytest.approx(expected["flow"], rel=0.1)
-
-
-def test_given_latents_are_the_state_at_the_first_t(flux):
-    """A half finished picture is finished by a second call, in either parameterization."""
-    halves = {}
-
-    def keep(pipe, i, timestep, tensors):
-        halves[i] = tensors["latents"]
-        return {}
-
-    sigmas = [1.0, 0.8, 0.6, 0.4, 0.2]
-    call = {"output_type": "latent", **SIZE}
-    whole = flux(PROMPT, sigmas=sigmas, generator=seeded(), callback_on_step_end=keep, **call).images
-    # Euler's step is the same in both: (1 - t) x0 + t noise with the x0 and the noise that were predicted
-    for parameterization in ("flow", "ve"):
-        later = {"sigmas": sigmas[2:], "latents": halves[1], "parameterization": parameterization}
-        assert relative(flux(PROMPT, **later, **call).images, whole) < 1e-4
+        torch.testing.assert_close(torch.tensor(levels[first:]), ts[first:-1].float())
+        assert times == pytest.approx(levels)
+    assert spread["ve"] == pytest.approx(spread["flow"], rel=0.1)
 
 
 def test_given_latents_stay_as_they_are(flux):
@@ -170,44 +124,27 @@ def test_given_latents_stay_as_they_are(flux):
     assert latents.eq(1).all() and found.eq(0.5).all()
 
 
-def test_bfloat16_network(flux):
-    half = FluxComfyPipeline.from_pretrained(flux.name_or_path, dtype=torch.bfloat16)
-    half.set_progress_bar_config(disable=True)
-    for sampler in ("euler", "dpmpp_sde"):
-        latents = half(PROMPT, sampler=sampler, num_inference_steps=4, output_type="latent", **SIZE).images
-        assert latents.dtype == torch.float32 and latents.isfinite().all()
-    assert half(PROMPT, num_inference_steps=2, **SIZE).images[0].size == (128, 128)
-
-
 def no_network(*args, **kwargs):
     raise AssertionError("a network ran before the arguments were checked")
 
 
 EMBEDS = {"prompt_embeds": torch.zeros(1, 64, 128), "pooled_prompt_embeds": torch.zeros(1, 64)}
-OF_ANOTHER_LENGTH = {
-    "negative_prompt_embeds": torch.zeros(1, 32, 128),
-    "negative_pooled_prompt_embeds": torch.zeros(1, 64),
-}
+SHORTER = {"negative_prompt_embeds": torch.zeros(1, 32, 128), "negative_pooled_prompt_embeds": torch.zeros(1, 64)}
 BAD = [  # what the shared block refuses: test_sdxl.py
-    ({"sampler": "dpmp_2m"}, ValueError, "did you mean dpmpp_2m"),
-    ({"parameterization": "vp"}, ValueError, "'auto', 'flow' or 've'"),
-    ({"sigmas": [0.5, 0.8]}, ValueError, "`sigmas` have to be"),
-    ({"sigmas": [14.6, 1.0]}, ValueError, "lies in 0..1"),
-    ({"generator": [seeded()], "latents": torch.zeros(2, 64, 64), "num_images_per_prompt": 2}, ValueError, "one or 2"),
-    ({"schedule": "karras", "sigmas": [1.0, 0.5]}, ValueError, "pass one of them"),
-    ({"num_inference_steps": 0}, ValueError, "at least 1"),
-    ({"negative_prompt_embeds": torch.zeros(1, 64, 128)}, ValueError, "negative_pooled_prompt_embeds"),
-    (
-        {"prompt": None, "true_cfg_scale": 2.0, **EMBEDS, **OF_ANOTHER_LENGTH},
-        ValueError,
-        "must have the same shape when passed directly",
-    ),
+    ({"parameterization": "vp"}, "'auto', 'flow' or 've'"),
+    ({"sigmas": [0.5, 0.8]}, "`sigmas` have to be"),
+    ({"sigmas": [14.6, 1.0]}, "lies in 0..1"),
+    ({"generator": [seeded()], "latents": torch.zeros(2, 64, 64), "num_images_per_prompt": 2}, "one or 2"),
+    ({"schedule": "karras", "sigmas": [1.0, 0.5]}, "pass one of them"),
+    ({"num_inference_steps": 0}, "at least 1"),
+    ({"negative_prompt_embeds": torch.zeros(1, 64, 128)}, "negative_pooled_prompt_embeds"),
+    ({"prompt": None, "true_cfg_scale": 2.0, **EMBEDS, **SHORTER}, "must have the same shape when passed"),
 ]
 
 
-@pytest.mark.parametrize("call, error, message", BAD, ids=[message[:40] for _, _, message in BAD])
-def test_bad_input_is_reported_before_any_network_runs(flux, monkeypatch, call, error, message):
+@pytest.mark.parametrize("call, message", BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_reported_before_any_network_runs(flux, monkeypatch, call, message):
     for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
         monkeypatch.setattr(getattr(flux, name), "forward", no_network)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         flux(**{"prompt": PROMPT, **SIZE, **call})

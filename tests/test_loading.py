@@ -7,17 +7,11 @@ import json
 import addons
 import torch
 from conftest import CHILDREN, FAMILIES, PARENTS, ROOT, draw, load, network, parent_of, relative, seeded
-from diffusers import (
-    AutoPipelineForText2Image,
-    DiffusionPipeline,
-)
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from safetensors.torch import save_file
 
 CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
 NOISE = {"sdxl": (1, 4, 8, 8), "flux": (1, 16, 64)}
-
-
-# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 @FAMILIES
@@ -70,9 +64,6 @@ def test_from_pipe_both_ways_shares_the_weights(name):
     assert draw(again, name).equal(expected) and relative(draw(parent, name), expected) < CLOSE
 
 
-# --- one file --------------------------------------------------------------------------------------------------------
-
-
 @FAMILIES
 def test_from_single_file(name, sdxl, flux, tmp_path):
     """The network in one file, the rest from elsewhere, as fine-tunes come. `config` names a folder for the sizes.
@@ -88,9 +79,6 @@ def test_from_single_file(name, sdxl, flux, tmp_path):
     assert draw(loaded, name, output_type="pt").equal(draw(pipe, name, output_type="pt"))
     half = CHILDREN[name].from_single_file(file, config=str(ROOT / "demo" / name), torch_dtype=torch.bfloat16, **rest)
     assert network(half).dtype == torch.bfloat16
-
-
-# --- adapters --------------------------------------------------------------------------------------------------------
 
 
 @FAMILIES

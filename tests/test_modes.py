@@ -11,18 +11,13 @@ import pytest
 import torch
 from conftest import CHILDREN, FAMILIES, PROMPT, load, network, parent_of, relative
 from diffusers import FluxPipeline
-from diffusers.hooks import (
-    FasterCacheConfig,
-    FirstBlockCacheConfig,
-    PyramidAttentionBroadcastConfig,
-)
+from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.utils import torch_utils
 from pretend_mps import PretendMps, placed
 
 from flux_comfy_pipeline import FluxComfyPipeline, sampler_names
 
 CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
-CPU = torch.device("cpu")
 draw = functools.partial(conftest.draw, output_type="pt")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -31,48 +26,36 @@ def fail(*args, **kwargs):
     raise ZeroDivisionError
 
 
+LEAVES = {"offload_type": "leaf_level"}
+BLOCKS = {"offload_type": "block_level", "num_blocks_per_group": 1}
 OFFLOAD = {
-    "model, to the CPU": lambda pipe, folder: pipe.enable_model_cpu_offload(device="cpu"),
-    "group of leaves": lambda pipe, folder: pipe.enable_group_offload(CPU, offload_type="leaf_level"),
-    "group of blocks": lambda pipe, folder: pipe.enable_group_offload(
-        CPU, offload_type="block_level", num_blocks_per_group=1
-    ),
+    "model": lambda pipe, device, folder: pipe.enable_model_cpu_offload(device=device),
+    "group of leaves": lambda pipe, device, folder: pipe.enable_group_offload(device, **LEAVES),
+    "group of blocks": lambda pipe, device, folder: pipe.enable_group_offload(device, **BLOCKS),
     # one network: diffusers gives the files of two components the same names
-    "group, to the disk": lambda pipe, folder: network(pipe).enable_group_offload(
-        CPU, offload_type="leaf_level", offload_to_disk_path=str(folder)
+    "group, to the disk": lambda pipe, device, folder: network(pipe.to(device)).enable_group_offload(
+        device, **LEAVES, offload_to_disk_path=str(folder)
     ),
+    "sequential": lambda pipe, device, folder: pipe.enable_sequential_cpu_offload(device=device),
 }
+PLACES = [("cpu", mode) for mode in OFFLOAD if mode != "sequential"]
+PLACES += [pytest.param("cuda", mode, marks=NEEDS_CUDA) for mode in ("model", "sequential", "group of leaves")]
 
 
 @FAMILIES
-@pytest.mark.parametrize("mode", OFFLOAD)
-def test_offload(name, mode, tmp_path):
+@pytest.mark.parametrize("device, mode", PLACES)
+def test_offload(name, device, mode, tmp_path):
     """With the hooks in place, twice, and again after an exception in the middle of a run."""
     pipe = load(CHILDREN[name], name)
-    expected = draw(pipe, name)
-    OFFLOAD[mode](pipe, tmp_path)
-    assert relative(draw(pipe, name), expected) < CLOSE
+    expected, close = draw(pipe, name), CLOSE if device == "cpu" else 1e-3
+    if device == "cuda":
+        expected = draw(copy.deepcopy(pipe).to(device), name).cpu()
+    OFFLOAD[mode](pipe, torch.device(device), tmp_path)
+    assert relative(draw(pipe, name).cpu(), expected) < close
     with pytest.raises(ZeroDivisionError):
         draw(pipe, name, callback_on_step_end=fail)
-    assert relative(draw(pipe, name), expected) < CLOSE
-
-
-@NEEDS_CUDA
-@FAMILIES
-@pytest.mark.parametrize("mode", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"])
-def test_offload_from_cuda(name, mode):
-    pipe = load(CHILDREN[name], name)
-    expected = draw(copy.deepcopy(pipe).to("cuda"), name).cpu()
-    group = {"onload_device": torch.device("cuda"), "offload_type": "leaf_level"}
-    options = group if mode == "enable_group_offload" else {}
-    getattr(pipe, mode)(**options)
-    for _ in range(2):
-        assert relative(draw(pipe, name).cpu(), expected) < 1e-3
-        if mode != "enable_sequential_cpu_offload":
-            assert network(pipe).device.type == "cpu"  # it went back
-    with pytest.raises(ZeroDivisionError):
-        draw(pipe, name, callback_on_step_end=fail)
-    assert relative(draw(pipe, name).cpu(), expected) < 1e-3
+    assert relative(draw(pipe, name).cpu(), expected) < close
+    assert mode == "sequential" or network(pipe).device.type == "cpu"  # it went back
 
 
 @FAMILIES
@@ -126,28 +109,21 @@ def test_modes_of_the_network(name, mode):
     assert (relative(drawn, plain) < CLOSE) == (mode not in CHANGING)
 
 
-def broadcast(pipe):
-    return PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=2,
+SKIPPED = {"spatial_attention_block_skip_range": 2}
+CACHES = {
+    "block": lambda pipe: FirstBlockCacheConfig(threshold=0.5),
+    "broadcast": lambda pipe: PyramidAttentionBroadcastConfig(
+        **SKIPPED,
         spatial_attention_timestep_skip_range=(100, 990),
         current_timestep_callback=lambda: pipe.current_timestep,
-    )
-
-
-def faster(pipe):
-    return FasterCacheConfig(
-        spatial_attention_block_skip_range=2,
+    ),
+    "faster": lambda pipe: FasterCacheConfig(
+        **SKIPPED,
         spatial_attention_timestep_skip_range=(-1, 901),
         attention_weight_callback=lambda _: 0.5,
         is_guidance_distilled=True,
         current_timestep_callback=lambda: pipe.current_timestep,
-    )
-
-
-CACHES = {
-    "block": lambda pipe: FirstBlockCacheConfig(threshold=0.5),
-    "broadcast": broadcast,
-    "faster": faster,
+    ),
 }
 
 
