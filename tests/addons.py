@@ -35,35 +35,28 @@ def ip_adapter(network: torch.nn.Module, tokens: int = 4) -> dict[str, dict[str,
 
     flux = hasattr(network.config, "joint_attention_dim")
     width = network.config.joint_attention_dim if flux else network.config.cross_attention_dim
-    image_proj = {
-        "proj.weight": random(width * tokens, IMAGE_DIM),
-        "proj.bias": random(width * tokens),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
-    }
-    layers = {}
+    image_proj = {"proj.weight": random(width * tokens, IMAGE_DIM), "proj.bias": random(width * tokens)}
+    image_proj |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     if flux:
-        for i in range(len(network.transformer_blocks)):
-            for name in ("to_k_ip", "to_v_ip"):
-                layers[f"{i}.{name}.weight"] = random(network.inner_dim, width)
-                layers[f"{i}.{name}.bias"] = random(network.inner_dim)
+        widths = {i: network.inner_dim for i in range(len(network.transformer_blocks))}
     else:
-        names = [name for name in network.attn_processors if name.endswith("attn2.processor")]
-        for i, name in enumerate(names):
-            attention = network.get_submodule(name.removesuffix(".processor"))
-            for key in ("to_k_ip", "to_v_ip"):
-                layers[f"{2 * i + 1}.{key}.weight"] = random(attention.inner_dim, width)
+        names = [name.removesuffix(".processor") for name in network.attn_processors if "attn2" in name]
+        widths = {2 * i + 1: network.get_submodule(name).inner_dim for i, name in enumerate(names)}
+    layers = {}
+    for i, inner in widths.items():
+        for name in ("to_k_ip", "to_v_ip"):
+            layers[f"{i}.{name}.weight"] = random(inner, width)
+            if flux:
+                layers[f"{i}.{name}.bias"] = random(inner)
     return {"image_proj": image_proj, "ip_adapter": layers}
 
 
 def with_ip_adapter(pipe: Any) -> Any:
     """Loads the adapter as a user does, but for the image encoder, which a state dict can't name."""
     pipe.register_modules(image_encoder=image_encoder(), feature_extractor=feature_extractor())
-    network = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
-    if hasattr(pipe, "transformer"):
-        pipe.load_ip_adapter(ip_adapter(network), weight_name="")
-    else:
-        pipe.load_ip_adapter(ip_adapter(network), subfolder="", weight_name="")
+    flux = hasattr(pipe, "transformer")
+    options = {} if flux else {"subfolder": ""}
+    pipe.load_ip_adapter(ip_adapter(pipe.transformer if flux else pipe.unet), weight_name="", **options)
     pipe.set_ip_adapter_scale(1.0)
     return pipe
 

@@ -48,7 +48,7 @@ STOCHASTIC |= {name: {"s_churn": 5.0} for name in DETERMINISTIC if takes(name, "
 
 
 @functools.cache
-def pipeline(process: str, dtype: torch.dtype, network: type | None = None, **options: Any) -> Any:
+def pipeline(process: str, dtype: torch.dtype, network: Any = None, **options: Any) -> Any:
     make = sdxl_pipeline if process == "sdxl" else flux_pipeline
     return make(KNOWN, dtype, network or NETWORKS[process], **options)
 
@@ -57,8 +57,6 @@ def pipeline(process: str, dtype: torch.dtype, network: type | None = None, **op
 def truth(seed: int = 0) -> torch.Tensor:
     return KNOWN.sample(4000, seeded(seed))
 
-
-# --- convergence order -----------------------------------------------------------------------------------------------
 
 # lms is of order 4, but its first three steps are of orders 1, 2 and 3. The first, Euler's, leaves an error of h^2
 # once, which the others carry to the end: order 2 in all. dpm_fast takes steps of order 3; with n = 2 (mod 3)
@@ -110,9 +108,6 @@ def test_convergence_order_with_v_prediction():
         assert relative(second, first) < 1e-6
 
 
-# --- distribution ----------------------------------------------------------------------------------------------------
-
-
 def distances(samples: torch.Tensor, others: torch.Tensor | None = None) -> dict[str, float]:
     """How far samples (n, d) are from true ones, from the mean and from the covariance that they should have."""
     samples, covariance = samples.double(), KNOWN.covariance
@@ -127,16 +122,12 @@ def distances(samples: torch.Tensor, others: torch.Tensor | None = None) -> dict
 def true_distances() -> dict[str, float]:
     """The same of true samples, the mean over twelve pairs of sets."""
     pairs = [distances(truth(2 * i + 1), truth(2 * i + 2)) for i in range(12)]
-    return {name: sum(pair[name] for pair in pairs) / len(pairs) for name in pairs[0]}
+    return {name: float(np.mean([pair[name] for pair in pairs])) for name in pairs[0]}
 
 
 def sample(
-    process: str,
-    sampler: str,
-    network: type | None = None,
-    disturb: Callable = lambda sampler: sampler,
-    parameterization: str = "auto",
-) -> tuple[list[tuple[float, torch.Tensor]], torch.Tensor]:
+    process: str, sampler: str, network: Any = None, disturb: Any = lambda sampler: sampler, parameterization="auto"
+):
     """4,000 samples at 50 steps, SDXL's Karras levels or FLUX's own with shift 1.15, and how they came about."""
     options = {"schedule": "karras"} if process == "sdxl" else {"parameterization": parameterization}
     options |= {"sampler": disturb(find_sampler(sampler).function), "sampler_kwargs": STOCHASTIC[sampler]}
@@ -172,9 +163,6 @@ def test_distribution_and_step_noise(process, sampler):
     check_step_noise(seen)
 
 
-# --- adaptive --------------------------------------------------------------------------------------------------------
-
-
 def ends(process: str) -> tuple[float, float]:
     """sigma where 20 steps begin and at their last positive level, by hand."""
     if process == "sdxl":
@@ -185,14 +173,8 @@ def ends(process: str) -> tuple[float, float]:
     return sigmas[0] ** 2 / sigmas[1], sigmas[2]
 
 
-def check_adaptive(
-    process: str, network: type | None = None, disturb: Callable = lambda sampler: sampler
-) -> list[tuple[int, float]]:
-    """dpm_adaptive's error against the ODE falls with rtol, at least by half for a quarter; it takes more evaluations.
-
-    Returns:
-        The number of evaluations, and the error, at each rtol.
-    """
+def check_adaptive(process: str, network: type | None = None, disturb: Callable = lambda sampler: sampler) -> None:
+    """dpm_adaptive's error against the ODE at least halves with a quarter of rtol; it takes more evaluations."""
     pipe, (sigma, sigma_end) = pipeline(process, torch.float32, network), ends(process)
     found = []
     for rtol in (0.2, 0.05, 0.0125):
@@ -203,18 +185,11 @@ def check_adaptive(
         found.append((len(seen), relative(seen[-1][1], solve_ode(KNOWN, seen[0][1], sigma, sigma_end))))
     (first, worst), (second, middle), (third, best) = found
     assert worst > 2 * middle > 4 * best and first < second < third, found
-    return found
 
 
 @pytest.mark.parametrize("process", ["sdxl", "ve"])
-def test_adaptive(process, record_property, capsys):
-    found = check_adaptive(process)
-    record_property("evaluations and error at rtol 0.2, 0.05, 0.0125", found)
-    with capsys.disabled():
-        print(f"\ndpm_adaptive, {process}: " + ", ".join(f"{n} evaluations, error {e:.0e}" for n, e in found))
-
-
-# --- the faults that these tests are for -----------------------------------------------------------------------------
+def test_adaptive(process):
+    check_adaptive(process)
 
 
 class PassesEpsilon(UNet):
@@ -236,11 +211,7 @@ def endless(function: Callable, most: int = 2000) -> Callable:
 
 
 def counted(sampler: Callable) -> Callable:
-    @functools.wraps(sampler)
-    def run(model: Callable, *arguments: Any, **options: Any) -> torch.Tensor:
-        return sampler(endless(model), *arguments, **options)
-
-    return run
+    return functools.wraps(sampler)(lambda model, *levels, **options: sampler(endless(model), *levels, **options))
 
 
 def one_step_late(sampler: Callable) -> Callable:
@@ -290,36 +261,26 @@ def test_order_shows_a_fault(process, sampler, fault):
     fails(check_order, process, sampler, *faults(process)[fault])
 
 
-@pytest.mark.parametrize(
-    "process, sampler",
-    [("sdxl", "heun"), ("ve", "euler_ancestral"), ("ve", "dpmpp_sde"), ("sdxl", "dpmpp_3m_sde"), ("ve", "dpm_fast")],
-)
-def test_distribution_and_step_noise_show_a_network_passed_as_it_is(process, sampler):
-    seen, samples = sample(process, sampler, network=PASSES[process])
-    fails(check_distribution, samples)
-    fails(check_step_noise, seen)
+FLOW_NOISE = {"sdxl": {"disturb": in_flow_coordinates}, "ve": {"parameterization": "flow"}}
+FAULTY = [
+    *((process, sampler, {"network": PASSES[process]}, True) for process, sampler in (
+        ("sdxl", "heun"), ("ve", "euler_ancestral"), ("ve", "dpmpp_sde"), ("sdxl", "dpmpp_3m_sde"),
+        ("ve", "dpm_fast"))),
+    # "auto" guards against noise in FLUX's own coordinates, for every sampler with noise
+    *((process, sampler, FLOW_NOISE[process], True) for process, sampler in (
+        ("sdxl", "dpmpp_2m_sde"), ("ve", "euler"), ("ve", "dpm_2_ancestral"), ("ve", "dpmpp_sde"))),
+    # one step late is an error of first order: among 50 steps samplers of second order alone show it at the end
+    *((process, sampler, {"disturb": one_step_late}, second) for process, sampler, second in (
+        ("sdxl", "dpm_2_ancestral", True), ("ve", "dpmpp_2s_ancestral", True), ("sdxl", "euler", False),
+        ("ve", "dpmpp_2m_sde", False))),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "process, sampler", [("sdxl", "dpmpp_2m_sde"), ("ve", "euler"), ("ve", "dpm_2_ancestral"), ("ve", "dpmpp_sde")]
-)
-def test_distribution_and_step_noise_show_noise_in_flow_coordinates(process, sampler):
-    """On FLUX that is parameterization="flow", which "auto" guards against for every sampler with noise."""
-    fault = {"disturb": in_flow_coordinates} if process == "sdxl" else {"parameterization": "flow"}
+@pytest.mark.parametrize("process, sampler, fault, at_the_end", FAULTY)
+def test_distribution_and_step_noise_show_a_fault(process, sampler, fault, at_the_end):
     seen, samples = sample(process, sampler, **fault)
-    fails(check_distribution, samples)
     fails(check_step_noise, seen)
-
-
-@pytest.mark.parametrize(
-    "process, sampler",
-    [("sdxl", "dpm_2_ancestral"), ("ve", "dpmpp_2s_ancestral"), ("sdxl", "euler"), ("ve", "dpmpp_2m_sde")],
-)
-def test_distribution_and_step_noise_show_a_wrong_level(process, sampler):
-    """One step late is an error of first order: among 50 steps only the samplers of second order show it at the end."""
-    seen, samples = sample(process, sampler, disturb=one_step_late)
-    fails(check_step_noise, seen)
-    if sampler in ("dpm_2_ancestral", "dpmpp_2s_ancestral"):
+    if at_the_end:
         fails(check_distribution, samples)
 
 
@@ -327,8 +288,6 @@ def test_distribution_and_step_noise_show_a_wrong_level(process, sampler):
 def test_adaptive_shows_a_fault(process, fault):
     fails(check_adaptive, process, *faults(process)[fault])
 
-
-# --- everything that FLUX may be asked -------------------------------------------------------------------------------
 
 STEP_COUNTS = [{"num_inference_steps": n} for n in (1, 2, 3, 20)]
 USERS = [[1.0, 0.5, 0.2], [0.9, 0.5, 0.0], [1.0], [0.5], [1.0, 0.999, 0.998, 0.01], [1.0, 1e-4]]
@@ -366,11 +325,8 @@ def test_every_sampler_draws_samples_at_any_shift(sampler, mu):
 
 
 def test_evaluations_are_as_many_as_the_readme_says():
-    """Evaluations a step, as the README lists them."""
-    counts = {
-        sampler: len(evaluations(pipeline("ve", torch.float32), 1, 1, sampler=sampler, num_inference_steps=20)[0])
-        for sampler in sampler_names()
-    }
+    pipe, names = pipeline("ve", torch.float32), sampler_names()
+    counts = {name: len(evaluations(pipe, 1, 1, sampler=name, num_inference_steps=20)[0]) for name in names}
     once = {"euler", "euler_ancestral", "lms", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpm_fast"}
     assert {name for name, count in counts.items() if count == 20} == once
     assert {name for name, count in counts.items() if count == 39} == set(counts) - once - {"dpm_adaptive"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import vocabulary
-from conftest import seeded
+from conftest import FAMILIES, seeded
 from judge import PARTS, known, train_judge
 from PIL import Image
 from scenes import PALETTES, PLACES, SUBJECTS, TONES, Scene, caption
@@ -46,10 +46,10 @@ def pictures(pipe, family: str, texts: list[str], **call) -> list[Image.Image]:
     return drawn
 
 
-@pytest.mark.parametrize("family", ["sdxl", "flux"])
-def test_thirty_pictures_show_what_was_asked(family, request, judge):
+@FAMILIES
+def test_thirty_pictures_show_what_was_asked(name, request, judge):
     texts, asked = prompts(30)
-    drawn = pictures(request.getfixturevalue(family), family, texts)
+    drawn = pictures(request.getfixturevalue(name), name, texts)
     right = dict(zip(PARTS, (judge(drawn) == asked).float().mean(0).tolist()))
     assert min(right["subject"], right["place"]) >= 0.9, right
 
@@ -65,16 +65,12 @@ def test_palette(family, scale, request):
     """Cold prompts give bluer pictures than warm ones. As the negative prompt of one that leaves the palette open,
     they steer away from it."""
     pipe, places = request.getfixturevalue(family), ("jungle", "desert", "city")
-    cold, warm = (
-        blueness(pipe, family, [f"an astronaut in a {place}, {palette} color palette" for place in places])
-        for palette in ("cold", "warm")
-    )
-    assert cold > 1.1 > 0.9 > warm
-    not_cold, not_warm = (
-        blueness(pipe, family, ["a robot"] * 4, negative_prompt=[f"{palette} color palette"] * 4, **scale)
-        for palette in ("cold", "warm")
-    )
-    assert not_warm > 1.15 * not_cold
+    blue, without = {}, {}
+    for palette in ("cold", "warm"):
+        text = f"{palette} color palette"
+        blue[palette] = blueness(pipe, family, [f"an astronaut in a {place}, {text}" for place in places])
+        without[palette] = blueness(pipe, family, ["a robot"] * 4, negative_prompt=[text] * 4, **scale)
+    assert blue["cold"] > 1.1 > 0.9 > blue["warm"] and without["warm"] > 1.15 * without["cold"]
 
 
 def test_the_vocabulary_is_asked_for_whole():
@@ -92,12 +88,10 @@ def test_the_table_counts_what_is_right():
     rows = [(sampler, s, [True] * 4) for s in scenes for sampler in vocabulary.SAMPLERS]
     wrong = next(i for i, (_, s, _) in enumerate(rows) if s.tone == "muted" and s.place == "sea")
     rows[wrong] = (*rows[wrong][:2], [True, False, True, False])
-    lines = {cells[1].strip(): cells[2:-1] for cells in (r.split("|") for r in vocabulary.table(rows).splitlines()[2:])}
-    numbers = {name: [float(cell) for cell in cells] for name, cells in lines.items()}
-    toned = sum(s.tone != "plain" for s in scenes)
-    share = 100 * 95 / 96
+    lines = [[cell.strip() for cell in row.split("|")[1:-1]] for row in vocabulary.table(rows).splitlines()[2:]]
+    numbers = {name: [float(cell) for cell in cells] for name, *cells in lines}
+    toned, share = sum(s.tone != "plain" for s in scenes), 100 * 95 / 96
     expected = [96, share, 100, share, 100, 100 * (1 - 1 / (2 * toned))]
     assert numbers["all"] == pytest.approx(expected, abs=0.05)
     assert numbers["sea"][:3] == [16, 93.8, 100]
     assert numbers["`euler_ancestral`"][1:] == [100] * 5 and numbers["`dpmpp_2m`"][1] < 100
-    assert len(lines) == 1 + 2 + len(SUBJECTS) + len(PLACES)

@@ -132,8 +132,8 @@ def test_one_option_alone_may_have_several_values(capsys):
 
 
 # with --cpu in place of --multi_gpu, which needs no GPU, accelerate would start one process
-TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
-TWO += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+TWO = tuple("-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1".split())
+TWO += tuple("--mixed_precision no --dynamo_backend no --main_process_port 0".split())
 
 
 def test_killed_and_resumed_it_gives_the_same_files(arguments, whole, tmp_path):
@@ -188,18 +188,13 @@ def test_a_file_that_another_process_is_writing_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [theirs.name, "a.png"]
 
 
-def test_prompts_file_of_a_windows_editor(tmp_path):
-    """With a byte order mark and its line ends."""
+def test_prompts_file(tmp_path, capsys):
     file = tmp_path / "prompts.txt"
-    file.write_bytes("a cat\r\nein Männchen\r\n".encode("utf-8-sig"))
+    for text, message in ((None, "can't read"), ("\n \n", "has no line with a prompt")):
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(SystemExit):
+            parse(SDXL, ["--prompts", str(file)])
+        assert message in capsys.readouterr().err
+    file.write_bytes("a cat\r\nein Männchen\r\n".encode("utf-8-sig"))  # as a Windows editor does
     assert parse(SDXL, ["--prompts", str(file)]).prompts == ["a cat", "ein Männchen"]
-
-
-@pytest.mark.parametrize("text, message", [(None, "can't read"), ("\n \n", "has no line with a prompt")])
-def test_bad_prompts_file(tmp_path, capsys, text, message):
-    file = tmp_path / "prompts.txt"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(SystemExit):
-        parse(SDXL, ["--prompts", str(file)])
-    assert message in capsys.readouterr().err
