@@ -86,15 +86,6 @@ def test_text_is_wrapped_by_its_width(word):
     assert 0.85 * (sheet.width - 14) < right <= sheet.width - 14
 
 
-def test_the_first_text_of_a_title_is_large_on_all_of_its_lines():
-    sheet = contact_sheet(
-        ["several words that take more than one line of a title " * 2, "prompt"], [("a", "failed", None)]
-    )
-    rows = [sheet.crop((0, 14 + 26 * i, sheet.width, 40 + 26 * i)) for i in range(3)]
-    heights = [box[3] - box[1] for box in (ImageChops.invert(row).getbbox() for row in rows)]
-    assert heights[0] == heights[1] > heights[2]
-
-
 def test_title_names_what_the_pictures_have_in_common():
     settings = {"steps": "4", "schedule": "beta", "guidance": "3.5", "seed": "7", "prompt": "a cat", "comfy": "False"}
     settings |= {"negative_prompt": "", "true_cfg": "1.0"}
@@ -190,27 +181,13 @@ def test_a_chunk_of_another_tool_is_no_settings(tmp_path, chunk):
 
 
 @pytest.mark.parametrize("word", ["word ", "x", "宇航员"])
-def test_a_long_prompt_is_cut_with_an_ellipsis(monkeypatch, word):
-    """A sheet with 60,000 letters is as high as with 6,000, and measures only few of them."""
-    measured = []
-    real = pictures.ImageFont.FreeTypeFont.getlength
-
-    def getlength(font, text, *rest, **options):
-        measured.append(len(text))
-        return real(font, text, *rest, **options)
-
-    monkeypatch.setattr(pictures.ImageFont.FreeTypeFont, "getlength", getlength)
+def test_a_long_prompt_is_cut_with_an_ellipsis(word):
+    """A sheet with 60,000 letters is as high as with 6,000."""
     entries = [("a", word * 20_000, None)]
-    sheet = contact_sheet(["title", word * 20_000], entries)
-    assert sum(measured) < 60_000 and sheet.height == contact_sheet(["title", word * 2_000], entries).height
+    sheets = [contact_sheet(["title", word * count], entries) for count in (20_000, 2_000)]
+    assert sheets[0].height == sheets[1].height
     lines = pictures.wrapped(word * 20_000, pictures.ImageFont.load_default(size=15), 600, 6)
     assert len(lines) == 6 and lines[-1].endswith("…") and not any(line.endswith("…") for line in lines[:5])
-
-
-def test_a_short_text_is_not_cut():
-    font = pictures.ImageFont.load_default(size=15)
-    assert pictures.wrapped("a cat in snow", font, 600, 1) == ["a cat in snow"]
-    assert pictures.wrapped("", font, 600, 3) == []
 
 
 def test_letters_that_no_font_has_are_escaped(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from gallery.parameters import listed, write_parameters
+from gallery.parameters import listed
 from gallery.workflow import Settings, import_settings
 
 
@@ -361,11 +361,11 @@ def test_the_web_uis_text(tmp_path):
     text = (
         "a fox <lora:fur:0.8> in snow,\n(sharp:1.2)\nNegative prompt: blurry\n"
         "Steps: 30, Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale: 6.5, Seed: 4, Size: 832x1216,"
-        " Model hash: 31e35c80fc, Model: sd_xl_base_1.0, Denoising strength: 0.4, Hires upscale: 2, Version: v1.10.1"
+        ' Model hash: 31e35c80fc, Model: "sdxl, a: b", Denoising strength: 0.4, Hires upscale: 2, Version: v1.10.1'
     )
     assert import_settings(picture(tmp_path / "picture.png", parameters=text)) == Settings(
         {
-            **{"prompt": "a fox in snow,\n(sharp:1.2)", "negative_prompt": "blurry", "model": "sd_xl_base_1.0"},
+            **{"prompt": "a fox in snow,\n(sharp:1.2)", "negative_prompt": "blurry", "model": "sdxl, a: b"},
             **{"sampler_name": "dpmpp_2m_sde", "scheduler": "karras", "seed": 4, "steps": 30, "cfg": 6.5},
             **{"width": 832, "height": 1216},  # and no denoise, which belongs to the second pass
         },
@@ -389,6 +389,7 @@ TEXTS = [  # the sampler's entry, the entries at the end, and what differs from 
     ("Euler, Schedule type: SGM Uniform, ", ", Denoising strength: 0.5, Hires steps: 2", {"scheduler": "sgm_uniform"}),
     ("Euler, Schedule type: Simple, ", ", Distilled CFG Scale: 3.5", {"scheduler": "simple", "guidance": 3.5}),
     ("Euler, Schedule type: Simple, ", ", Denoising strength: 0.5", {"scheduler": "simple", "denoise": 0.5}),
+    ("Euler, ", ", Model: \"Anna's", {"model": "\"Anna's"}),
 ]
 
 
@@ -427,15 +428,3 @@ def test_exif(tmp_path, suffix, code):
     graph[0x010F] = "Prompt:" + json.dumps(plain_graph())  # as ComfyUI's nodes for WebP write it
     Image.new("RGB", (8, 8)).save(tmp_path / f"b{suffix}", exif=graph)
     assert import_settings(tmp_path / f"b{suffix}").values == PLAIN
-
-
-def test_the_text_that_is_written_here(tmp_path):
-    """From `write_parameters`."""
-    settings = {"prompt": "a fox, in snow", "negative_prompt": "", "sampler": "dpmpp_sde_gpu", "schedule": "beta"}
-    settings |= {"steps": "9", "guidance": "5.0", "seed": "3", "size": "64x96", "model": "demo"}
-    for comfy in ("True", "False"):
-        own = picture(tmp_path / "own.png", parameters=write_parameters(settings | {"comfy": comfy}))
-        assert import_settings(own).comfy == (comfy == "True")
-    values = import_settings(own).values
-    assert (values["sampler_name"], values["scheduler"], values["steps"]) == ("dpmpp_sde_gpu", "beta", 9)
-    assert (values["prompt"], values["width"], values["height"]) == ("a fox, in snow", 64, 96)
