@@ -8,7 +8,6 @@ On FLUX x is (1 - t) x0 + t noise and sigma is t; elsewhere x is x0 + sigma nois
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
 
@@ -26,29 +25,13 @@ class Run:
         assert self.sampling is model.inner_model.inner_model.model_sampling
         self.flow = isinstance(self.sampling, sys.modules["comfy.model_sampling"].CONST)
         generator = torch.Generator().manual_seed(extra_args["seed"] + 1)
-        self.noise = lambda: torch.randn(x.shape, generator=generator)
-        if noise_sampler is not None:
-            self.noise = lambda: noise_sampler(None, None)
-        self.x, self.sigmas, self.uncond = x, sigmas.clone(), None
+        self.noise = lambda: noise_sampler(None, None) if noise_sampler else torch.randn(x.shape, generator=generator)
+        self.x, self.sigmas = x, sigmas.clone()
 
-    def from_finite_snr(self):
-        """At t = 1 the share of x0 is zero; samplers that divide by it begin a little lower."""
-        if self.flow and self.sigmas[0] >= 1:
-            self.sigmas[0] = self.sampling.percent_to_sigma(1e-4)
-
-    def with_uncond(self):
-        options = dict(self.extra_args["model_options"])
-        after = [*options.get("sampler_post_cfg_function", []), self._keep]
-        self.extra_args["model_options"] = {**options, "sampler_post_cfg_function": after}
-
-    def _keep(self, arguments):
-        self.uncond = arguments["uncond_denoised"]
-        return arguments["denoised"]
-
-    def __call__(self, x, sigma, begins=False, shown=None):
+    def __call__(self, x, sigma, reported=None):
+        """The prediction. With `reported`, the callback gets that as its x."""
         denoised = self.model(x, sigma * x.new_ones([len(x)]), **self.extra_args)
-        if begins and self.callback is not None:
-            reported = x if shown is None else shown
+        if reported is not None and self.callback is not None:
             self.callback({"x": reported, "i": self.count, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
             self.count += 1
         return denoised
@@ -59,42 +42,36 @@ class Run:
     def alpha(self, sigma):
         return 1 - sigma if self.flow else torch.ones_like(sigma)
 
-    def lam(self, sigma):
-        """Half the log of the signal to noise ratio, log(alpha / sigma)."""
-        return sigma.logit().neg() if self.flow else sigma.log().neg()
-
-    def sigma_at(self, lam):
-        return lam.neg().sigmoid() if self.flow else lam.neg().exp()
-
 
 def sampler(function):
     """`function(run)` with the signature of ComfyUI's."""
 
-    @functools.wraps(function)
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
         return function(Run(model, x, sigmas, extra_args, callback, noise_sampler))
 
-    del sample.__wrapped__
     return sample
-
-
-def ancestral(sigma, sigma_next, eta=1.0):
-    """(down, up), Karras et al. 2022 in the notation of k-diffusion."""
-    up = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).clamp(min=0).sqrt()
-    return (sigma_next**2 - up**2).sqrt(), up
 
 
 def euler_cfg_pp(run, eta=0.0):
     """CFG++ (Chung et al. 2024, algorithm 2): guided x0, unguided noise."""
-    run.with_uncond()
+    unguided = []
+
+    def keep(arguments):
+        unguided.append(arguments["uncond_denoised"])
+        return arguments["denoised"]
+
+    options = dict(run.extra_args["model_options"])
+    after = [*options.get("sampler_post_cfg_function", []), keep]
+    run.extra_args["model_options"] = {**options, "sampler_post_cfg_function": after}
     x = run.x
     for s, t in run.steps():
-        denoised = run(x, s, begins=True)
+        denoised = run(x, s, reported=x)
         if t == 0:
             return denoised
-        noise = (x - run.alpha(s) * run.uncond) / s
-        down, up = ancestral(s / run.alpha(s), t / run.alpha(t), eta)
-        x = run.alpha(t) * (denoised + down * noise)
+        noise = (x - run.alpha(s) * unguided[-1]) / s
+        sigma, sigma_next = s / run.alpha(s), t / run.alpha(t)
+        up = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).clamp(min=0).sqrt()
+        x = run.alpha(t) * (denoised + (sigma_next**2 - up**2).sqrt() * noise)
         if eta:
             x = x + run.alpha(t) * up * run.noise()
     return x
@@ -104,7 +81,7 @@ def lcm(run):
     """Song et al. 2023, algorithm 1: x0, and new noise of the next level by the model's own scaling."""
     x = run.x
     for s, t in run.steps():
-        x = run(x, s, begins=True)
+        x = run(x, s, reported=x)
         if t > 0:
             x = run.sampling.noise_scaling(t, run.noise(), x)
     return x
@@ -115,7 +92,7 @@ def ipndm(run):
     weights = [(1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)]
     x, slopes = run.x, []
     for s, t in run.steps():
-        denoised = run(x, s, begins=True, shown=run.x)
+        denoised = run(x, s, reported=run.x)
         if t == 0:
             return denoised
         slopes = [(x - denoised) / s, *slopes][:4]
@@ -123,42 +100,11 @@ def ipndm(run):
     return x
 
 
-def exponential(run, *shares, eta=0.0, second_order=True):
-    """Exponential stages at these shares of the step in lambda, each by the one before (SEEDS-2 and -3, Gonzalez et al.
-    2023; 1 and 1 are exponential Heun). The noise of a step is of one path through its stages.
-    """
-    run.from_finite_snr()
-    x = run.x
-    for s, t in run.steps():
-        denoised = latest = run(x, s, begins=True)
-        if t == 0:
-            return denoised
-        h, before, path, level, x_next = run.lam(t) - run.lam(s), 0.0, 0.0, s, x
-        for stage, r in enumerate(shares):
-            if stage:
-                latest = run(x_next, level)
-            level = t if stage == len(shares) - 1 else run.sigma_at(run.lam(s) + r * h)
-            a = (1 + eta) * r * h
-            whole, second = 1 - (-a).exp(), 0.0
-            if stage:
-                second = r / before * (a - whole) / a if second_order else whole / (2 * before)
-            x_next = level / s * (-r * h * eta).exp() * x + run.alpha(level) * (
-                (whole - second) * denoised + second * latest
-            )
-            if eta:
-                passed = (r - before) * h * eta
-                path = path * (-passed).exp() + (1 - (-2 * passed).exp()).sqrt() * run.noise()
-                x_next = x_next + level * path
-            before = r
-        x = x_next
-    return x
-
-
 def flow_ancestral(run):
     """ComfyUI's ancestral step on FLUX: by the ODE to t^2 / s, from where alpha and noise are brought up to t."""
     x = run.x
     for s, t in run.steps():
-        denoised, down = run(x, s, begins=True), t**2 / s
+        denoised, down = run(x, s, reported=x), t**2 / s
         if t == 0:
             return denoised
         x = denoised + (x - denoised) * (down / s)
@@ -171,7 +117,8 @@ def brownian(run, name, **options):
     """k-diffusion's `*_sde`; on FLUX of y = x / (1 - t), which is x0 + sigma noise at sigma = t / (1 - t)."""
     positive = run.sigmas[run.sigmas > 0]
     tree = k_diffusion().BrownianTreeNoiseSampler(run.x, positive[-1], positive[0], run.extra_args["seed"])
-    run.from_finite_snr()
+    if run.flow and run.sigmas[0] >= 1:  # there the share of x0 is zero; ComfyUI begins a little lower
+        run.sigmas[0] = run.sampling.percent_to_sigma(1e-4)
     levels = run.sigmas / (1 - run.sigmas) if run.flow else run.sigmas
 
     def to_t(sigma):
@@ -200,10 +147,6 @@ ON_BOTH = {
         "euler_ancestral_cfg_pp": lambda run: euler_cfg_pp(run, eta=1.0),
         "lcm": lcm,
         "ipndm": ipndm,
-        "exp_heun_2_x0": lambda run: exponential(run, 1.0, 1.0),
-        "exp_heun_2_x0_sde": lambda run: exponential(run, 1.0, 1.0, eta=1.0),
-        "seeds_2": lambda run: exponential(run, 0.5, 1.0, eta=1.0, second_order=False),
-        "seeds_3": lambda run: exponential(run, 1 / 3, 2 / 3, 1.0, eta=1.0),
         "dpmpp_2m_sde_heun": lambda run: brownian(run, "dpmpp_2m_sde", solver_type="heun"),
         "dpmpp_2m_sde_heun_gpu": lambda run: brownian(run, "dpmpp_2m_sde", solver_type="heun"),  # the same on a CPU
     }.items()

@@ -127,17 +127,16 @@ def test_one_seed_draws_a_batch_at_once(pipes):
 
 @pytest.mark.parametrize("scheduler", ["normal", "ddim_uniform"])
 def test_start(pipes, scheduler):
-    """The first input of the network: sigma noise / sqrt(1 + sigma^2) below the highest level, noise at it."""
-    pipe, shown = pipes["sdxl"], []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, args: shown.append(args[0].clone()))
-    try:
-        draw(pipe, **ksampler(pipe, **settings(f"sdxl/euler/{scheduler}/4/1")))
-    finally:
-        hook.remove()
+    """From sigma times the noise below the highest level, and sqrt(1 + sigma^2) times the noise at it."""
+
+    def initial(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return x
+
+    call = ksampler(pipes["sdxl"], **settings(f"sdxl/euler/{scheduler}/4/1"))
+    sigma = call["schedule"][0].item()
     noise = torch.randn(1, 4, 16, 16, generator=seeded(1))
-    sigma = levels(pipe, scheduler, 4)[0].item()
-    scale = sigma / math.sqrt(1 + sigma**2) if scheduler == "ddim_uniform" else 1.0
-    torch.testing.assert_close(shown[0], noise * scale, rtol=1e-6, atol=1e-7)
+    expected = noise * (sigma if scheduler == "ddim_uniform" else math.hypot(1, sigma))
+    torch.testing.assert_close(draw(pipes["sdxl"], **call | {"sampler": initial}), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_latents_do_not_depend_on_the_scheduler_that_keeps_the_betas(pipes):
@@ -622,35 +621,34 @@ def test_levels_fall_at_every_step_count(pipes, scheduler):
             assert len(sigmas) == steps + 1 or scheduler in ("beta", "ddim_uniform") or steps > 1000
 
 
-FLOWS = dict.fromkeys(["sd3_text", "wan_text", "z_image", "sana"], 3.0)
-FLOWS |= {"chroma": 1.0, "qwen_text": math.exp(0.5), "ltx": 2.5}
+SHIFTS = dict.fromkeys(["sd3_text", "wan_text", "z_image", "sana"], 3.0)
+SHIFTS |= {"chroma": 1.0, "qwen_text": math.exp(0.5), "ltx": 2.5}
 
 
-@pytest.mark.parametrize("kind", ["sd_text", "animate_diff", "pixart_sigma", "stable_audio", "continuous", *FLOWS])
+@pytest.mark.parametrize("kind", ["sd_text", "animate_diff", "pixart_sigma", "stable_audio", "continuous", *SHIFTS])
 def test_levels_of_any_pipeline(kind):
     """By the kind of scheduler: the ends of the trained betas or of EDM, or t = 1/2 shifted. 256 tokens have mu 0.5."""
     pipe = getattr(small_pipelines, "sd_text" if kind == "continuous" else kind)(1)[0]
     if kind == "continuous":
-        pipe.scheduler = EulerDiscreteScheduler(
-            prediction_type="v_prediction", timestep_type=kind, sigma_min=0.002, sigma_max=700.0
-        )
+        options = {"timestep_type": kind, "sigma_min": 0.002, "sigma_max": 700.0}
+        pipe.scheduler = EulerDiscreteScheduler(prediction_type="v_prediction", **options)
     if kind == "ltx":
         with pytest.raises(ValueError, match="LTXPipeline shifts by more than a width and a height.*shift=exp"):
             levels(pipe, "simple", 2)
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=FLOWS[kind])
-    scheduler = pipe.scheduler
-    if kind in FLOWS:
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFTS[kind])
+    if kind in SHIFTS:
         many = 32 * getattr(pipe, "vae_scale_factor", 8)  # 256 tokens of 2x2
-        found, shift = levels(pipe, "simple", 2, width=many, height=many), FLOWS[kind]
+        found, shift = levels(pipe, "simple", 2, width=many, height=many), SHIFTS[kind]
         assert found.tolist() == pytest.approx([1, shift / (1 + shift), 0], rel=1e-4)
     else:
-        ends = (scheduler.config.get("sigma_min"), scheduler.config.get("sigma_max"))
-        if ends[0] is None:
-            ends = [((1 - a) / a) ** 0.5 for a in scheduler.alphas_cumprod[[0, -1]].tolist()]
-        # diffusers' alphas_cumprod is float32: 2e-4 of the lowest level
-        for schedule in ("exponential", *["normal"] * bool(scheduler.config.get("sigma_min"))):
-            found = levels(pipe, schedule, 3).tolist()  # normal: time is a logarithm of sigma there
-            assert found == pytest.approx([ends[1], math.sqrt(ends[0] * ends[1]), ends[0], 0], rel=3e-4)
+        config, schedules = pipe.scheduler.config, ["exponential"]
+        if config.get("sigma_min"):
+            low, high = config["sigma_min"], config["sigma_max"]
+            schedules += ["normal"]  # time is a logarithm of sigma there
+        else:
+            low, high = (((1 - a) / a) ** 0.5 for a in pipe.scheduler.alphas_cumprod[[0, -1]].tolist())
+        for schedule in schedules:  # diffusers' alphas_cumprod is float32: 2e-4 of the lowest level
+            assert levels(pipe, schedule, 3).tolist() == pytest.approx([high, (low * high) ** 0.5, low, 0], rel=3e-4)
     if kind not in ("sd_text", "continuous"):
         with pytest.raises(ValueError, match=f"{type(pipe).__name__} is not of SDXL or FLUX"):
             ksampler(pipe, **settings("none/euler/simple/4/0"))
