@@ -18,6 +18,11 @@ def node(kind: str, **inputs) -> dict:
     return {"class_type": kind, "inputs": inputs}
 
 
+def node_name(value):
+    """For the names of tests."""
+    return value.get("class_type", "") if isinstance(value, dict) else ""
+
+
 def picture(path, **texts):
     info = PngInfo()
     for key, text in texts.items():
@@ -123,9 +128,7 @@ def test_flux_with_true_cfg(read):
 
 def test_the_other_forms_of_prompts(read):
     graph = plain_graph()
-    graph["6"] = node(
-        "CLIPTextEncodeSDXL", text_g="a bottle", text_l="a bottle", width=1024, height=1024, clip=["4", 1]
-    )
+    graph["6"] = node("CLIPTextEncodeSDXL", text_g="a bottle", text_l="a bottle", width=1024, clip=["4", 1])
     graph["7"] = node("ConditioningZeroOut", conditioning=["6", 0])
     assert read(graph).values == {**PLAIN, "negative_prompt": ""}
     graph["6"]["inputs"]["text_g"] = ""
@@ -151,16 +154,12 @@ def test_what_is_not_used_is_reported(read):
     """LoRA, ControlNet, an initial picture, upscaling, a second pass, unknown nodes."""
     graph = plain_graph(latent_image=["12", 0], model=["10", 0], positive=["11", 0], denoise=0.6)
     graph["10"] = node("LoraLoader", lora_name="detail.safetensors", model=["4", 0], clip=["4", 1])
-    graph["11"] = node(
-        "ControlNetApplyAdvanced", strength=1.0, positive=["6", 0], negative=["7", 0], control_net=["13", 0]
-    )
+    graph["11"] = node("ControlNetApplyAdvanced", positive=["6", 0], negative=["7", 0], control_net=["13", 0])
     graph["12"] = node("VAEEncode", pixels=["14", 0], vae=["4", 2])
     graph["13"] = node("ControlNetLoader", control_net_name="canny.safetensors")
     graph["14"] = node("LoadImage", image="in.png")
     graph["15"] = node("LatentUpscaleBy", samples=["3", 0], upscale_method="nearest", scale_by=1.5)
-    graph["16"] = node(
-        "KSampler", **plain_graph()["3"]["inputs"] | {"latent_image": ["15", 0], "seed": 1, "denoise": 0.5}
-    )
+    graph["16"] = plain_graph(latent_image=["15", 0], seed=1, denoise=0.5)["3"]
     graph["8"]["inputs"]["samples"] = ["16", 0]
     graph["17"] = node("ImageSharpen", image=["8", 0])
     graph["9"]["inputs"]["images"] = ["17", 0]
@@ -209,9 +208,7 @@ JOINED = [  # nodes that join texts, and the prompt; None where it can't be know
 ]
 
 
-@pytest.mark.parametrize(
-    "joins, prompt", JOINED, ids=lambda value: value["class_type"] if isinstance(value, dict) else ""
-)
+@pytest.mark.parametrize("joins, prompt", JOINED, ids=node_name)
 def test_linked_texts_are_joined_or_the_node_is_named(read, joins, prompt):
     found = read(text_node(joins["class_type"], **joins["inputs"]))
     assert found.values.get("prompt") == prompt
@@ -241,9 +238,7 @@ NUMBERS = [  # nodes that lead to a number, and the number
 
 
 @pytest.mark.parametrize("setting", ["steps", "cfg", "seed", "denoise", "width"])
-@pytest.mark.parametrize(
-    "leads, number", NUMBERS, ids=lambda value: value["class_type"] if isinstance(value, dict) else ""
-)
+@pytest.mark.parametrize("leads, number", NUMBERS, ids=node_name)
 def test_linked_numbers_are_read_or_the_node_is_named(read, leads, number, setting):
     graph = plain_graph()
     graph["5" if setting == "width" else "3"]["inputs"][setting] = ["20", 0]
@@ -285,7 +280,7 @@ DRAWN = [  # sampler nodes and their inputs, and how their settings differ from 
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("sampler, others, differs", DRAWN, ids=lambda value: value.get("class_type", ""))
+@pytest.mark.parametrize("sampler, others, differs", DRAWN, ids=node_name)
 def test_samplers_are_found_by_their_inputs(read, sampler, others, differs):
     graph = plain_graph() | {"3": sampler, **others}
     graph["10"] = node("KSampler", **SAMPLER | {"seed": 5}, **LINKS)  # whose result is not saved
@@ -310,9 +305,8 @@ def test_samplers_are_found_by_their_inputs(read, sampler, others, differs):
 
 def test_broken_graphs(read):
     """Cycles and links to nowhere leave a setting out, with a report. Entries that are no nodes are ignored."""
-    graph = plain_graph(
-        positive=["20", 0], negative=["99", 0], seed=["nowhere", 0], latent_image=["3", 0], cfg=[1, 2, 3]
-    )
+    links = {"positive": ["20", 0], "negative": ["99", 0], "seed": ["nowhere", 0], "latent_image": ["3", 0]}
+    graph = plain_graph(**links, cfg=[1, 2, 3])
     graph |= {"20": node("Reroute", x=["21", 0]), "21": node("Reroute", x=["20", 0])}
     graph |= {"30": "text", "31": {"class_type": "KSampler"}, "32": {"inputs": []}, "33": None}
     found = read(graph)
