@@ -6,7 +6,6 @@ import ast
 import copy
 import math
 import sys
-import warnings
 from types import SimpleNamespace
 
 import comfy_like
@@ -73,27 +72,21 @@ def no_comfyui(monkeypatch):
 # --- latents ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler_name", [*SAME, *FLUX_APART])
-def test_sdxl_latents_are_comfyuis(pipes, record_property, sampler_name):
-    """At cfg 1 and 7, denoise 1 and 0.6, to the rounding of float32: k-diffusion adds in another order."""
-    worst = 0.0
-    for key in references("sdxl", sampler_name):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # torchsde's, of times beyond its ends
-            latents = draw(pipes["sdxl"], **ksampler(pipes["sdxl"], **settings(key)))
-        worst = max(worst, relative(latents, LATENTS.get_tensor(key)))
-    record_property("distance", f"sdxl {sampler_name} {worst:.0e}")
-    assert worst < 1e-6
+@pytest.mark.parametrize(
+    "model, sampler_name", [("sdxl", name) for name in (*SAME, *FLUX_APART)] + [("flux", name) for name in SAME]
+)
+@pytest.mark.filterwarnings("error::UserWarning")  # torchsde's, of times beyond its ends
+def test_latents_are_comfyuis(pipes, record_property, model, sampler_name):
+    """To the rounding of float32, at cfg 1 and 7, denoise 1 and 0.6.
 
-
-@pytest.mark.parametrize("sampler_name", SAME)
-def test_flux_latents_are_comfyuis(pipes, record_property, sampler_name):
-    """The operations are the same. exp and log of another processor move the levels by an ulp, the latents by 2e-7."""
-    keys = references("flux", sampler_name)
-    drawn = [draw(pipes["flux"], **ksampler(pipes["flux"], **settings(key))) for key in keys]
-    worst = max(relative(latents, LATENTS.get_tensor(key)) for key, latents in zip(keys, drawn))
-    record_property("distance", f"flux {sampler_name} {worst:.0e}")
-    assert worst < 5e-7
+    On SDXL k-diffusion adds in another order. On FLUX the operations are the same: exp and log of another processor
+    move the levels by an ulp, the latents by 2e-7.
+    """
+    keys = references(model, sampler_name)
+    calls = [ksampler(pipes[model], **settings(key)) for key in keys]
+    worst = max(relative(draw(pipes[model], **call), LATENTS.get_tensor(key)) for key, call in zip(keys, calls))
+    record_property("distance", f"{model} {sampler_name} {worst:.0e}")
+    assert worst < {"sdxl": 1e-6, "flux": 5e-7}[model]
 
 
 @pytest.mark.parametrize("sampler_name", FLUX_APART)
@@ -134,25 +127,23 @@ def test_one_seed_draws_a_batch_at_once(pipes):
 
 @pytest.mark.parametrize("scheduler", ["normal", "ddim_uniform"])
 def test_start(pipes, scheduler):
-    """The first input of the network: sigma noise / sqrt(1 + sigma^2) below the highest level, noise at it."""
-    pipe, shown = pipes["sdxl"], []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, args: shown.append(args[0].clone()))
-    try:
-        draw(pipe, **ksampler(pipe, **settings(f"sdxl/euler/{scheduler}/4/1")))
-    finally:
-        hook.remove()
+    """From sigma times the noise below the highest level, and sqrt(1 + sigma^2) times the noise at it."""
+
+    def initial(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return x
+
+    call = ksampler(pipes["sdxl"], **settings(f"sdxl/euler/{scheduler}/4/1"))
+    sigma = call["schedule"][0].item()
     noise = torch.randn(1, 4, 16, 16, generator=seeded(1))
-    sigma = levels(pipe, scheduler, 4)[0].item()
-    scale = sigma / math.sqrt(1 + sigma**2) if scheduler == "ddim_uniform" else 1.0
-    torch.testing.assert_close(shown[0], noise * scale, rtol=1e-6, atol=1e-7)
+    expected = noise * (sigma if scheduler == "ddim_uniform" else math.hypot(1, sigma))
+    torch.testing.assert_close(draw(pipes["sdxl"], **call | {"sampler": initial}), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_latents_do_not_depend_on_the_scheduler_that_keeps_the_betas(pipes):
     """With given levels, latents are x0 + sigma noise, whatever the scheduler's own convention is."""
     pipe, key = pipes["sdxl"], "sdxl/dpmpp_2m/karras/20/0/7/1"
-    other = type(pipe)(
-        **{**pipe.components, "scheduler": DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)}
-    )
+    scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    other = type(pipe)(**{**pipe.components, "scheduler": scheduler})
     other.set_progress_bar_config(disable=True)
     assert relative(draw(other, **ksampler(other, **settings(key))), LATENTS.get_tensor(key)) < 1e-6
 
@@ -174,14 +165,6 @@ def test_zero_terminal_snr(pipes):
     pipe = pipes["sdxl_v_prediction_zsnr"]
     latents = draw(pipe, **ksampler(pipe, **settings("sdxl/euler/simple/1/0")))
     assert relative(latents, mixture(4).mean.view(1, 4, 16, 16).float()) < 0.02  # 4518 instead of infinity
-
-
-def test_nothing_global_is_drawn_from(pipes):
-    torch.manual_seed(99)
-    before = torch.get_rng_state()
-    for name in ("euler_ancestral", "dpmpp_sde", "lms", "dpm_fast", "dpm_adaptive"):
-        draw(pipes["sdxl"], **ksampler(pipes["sdxl"], **settings(f"sdxl/{name}/karras/5/0")))
-    assert torch.get_rng_state().equal(before)
 
 
 def test_churn_continues_after_the_initial_noise(pipes):
@@ -267,9 +250,8 @@ def test_custom_nodes(comfyui, pipes, tmp_path):
     pipe, fields = pipes["sdxl"], settings("sdxl/stand_in/halves/4/0")
     with pytest.raises(ValueError, match="no 'stand_in'.*ComfyUI was found, and loaded are no custom nodes"):
         ksampler(pipe, **fields)
-    assert sys.modules["comfy.cli_args"].args.cpu == (not torch.accelerator.is_available()), (
-        "ComfyUI asks for a GPU else"
-    )
+    # otherwise ComfyUI asks for a GPU
+    assert sys.modules["comfy.cli_args"].args.cpu == (not torch.accelerator.is_available())
     before = {path: path.stat().st_mtime_ns for path in STAND_IN.rglob("*") if "__pycache__" not in path.parts}
     for _ in range(2):
         load_custom_nodes("stand_in")
@@ -408,31 +390,24 @@ def test_what_a_callback_gets_of_two_evaluations_per_step(pipes, model, reported
         assert float(info["sigma_hat"]) == (sigma if reported == ["sigma"] else middle)
 
 
-def test_uncond_denoised(pipes):
-    """The functions in `model_options` are called after guidance, with its result and the negative prompt's prediction.
+def test_post_cfg_functions(pipes):
+    """They get the network's input and replace the guided prediction.
 
-    By symmetry the latter is minus the prompt's prediction at -x. Guidance is negative + cfg (positive - negative).
+    The references of `euler_cfg_pp` at cfg 7 hold the values that these functions get.
     """
-    pipe, seen = pipes["sdxl"], []
+    pipe = pipes["sdxl"]
 
-    def look(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    def zero(model, x, sigmas, extra_args=None, callback=None, disable=None):
         def after(arguments):
-            seen.append(arguments)
+            assert arguments["input"].equal(x) and arguments["sigma"] == sigmas[0]
+            assert arguments["model_options"]["sampler_post_cfg_function"] and arguments["model"].model_sampling
             return arguments["denoised"] * 0
 
         options = {**extra_args["model_options"], "sampler_post_cfg_function": [after]}
-        assert not model(x, sigmas[0] * x.new_ones([1]), **{**extra_args, "model_options": options}).any()
-        return x
+        return model(x, sigmas[0] * x.new_ones([1]), **{**extra_args, "model_options": options})
 
     call = ksampler(pipe, **settings("sdxl/euler/karras/4/0/7/1"))
-    draw(pipe, **call | {"sampler": comfy_sampler(look, pipe, **SIZE)})
-    (found,) = seen
-    assert found["model_options"]["sampler_post_cfg_function"] and found["model"].model_sampling
-    x, sigma = found["input"], found["sigma"]
-    level = pipe.unet.sigma(model_sampling(pipe).timestep(sigma))[0].item()
-    halves = [mixture(4).denoised(sign * x.flatten(1), level).view(x.shape) * sign for sign in (1, -1)]
-    assert relative(found["uncond_denoised"], halves[1]) < 1e-4  # float32, of an epsilon times 14.6
-    assert relative(found["denoised"], halves[1] + 7 * (halves[0] - halves[1])) < 1e-4
+    assert not draw(pipe, **call | {"sampler": comfy_sampler(zero, pipe, **SIZE)}).any()
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
@@ -589,54 +564,41 @@ def test_levels_of_other_betas(betas, steps):
         np.testing.assert_allclose(ours, [*sigmas, 0], rtol=3e-6, err_msg=scheduler)  # float32
 
 
+SET_LATER = FlowMatchEulerDiscreteScheduler()
+SET_LATER.set_shift(3.0)
+DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.8, "max_shift": 0.8}
+
+
 @pytest.mark.parametrize(
-    "options, mu",
+    "scheduler, shift",
     [
-        ({"shift": 3.0}, None),
-        ({"shift": 1.0}, None),
-        ({"use_dynamic_shifting": True}, 0.8),
-        ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, 2.0),
+        (FlowMatchEulerDiscreteScheduler(shift=1.0), 1.0),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), 3.0),
+        (FlowMatchEulerDiscreteScheduler(**DYNAMIC), math.exp(0.8)),
+        (FlowMatchEulerDiscreteScheduler(**DYNAMIC, time_shift_type="linear"), 0.8),
+        (SET_LATER, 3.0),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0), 3.0),
+        (FlowMatchHeunDiscreteScheduler(shift=3.0), 3.0),
     ],
-    ids=str,
 )
-def test_levels_of_other_shifts(flux, options, mu):
-    """The table is the scheduler's own shift of 1/10,000 ... 1; `normal` shifts once more, from its lowest to 1."""
-    scheduler = FlowMatchEulerDiscreteScheduler(**options, **({"base_shift": mu, "max_shift": mu} if mu else {}))
+def test_levels_of_other_shifts(flux, scheduler, shift):
+    """Wherever diffusers keeps the shift. `normal` shifts once more, from the lowest of 10,000 levels to 1."""
     pipe = type(flux)(**{**flux.components, "scheduler": scheduler})
 
-    def shifted(ts):
-        own = copy.deepcopy(scheduler)
-        own.set_timesteps(sigmas=list(ts), mu=mu)
-        return own.sigmas[:-1]
+    def shifted(t):
+        return shift * t / (1 + (shift - 1) * t)
 
-    table = shifted(np.arange(10_000, 0, -1) / 10_000)
-    for steps in (4, 25):
-        close = {"rtol": 2e-6, "atol": 0}
-        torch.testing.assert_close(levels(pipe, "simple", steps)[:-1], table[:: 10_000 // steps], **close)
-        torch.testing.assert_close(
-            levels(pipe, "ddim_uniform", steps)[:-1], table.flip(0)[1 :: 10_000 // steps].flip(0), **close
-        )
-        evenly = np.linspace(1, table[-1].item(), steps)
-        torch.testing.assert_close(levels(pipe, "normal", steps)[:-1], shifted(evenly), **close)
-        karras = levels(pipe, "karras", steps)
-        torch.testing.assert_close(karras[[0, -2]], table[[0, -1]], **close)
-
-
-def test_shift_of_other_flow_schedulers(flux):
-    """Wherever diffusers keeps the shift: at t = 1/2 a shift of 3 makes 3/4."""
-    set_later = FlowMatchEulerDiscreteScheduler()
-    set_later.set_shift(3.0)
-    solver = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
-    for scheduler in (set_later, solver, FlowMatchHeunDiscreteScheduler(shift=3.0)):
-        pipe = type(flux)(**{**flux.components, "scheduler": scheduler})
-        assert levels(pipe, "simple", 2).tolist() == pytest.approx([1, 0.75, 0])
+    lowest = shifted(1e-4)
+    for name, times in (("simple", [1, 0.75, 0.5, 0.25]), ("normal", np.linspace(1, lowest, 4))):
+        expected = [*map(shifted, times), 0]
+        np.testing.assert_allclose(levels(pipe, name, 4), expected, rtol=2e-6)  # float32
+    np.testing.assert_allclose(levels(pipe, "karras", 4)[[0, -2]], [1, lowest], rtol=2e-6)
 
 
 def test_the_shift_is_the_pictures(flux):
     """mu grows evenly with the tokens, from 0.5 at 256 to 1.15 at 4096; t = 1/2 becomes exp(mu) / (1 + exp(mu))."""
-    pipe = type(flux)(
-        **{**flux.components, "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.15)}
-    )
+    dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.15)
+    pipe = type(flux)(**{**flux.components, "scheduler": dynamic})
     per_token = 2 * pipe.vae_scale_factor
     for columns, rows in ((16, 16), (64, 64), (32, 64)):
         mu = 0.5 + (columns * rows - 256) / (4096 - 256) * (1.15 - 0.5)
@@ -659,35 +621,34 @@ def test_levels_fall_at_every_step_count(pipes, scheduler):
             assert len(sigmas) == steps + 1 or scheduler in ("beta", "ddim_uniform") or steps > 1000
 
 
-FLOWS = dict.fromkeys(["sd3_text", "wan_text", "z_image", "sana"], 3.0)
-FLOWS |= {"chroma": 1.0, "qwen_text": math.exp(0.5), "ltx": 2.5}
+SHIFTS = dict.fromkeys(["sd3_text", "wan_text", "z_image", "sana"], 3.0)
+SHIFTS |= {"chroma": 1.0, "qwen_text": math.exp(0.5), "ltx": 2.5}
 
 
-@pytest.mark.parametrize("kind", ["sd_text", "animate_diff", "pixart_sigma", "stable_audio", "continuous", *FLOWS])
+@pytest.mark.parametrize("kind", ["sd_text", "animate_diff", "pixart_sigma", "stable_audio", "continuous", *SHIFTS])
 def test_levels_of_any_pipeline(kind):
     """By the kind of scheduler: the ends of the trained betas or of EDM, or t = 1/2 shifted. 256 tokens have mu 0.5."""
     pipe = small_pipelines.small_pipeline("sd_text" if kind == "continuous" else kind)[0]
     if kind == "continuous":
-        pipe.scheduler = EulerDiscreteScheduler(
-            prediction_type="v_prediction", timestep_type=kind, sigma_min=0.002, sigma_max=700.0
-        )
+        options = {"timestep_type": kind, "sigma_min": 0.002, "sigma_max": 700.0}
+        pipe.scheduler = EulerDiscreteScheduler(prediction_type="v_prediction", **options)
     if kind == "ltx":
         with pytest.raises(ValueError, match="LTXPipeline shifts by more than a width and a height.*shift=exp"):
             levels(pipe, "simple", 2)
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=FLOWS[kind])
-    scheduler = pipe.scheduler
-    if kind in FLOWS:
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFTS[kind])
+    if kind in SHIFTS:
         many = 32 * getattr(pipe, "vae_scale_factor", 8)  # 256 tokens of 2x2
-        found, shift = levels(pipe, "simple", 2, width=many, height=many), FLOWS[kind]
+        found, shift = levels(pipe, "simple", 2, width=many, height=many), SHIFTS[kind]
         assert found.tolist() == pytest.approx([1, shift / (1 + shift), 0], rel=1e-4)
     else:
-        ends = (scheduler.config.get("sigma_min"), scheduler.config.get("sigma_max"))
-        if ends[0] is None:
-            ends = [((1 - a) / a) ** 0.5 for a in scheduler.alphas_cumprod[[0, -1]].tolist()]
-        # diffusers' alphas_cumprod is float32: 2e-4 of the lowest level
-        for schedule in ("exponential", *["normal"] * bool(scheduler.config.get("sigma_min"))):
-            found = levels(pipe, schedule, 3).tolist()  # normal: time is a logarithm of sigma there
-            assert found == pytest.approx([ends[1], math.sqrt(ends[0] * ends[1]), ends[0], 0], rel=3e-4)
+        config, schedules = pipe.scheduler.config, ["exponential"]
+        if config.get("sigma_min"):
+            low, high = config["sigma_min"], config["sigma_max"]
+            schedules += ["normal"]  # time is a logarithm of sigma there
+        else:
+            low, high = (((1 - a) / a) ** 0.5 for a in pipe.scheduler.alphas_cumprod[[0, -1]].tolist())
+        for schedule in schedules:  # diffusers' alphas_cumprod is float32: 2e-4 of the lowest level
+            assert levels(pipe, schedule, 3).tolist() == pytest.approx([high, (low * high) ** 0.5, low, 0], rel=3e-4)
     if kind not in ("sd_text", "continuous"):
         with pytest.raises(ValueError, match=f"{type(pipe).__name__} is not of SDXL or FLUX"):
             ksampler(pipe, **settings("none/euler/simple/4/0"))

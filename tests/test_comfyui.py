@@ -38,11 +38,8 @@ def table():
     rows: dict[tuple[str, str, str], float] = {}
     yield rows
     columns = [(model, whose) for model in ("sdxl", "flux") for whose in ("ksampler", "ComfyUI's")]
-    print(
-        "\n\n| sampler |",
-        " | ".join(f"{model.upper()}, {whose}" for model, whose in columns),
-        "|\n|---|---|---|---|---|",
-    )
+    heads = " | ".join(f"{model.upper()}, {whose}" for model, whose in columns)
+    print(f"\n\n| sampler | {heads} |\n|---|---|---|---|---|")
     for name in SAMPLERS:
         found = [rows.get((*column, name)) for column in columns]
         print(f"| `{name}` |", " | ".join("" if d is None else f"{d:.0e}" if d else "0" for d in found), "|")
@@ -77,9 +74,8 @@ def test_res4lyf(pipes):
         pytest.skip("RES4LYF is not among ComfyUI's custom nodes")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     load_custom_nodes("RES4LYF")
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}, (
-        "nothing is written into ComfyUI's folder"
-    )
+    # nothing is written into ComfyUI's folder
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert {"res_2s", "res_2m", "deis_2m"} < {*names()[0]} and {"bong_tangent", "beta57"} < {*names()[1]}
     rows: dict[str, dict] = {}
     for key in RES4LYF.keys():
