@@ -331,9 +331,10 @@ def _lms(model, x, sigmas, extra_args=None, callback=None, disable=None):
 @functools.cache
 def k_diffusion() -> ModuleType:
     """k-diffusion's `sampling`, in a package of another name: k-diffusion's `__init__` imports its training code."""
-    spec: Any = importlib.util.find_spec("k_diffusion")  # where there is none, a pipeline's file says what to install
+    if (spec := importlib.util.find_spec("k_diffusion")) is None:
+        raise ImportError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1")
     package = sys.modules["comfy_k_diffusion"] = ModuleType("comfy_k_diffusion")
-    package.__path__ = spec.submodule_search_locations
+    package.__path__ = spec.submodule_search_locations or []
     return importlib.import_module("comfy_k_diffusion.sampling")
 
 

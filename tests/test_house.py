@@ -14,6 +14,7 @@ LINES = {
     "flux_comfy_pipeline.py": 565,
     "scheduling_k_diffusion.py": 605,
     "comfy_ksampler.py": 450,
+    "gallery/*.py": 1800,
     "README.md": 220,
     "CONTRIBUTING.md": 50,
 }
@@ -40,7 +41,7 @@ over = pytest.mark.xfail(reason="over its budget", strict=True)
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=over if name in OVER else ()) for name in LINES])
 def test_budget(name):
-    assert len((ROOT / name).read_text().splitlines()) <= LINES[name]
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob(name)) <= LINES[name]
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.stem not in COPIED], ids=lambda path: path.name)
