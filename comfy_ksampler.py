@@ -7,8 +7,6 @@
 Apart from a pipeline's file, this file needs ComfyUI only for the samplers and schedules that ComfyUI alone has.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import importlib.util
@@ -87,7 +85,10 @@ def ksampler(
     # the cfg_pp samplers look at the negative prompt at 1, too
     call["true_cfg_scale" if flow else "guidance_scale"] = max(cfg, 1 + 2**-23) if "cfg_pp" in sampler_name else cfg
     if sampler_name in SAME:
-        return call | _ending_like_comfyuis(sampler_name, sigmas)
+        positive = sigmas[sigmas > 0]
+        if sampler_name in ("dpm_fast", "dpm_adaptive") and len(positive) > 1:  # their ends and number count
+            call["schedule"] = torch.linspace(positive[0], positive[-1], len(sigmas), device="cpu")
+        return call | {"sampler": {"ddim": "euler", "lms": _lms}.get(sampler_name, sampler_name)}
     brownian, on_cpu = sampler_name.startswith("dpmpp") and "_sde" in sampler_name, device.type == "cpu"
     if flow or sampler_name not in FLUX_APART:
         if not isinstance(comfy := _comfyui(), ImportError):
@@ -137,12 +138,11 @@ def levels(
 
 def names() -> tuple[list[str], list[str]]:
     """All samplers and schedulers: `SAMPLERS` and `SCHEDULERS`, ComfyUI's, and those of the custom nodes loaded."""
-    samplers, schedulers = dict.fromkeys(SAMPLERS), dict.fromkeys(SCHEDULERS)
+    samplers, schedulers = [*SAMPLERS], [*SCHEDULERS]
     if not isinstance(comfy := _comfyui(), ImportError):
-        samplers |= dict.fromkeys(comfy.samplers.KSampler.SAMPLERS)
-        schedulers |= dict.fromkeys(comfy.samplers.KSampler.SCHEDULERS)
-        schedulers |= dict.fromkeys(getattr(comfy.samplers, "SCHEDULER_HANDLERS", ()))
-    return [*samplers], [*schedulers]
+        samplers += comfy.samplers.KSampler.SAMPLERS
+        schedulers += [*comfy.samplers.KSampler.SCHEDULERS, *getattr(comfy.samplers, "SCHEDULER_HANDLERS", ())]
+    return list(dict.fromkeys(samplers)), list(dict.fromkeys(schedulers))
 
 
 def load_custom_nodes(*nodes: str | Path) -> None:
@@ -196,15 +196,12 @@ def comfy_sampler(
 ) -> Callable:
     """A sampler for `pipe(sampler=...)` from a function written for ComfyUI, its own or a custom node's, unmodified.
 
-    `model` consists of ComfyUI's classes around the pipeline's denoiser; without ComfyUI it has what ComfyUI's own
-    functions look up. On FLUX they see t, and latents unpacked to this width and height: call with
-    parameterization="flow". With a seed the function makes its own noise; without one its `noise_sampler` is the
-    pipeline's. `cfg`, the call's guidance, is for functions that ask for the prediction without guidance.
+    On FLUX the function sees t, and latents unpacked to this width and height: call with parameterization="flow".
+    With a seed it makes its own noise; without one its `noise_sampler` is the pipeline's. `cfg`, the call's guidance,
+    is for functions that ask for the prediction without guidance.
     """
     comfy, sampling = _comfyui(), model_sampling(pipe, width, height)
-    flow, loaded = isinstance(sampling, Flow), sys.modules.get("comfy.model_sampling")
-    if flow and loaded:  # ComfyUI's functions know a flow by this class
-        sampling.__class__ = type("Flow", (Flow, loaded.CONST), {})
+    flow = isinstance(sampling, Flow)
 
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         ours = _Model(model, sampling, cfg or (None if flow else getattr(pipe, "_guidance_scale", None)))
@@ -285,16 +282,16 @@ def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -
 
     class Guider(comfy.samplers.CFGGuider):
         def predict_noise(self, x, timestep, model_options=None, seed=None):
-            asked = {name: value for name, value in (model_options or {}).items() if value}
-            if not asked.pop("transformer_options", {}).get("wrappers") and not asked:
+            asked = dict(model_options or {})
+            if not asked.pop("transformer_options", {}).get("wrappers") and not any(asked.values()):
                 return ours(x, timestep)
             ours.last = timestep[0], super().predict_noise(x, timestep, model_options, seed)
             return ours.last[-1]
 
     config = comfy.supported_models.Flux if flow else comfy.supported_models.SDXL
-    kind = "FLUX" if flow else "V_PREDICTION" if sampling.prediction_type == "v_prediction" else "EPS"
     with torch.device("cpu"):
         config = config({**config.unet_config, "disable_unet_model_creation": True})
+        kind = "FLUX" if flow else "V_PREDICTION" if sampling.prediction_type == "v_prediction" else "EPS"
         base = Model(config, comfy.model_base.ModelType[kind], x.device)
         if flow:
             base.model_sampling.set_parameters(math.log(sampling.shift), len(sampling.sigmas))
@@ -306,8 +303,7 @@ def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -
     patcher.pre_run()
     guider, prompt = Guider(patcher), [[torch.zeros(1, 1, 1, device=x.device), {}]]
     guider.set_conds(prompt, prompt)
-    guider.set_cfg(ours.cfg or 1.0)
-    guider.inner_model, guider.conds = base, {**guider.original_conds}
+    guider.inner_model, guider.conds, guider.cfg = base, {**guider.original_conds}, ours.cfg or 1.0
     model = comfy.samplers.KSamplerX0Inpaint(guider, sigmas)
     model.latent_image, model.noise = torch.zeros_like(x), x / sigmas[0]
     options = {**patcher.model_options, "transformer_options": {"sample_sigmas": sigmas}}
@@ -325,19 +321,11 @@ def _comfyui() -> Any:
         return ImportError(f"{error}: put ComfyUI's folder on the path, PYTHONPATH=..., and install its requirements")
 
 
-def _ending_like_comfyuis(name: str, sigmas: torch.Tensor) -> dict[str, Any]:
-    """lms with x0 for its last step; dpm_fast and dpm_adaptive to the lowest positive level; the others as they are."""
-    positive, sampling = sigmas[sigmas > 0], k_diffusion()
-
-    def lms(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        x = sampling.sample_lms(model, x, sigmas[: len(positive)], extra_args, callback, disable)
-        return sampling.sample_euler(model, x, sigmas[len(positive) - 1 :], extra_args, callback, disable)
-
-    if (
-        name.startswith("dpm_") and "2" not in name and len(positive) > 1
-    ):  # only the ends and the number of levels count
-        return {"sampler": name, "schedule": torch.linspace(positive[0], positive[-1], len(sigmas), device="cpu")}
-    return {"sampler": lms if name == "lms" else name.replace("ddim", "euler")}
+def _lms(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """k-diffusion's, with x0 for the step to zero, as ComfyUI's."""
+    last = int((sigmas > 0).sum()) - 1
+    x = k_diffusion().sample_lms(model, x, sigmas[: last + 1], extra_args, callback, disable)
+    return k_diffusion().sample_euler(model, x, sigmas[last:], extra_args, callback, disable)
 
 
 @functools.cache
@@ -443,8 +431,8 @@ def model_sampling(pipe: Any, width: int = 0, height: int = 0) -> Any:
     with torch.device("cpu"):
         if config.get("use_flow_sigmas") or "FlowMatch" in kind or config.get("prediction_type") == "flow_prediction":
             rows, columns = _sizes(pipe, width, height)[2:] if hasattr(pipe, "vae_scale_factor") else (0, 0)
-            kept = hasattr(type(base), "shift")  # `set_shift` leaves the config alone
-            shift = base.shift if kept else config.get("flow_shift", config.get("shift", 1.0))
+            # `set_shift` leaves the config alone
+            shift = base.shift if hasattr(type(base), "shift") else config.get("flow_shift", config.get("shift", 1.0))
             if config.get("use_dynamic_shifting"):
                 if not rows:
                     what = f"{type(pipe).__name__} shifts by more than a width and a height"
@@ -478,13 +466,11 @@ def _kl_optimal(n: int, m: Any) -> torch.Tensor:
 
 
 SCHEDULERS: dict[str, Callable[[int, Any], torch.Tensor]] = {  # n levels, falling, without the zero at their end
-    # n of the table, at an even stride from the top
-    "simple": lambda n, m: m.sigmas.flip(0)[[int(i * (len(m.sigmas) / n)) for i in range(n)]],
+    "simple": lambda n, m: m.sigmas.flip(0)[[int(i * (len(m.sigmas) / n)) for i in range(n)]],  # from the top
     "sgm_uniform": lambda n, m: SCHEDULERS["normal"](n + 1, m)[:-1],
     "karras": lambda n, m: k_diffusion().get_sigmas_karras(n, m.sigma_min.item(), m.sigma_max.item())[:-1],
     "exponential": lambda n, m: k_diffusion().get_sigmas_exponential(n, m.sigma_min.item(), m.sigma_max.item())[:-1],
-    # at an even stride from the second lowest up; more than n where n does not divide the table
-    "ddim_uniform": lambda n, m: m.sigmas[1 :: max(len(m.sigmas) // n, 1)].flip(0),
+    "ddim_uniform": lambda n, m: m.sigmas[1 :: max(len(m.sigmas) // n, 1)].flip(0),  # from the second lowest up
     # quantiles of Beta(0.6, 0.6), Lee et al. 2024; with many steps some round to the same level
     "beta": lambda n, m: m.sigmas[
         torch.tensor(betaincinv(0.6, 0.6, [1 - i / n for i in range(n)]) * (len(m.sigmas) - 1)).round().long()

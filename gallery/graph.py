@@ -1,7 +1,5 @@
 """ComfyUI's graph, as its pictures contain it: paths along its links, and the outputs of nodes, if they are certain."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator
@@ -65,10 +63,7 @@ class Graph:
     joined: dict[str, Any] = field(default_factory=dict)  # the texts of the nodes that join texts
 
     def way(self, value: Any, kind: str, preferred: str = "") -> Iterator[str]:
-        """The ids of the nodes from a link up, each once, along the inputs by which nodes pass a `kind` on.
-
-        These are the inputs in `PASSED`, `preferred` first (ControlNets pass two), or the node's only link.
-        """
+        """The nodes from a link up, each once, along `preferred`, the kind's inputs in `PASSED`, or the only link."""
         met: set[str] = set()
         while (name := linked(value)) in self.nodes and name not in met:
             met.add(name)
@@ -80,10 +75,7 @@ class Graph:
             value = next((links[key] for key in keys if key in links), None)
 
     def value(self, given: Any, setting: str) -> Any:
-        """The value of an input, along its link if it has one; None if that leads nowhere.
-
-        Raises `Unread` where a node on the way may have changed the value.
-        """
+        """An input's value, along its link; None if that leads nowhere. Raises `Unread` where a node may change it."""
         met: list[str] = []
         while name := linked(given):
             if name not in self.nodes or name in met:
@@ -142,8 +134,7 @@ class Graph:
 
     def before(self, names: list[str]) -> list[str]:
         """The ids of these nodes and of all nodes that lead to them, the nearest first."""
-        found = dict.fromkeys(names)
-        new = names
+        found, new = dict.fromkeys(names), names
         while new:
             links = (linked(value) for name in new for value in self.nodes[name][1].values())
             new = [name for name in dict.fromkeys(links) if name in self.nodes and name not in found]

@@ -1,7 +1,5 @@
 """The grid: one model, one prompt, the same noise, every sampler, with one or more values of an option."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import importlib
@@ -17,6 +15,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -27,12 +26,14 @@ from gallery.models import check_output, device_of, encode, load, reason, short_
 from gallery.options import Family, unknown
 from gallery.parameters import VARIANTS, listed, write_parameters
 from gallery.pictures import read_settings, write_png
-from gallery.refused import Refused
+from gallery.refused import Refused, refusing
 from gallery.sheet import Drawn, Picture, finish, outcome
 from gallery.start import raise_on_ctrl_c
 
 PLAIN = (None, "karras", "exponential", "polyexponential")  # the pipeline makes these levels, without --comfy
 COMFY = "since 0.7"  # the versions of ComfyUI whose noise --comfy draws
+VERSIONS = {"diffusers": diffusers.__version__, "torch": torch.__version__}
+VERSIONS |= {one.name: one.version for one in distributions(name="k-diffusion")}
 NOT_FINITE = "the picture is not finite: a number overflowed; try a lower --guidance, or --dtype bfloat16 or float32"
 
 
@@ -47,10 +48,8 @@ def run(family: Family, options: Namespace) -> int:
 
 def _run(family: Family, options: Namespace) -> int:
     check_output(options.output)
-    try:
+    with refusing(ImportError):
         module = importlib.import_module(family.module)
-    except ImportError as error:
-        raise Refused(str(error)) from error
     columns = [Namespace(**{**vars(options), **values}) for values in options.columns]
     samplers = _check_names(module, options, columns)
 
@@ -68,19 +67,19 @@ def _run(family: Family, options: Namespace) -> int:
     pipe, dtype = load(family, module, model, device, columns[0]), columns[0].dtype
     raise_on_ctrl_c()
     name = short_name(family, model)
-    try:
-        settings = [
-            {one: _settings(family, pipe, module, model, column, one) for one in samplers} for column in columns
-        ]
+    with refusing(ValueError):
+        settings = [{one: _settings(family, pipe, module, model, each, one) for one in samplers} for each in columns]
         if options.comfy and not options.samplers:
             samplers = _runnable(pipe, samplers, settings)
-    except ValueError as error:
-        raise Refused(str(error)) from None
     units = units_of(name, module, samplers, options)
     own = [(column, unit) for share, column, unit in units if share % state.num_processes == state.process_index]
 
+    @functools.lru_cache(options.batch)  # the latest prompts: all samplers draw them
+    def encoded(prompt: str, guidance: float, dtype: str | None) -> dict[str, Any]:
+        with refusing(Exception, text=reason):
+            return encode(family, pipe, prompt, column)
+
     drawn: list[Any] = []
-    encoded: dict[Any, dict[str, Any]] = {}
     interactive = sys.stderr.isatty()
     silent = not (interactive and state.is_main_process)
     with tqdm(total=sum(len(unit) for _, unit in own), desc=f"{name} grid", position=0, disable=silent) as bar:
@@ -88,9 +87,9 @@ def _run(family: Family, options: Namespace) -> int:
             column = columns[number]
             bar.set_postfix_str(unit[0].name)
             wanted = [{**settings[number][one.row], "prompt": one.prompt, "seed": str(one.seed)} for one in unit]
-            kept = [_kept(*one) if options.resume else None for one in zip(unit, wanted)]
-            drawn += filter(None, kept)
-            if column.dtype != dtype and not all(kept):
+            its = [_kept(*one) if options.resume else Drawn(one[0], None) for one in zip(unit, wanted)]
+            missing = [one for one in its if one.path is None]
+            if column.dtype != dtype and missing:
                 dtype, pipe = column.dtype, None
                 gc.collect()  # the weights of only one dtype are in memory
                 torch.cuda.empty_cache()
@@ -99,12 +98,15 @@ def _run(family: Family, options: Namespace) -> int:
                 except Refused as refused:
                     pipe = refused
             if isinstance(pipe, Refused):
-                drawn += [Drawn(one, None, error=str(pipe)) for one, there in zip(unit, kept) if there is None]
-            elif not all(kept):
-                prompts = _encode_all(family, pipe, unit, encoded, column)
-                drawn += _draw(pipe, unit, kept, wanted, prompts)
+                for one in missing:
+                    one.error = str(pipe)
+            elif missing:
+                each = [encoded(one.prompt, column.guidance, column.dtype) for one in unit]
+                tensors = [key for key, value in each[0].items() if torch.is_tensor(value)]
+                _draw(pipe, its, wanted, each[0] | {key: torch.cat([one[key] for one in each]) for key in tensors})
+            drawn += its
             bar.update(len(unit))
-            for one in () if interactive else drawn[-len(unit) :]:
+            for one in () if interactive else its:
                 print(f"{one.picture.path.name}: {outcome(one)}", file=sys.stderr, flush=True)
 
     order = {one: i for i, one in enumerate(one for _, _, unit in units for one in unit)}
@@ -134,9 +136,8 @@ def units_of(name: str, module: Any, samplers: list[str], options: Namespace) ->
         places.append(("-".join([name, *tags]), prompt, seed))
     blocks = [places[first : first + options.batch] for first in range(0, len(places), options.batch)]
     labels = [f"{options.axis} {_shown(one[options.axis])}" if one else "" for one in options.columns]
-    for (block, its_places), (column, label), (number, sampler) in itertools.product(
-        enumerate(blocks), enumerate(labels), enumerate(samplers)
-    ):
+    every = itertools.product(enumerate(blocks), enumerate(labels), enumerate(samplers))
+    for (block, its_places), (column, label), (number, sampler) in every:
         file = f"sample_{sampler}{'-' * bool(label)}{label.replace(' ', '')}.png"
         pictures = [Picture(*place, sampler, label, options.output / f"{place[0]}-{file}") for place in its_places]
         alone = options.comfy or "rtol" in module.find_sampler(VARIANTS.get(sampler, [sampler])[0]).arguments
@@ -154,23 +155,20 @@ def _shown(value: Any) -> str:
 
 def title_of(count: int, axis: str | None, place: str, settings: dict[str, str]) -> list[str]:
     """What all pictures of a sheet, of `count` samplers, have in common."""
-    negative, comfy = settings["negative_prompt"], settings["comfy"] != "False"
+    negative, seed, comfy = settings["negative_prompt"], settings["seed"], settings["comfy"] != "False"
     parts = {"steps": "{} steps", "schedule": "{} noise levels", "guidance": "guidance {}"}
+    parts |= {"true_cfg": "true CFG {}"} if negative else {}
     shared = [text.format(settings[name]) for name, text in parts.items() if name in settings and name != axis]
-    shared += [f"true CFG {settings['true_cfg']}"] if negative and "true_cfg" in settings else []
-    shared += [f"seed {settings['seed']}"]
     return [
-        f"{place}: {count} samplers of k-diffusion{' as in ComfyUI' * comfy}, {', '.join(shared)}",
+        f"{place}: {count} samplers of k-diffusion{' as in ComfyUI' * comfy}, {', '.join(shared)}, seed {seed}",
         settings["prompt"] + (f"   (not: {negative})" if negative else ""),
     ] + ["levels of 255: root mean square over pixels, from the last picture of the same sampler"] * (axis == "steps")
 
 
 def _check_names(module: Any, options: Namespace, columns: list[Namespace]) -> list[str]:
     """The samplers to draw, without `sample_`, each once; with --comfy all of ComfyUI's by default."""
-    try:
+    with refusing(ImportError, ValueError, text="--custom-nodes: {}".format):
         load_custom_nodes(*options.custom_nodes) if options.custom_nodes else None
-    except (ImportError, ValueError) as error:
-        raise Refused(f"--custom-nodes: {error}") from None
     wanted, comfyuis = [column.schedule or "scheduler" for column in columns], (list(SAMPLERS), [*SCHEDULERS])
     named = [*wanted, *(options.samplers or []) * options.comfy]
     if options.custom_nodes or {*named} - {*SAMPLERS, *SCHEDULERS, *module.SCHEDULES, *VARIANTS, "scheduler"}:
@@ -193,7 +191,7 @@ def _runnable(pipe: Any, samplers: list[str], settings: list[dict[str, dict[str,
             for column in settings:
                 if float(column[name].get("true_cfg", column[name]["guidance"])) <= 1 and "_cfg_pp" in name:
                     raise ImportError("the cfg_pp samplers need guidance above 1")
-                _comfy_arguments(pipe, column[name])
+                _arguments(pipe, column[name])
             runs.append(name)
         except ImportError as error:
             why.add(str(error).split(", and ", 1)[-1])
@@ -205,32 +203,29 @@ def _runnable(pipe: Any, samplers: list[str], settings: list[dict[str, dict[str,
 def _settings(family: Family, pipe: Any, module: Any, model: str, options: Namespace, sampler: str) -> dict[str, str]:
     """What a picture depends on, as text for the PNG. `sigmas` are t on FLUX. ValueError: such a picture can't be."""
     flux = family.name == "flux"
-    distilled = flux and not pipe.transformer.config.guidance_embeds
-    steps = options.steps or (4 if distilled else family.steps)
+    steps = options.steps or (4 if flux and not pipe.transformer.config.guidance_embeds else family.steps)
     if given := listed(options.schedule):
         steps = len(given) - 1
     width, height = size_of(family, pipe, options)
-    sigmas = _levels(pipe, options.schedule, steps, width, height, options.discard, sampler if options.comfy else "")
+    sigmas = _levels(pipe, options.schedule, steps, [width, height], options.discard, sampler * options.comfy)
     name, given_options = (sampler, {}) if options.comfy else VARIANTS.get(sampler, (sampler, {}))
     arguments = module.find_sampler(name).arguments if name in module.sampler_names() else {}  # or ComfyUI's own
     sampler_options = {key: arguments[key] for key in arguments if key not in module.GIVEN | {"noise_sampler"}}
-    network = pipe.transformer if flux else pipe.unet
+    dtype = str((pipe.transformer if flux else pipe.unet).dtype).removeprefix("torch.")
     settings = {"prompt": options.prompt, "negative_prompt": options.negative_prompt or "", "model": model}
-    settings |= {"steps": str(steps), "schedule": options.schedule or "scheduler"}
+    settings |= {"steps": str(steps), "schedule": options.schedule or "scheduler", "guidance": str(options.guidance)}
     settings |= {"sigmas": json.dumps([round(sigma, 6) for sigma in sigmas.tolist()])}
-    settings |= {"guidance": str(options.guidance)}
     if flux:
         settings |= {"true_cfg": str(1.0 if options.negative_prompt is None else options.true_cfg)}
     settings |= {"seed": str(options.seed), "comfy": COMFY if options.comfy else "False", "size": f"{width}x{height}"}
-    settings |= {"dtype": options.dtype or str(network.dtype).removeprefix("torch."), "versions": _versions()}
+    settings |= {"dtype": options.dtype or dtype, "versions": json.dumps(VERSIONS)}
     settings |= {"sampler": sampler, "sampler_options": json.dumps(sampler_options | given_options)}
     return settings | ({"discard": "True"} if options.discard else {})
 
 
-def _levels(
-    pipe: Any, named: str | None, steps: int, width: int, height: int, discard: bool, comfy_sampler: str = ""
-) -> Any:
+def _levels(pipe: Any, named: str | None, steps: int, size: list[int], discard: bool, comfy_sampler: str = "") -> Any:
     """The levels by name, or as listed. Some of ComfyUI's samplers take another number of levels."""
+    width, height = size
     if listed(named) or (named in PLAIN and not comfy_sampler):
         area = (height // (2 * pipe.vae_scale_factor)) * (width // (2 * pipe.vae_scale_factor))
         tokens = [area] if hasattr(pipe, "transformer") else []
@@ -240,53 +235,25 @@ def _levels(
     return sigmas[[*range(len(sigmas) - 2), -1]] if discard and not listed(named) else sigmas
 
 
-@functools.cache
-def _versions() -> str:
-    import diffusers
-
-    found = {one.name: one.version for one in distributions(name="k-diffusion")}
-    return json.dumps({"diffusers": diffusers.__version__, "torch": torch.__version__, **found})
-
-
-def _encode_all(
-    family: Family, pipe: Any, unit: list[Picture], encoded: dict[Any, dict[str, Any]], options: Namespace
-) -> dict[str, Any]:
-    """The arguments with the unit's prompts. The latest prompts stay in `encoded`: all samplers draw them."""
-    keys = [(one.prompt, options.guidance, options.dtype) for one in unit]
-    try:
-        encoded |= {key: encode(family, pipe, key[0], options) for key in keys if key not in encoded}
-    except Exception as error:
-        raise Refused(reason(error)) from error
-    each = [encoded[key] for key in keys]
-    for key in list(encoded)[: -options.batch]:
-        del encoded[key]
-    tensors = {name for name, value in each[0].items() if isinstance(value, torch.Tensor)}
-    return {name: torch.cat([one[name] for one in each]) if name in tensors else each[0][name] for name in each[0]}
-
-
-def _draw(
-    pipe: Any, unit: list[Picture], kept: list[Drawn | None], settings: list[dict[str, str]], prompts: dict[str, Any]
-) -> list[Drawn]:
-    """Draws a unit in one batch and writes what is not kept. A failure is noted, not raised."""
-    drawn = [Drawn(one, None) for one in unit]
+def _draw(pipe: Any, drawn: list[Drawn], settings: list[dict[str, str]], prompts: dict[str, Any]) -> None:
+    """Draws a unit in one batch and writes the pictures that are not there. A failure is noted, not raised."""
     calls: list[bool] = []
     network = getattr(pipe, "unet", None) or pipe.transformer
     hook = network.register_forward_pre_hook(lambda *_: calls.append(True))
     start = time.perf_counter()
     try:
-        comfy = settings[0]["comfy"] != "False"
-        arguments = (_comfy_arguments if comfy else _plain_arguments)(pipe, settings[0])
-        if not comfy:  # the same noise for every sampler
-            arguments["generator"] = [torch.Generator("cpu").manual_seed(one.seed) for one in unit]
+        arguments = _arguments(pipe, settings[0])
+        if settings[0]["comfy"] == "False":  # the same noise for every sampler
+            arguments["generator"] = [torch.Generator("cpu").manual_seed(one.picture.seed) for one in drawn]
         arguments = {"guidance_scale": float(settings[0]["guidance"]), **prompts, **arguments}
         images = pipe(**arguments, output_type="pt").images
-        seconds = (time.perf_counter() - start) / len(unit)
+        seconds = (time.perf_counter() - start) / len(drawn)
         evaluations = len(calls) // (1 + (float(settings[0].get("true_cfg", 1)) > 1))  # FLUX: a call for each prompt
         pictures = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(images.nan_to_num()))
-        for one, image, values, wanted, there in zip(drawn, pictures, images, settings, kept):
-            if not values.isfinite().all():
+        for one, image, values, wanted in zip(drawn, pictures, images, settings):
+            if one.path is None and not values.isfinite().all():
                 one.error = NOT_FINITE
-            elif there is None:
+            elif one.path is None:
                 one.seconds, one.evaluations = seconds, evaluations
                 written = {**wanted, "evaluations": str(evaluations), "seconds": f"{seconds:.1f}"}
                 write_png(image, one.picture.path, written, write_parameters(written))
@@ -297,40 +264,35 @@ def _draw(
         torch.cuda.empty_cache()
     finally:
         hook.remove()
-    return [one for one, there in zip(drawn, kept) if there is None]
 
 
-def _plain_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
-    """The arguments of a call, without the prompts and the generators."""
-    width, height = map(int, settings["size"].split("x"))
-    steps, schedule = int(settings["steps"]), None if settings["schedule"] == "scheduler" else settings["schedule"]
-    sampler, options = VARIANTS.get(settings["sampler"], (settings["sampler"], {}))
-    arguments = {"sampler": sampler, "sampler_kwargs": options, "width": width, "height": height}
-    if "discard" in settings or schedule not in PLAIN:
-        return arguments | {"schedule": _levels(pipe, schedule, steps, width, height, "discard" in settings)}
-    return arguments | {"num_inference_steps": steps, "schedule": schedule}
-
-
-def _comfy_arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
-    """The arguments of a call that draws what ComfyUI's KSampler draws, without the prompts."""
-    width, height = map(int, settings["size"].split("x"))
-    node: dict[str, Any] = {name: int(settings[name]) for name in ("seed", "steps")}
-    node |= {"cfg": float(settings.get("true_cfg", settings["guidance"])), "sampler_name": settings["sampler"]}
-    node |= {"scheduler": listed(settings["schedule"]) or settings["schedule"], "width": width, "height": height}
+def _arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
+    """The arguments of a call, without the prompts; the generators only where ComfyUI's KSampler makes the noise."""
+    schedule = None if settings["schedule"] == "scheduler" else settings["schedule"]
+    steps, sampler = int(settings["steps"]), settings["sampler"]
+    size: dict[str, Any] = dict(zip(("width", "height"), map(int, settings["size"].split("x"))))
+    if settings["comfy"] == "False":
+        sampler, options = VARIANTS.get(sampler, (sampler, {}))
+        arguments = {"sampler": sampler, "sampler_kwargs": options, **size}
+        if "discard" in settings or schedule not in PLAIN:
+            return arguments | {"schedule": _levels(pipe, schedule, steps, [*size.values()], "discard" in settings)}
+        return arguments | {"num_inference_steps": steps, "schedule": schedule}
+    node = {"seed": int(settings["seed"]), "cfg": float(settings.get("true_cfg", settings["guidance"]))} | size
     with warnings.catch_warnings(record=True) as caught:  # of how far k-diffusion's latents are from ComfyUI's
         warnings.simplefilter("always")
-        arguments = ksampler(pipe, **node)
+        scheduler = listed(schedule) or schedule
+        arguments = ksampler(pipe, **node, steps=steps, sampler_name=sampler, scheduler=scheduler)
     for warning in caught:
         print(warning.message, file=sys.stderr)
     return arguments
 
 
-def _kept(picture: Picture, wanted: dict[str, str]) -> Drawn | None:
-    """The picture that is there already, complete and with these settings."""
+def _kept(picture: Picture, wanted: dict[str, str]) -> Drawn:
+    """The picture, if it is there already, complete and with these settings."""
     try:
         found = {"comfy": "False", **(read_settings(picture.path) or {})}  # older plain pictures do not name it
     except ValueError:
-        return None
+        found = {}
     if any(found.get(key) != value for key, value in wanted.items()):
-        return None
+        return Drawn(picture, None)
     return Drawn(picture, picture.path, float(found.get("seconds", 0)), int(found.get("evaluations", 0)), note="kept")

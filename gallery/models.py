@@ -1,7 +1,5 @@
 """A model for the scripts: loading, kind, sizes, prompts, and errors in words."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -11,20 +9,23 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from diffusers.utils import logging
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
 
 from gallery.options import FLUX, SDXL, Family
-from gallery.refused import Refused
+from gallery.refused import Refused, refusing
 
 
 def check_output(folder: Path) -> None:
     """Makes the folder. Raises Refused where nothing can be written to it."""
-    try:
+    with refusing(OSError, text=lambda e: f"can't write to {folder}: {e.strerror}. Name another folder with --output"):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a unique name: several processes look at the same time
-            pass
-    except OSError as error:
-        raise Refused(f"can't write to {folder}: {error.strerror}. Name another folder with --output") from None
+        tempfile.TemporaryFile(dir=folder).close()  # a unique name: several processes look at the same time
 
 
 def device_of(options: Namespace) -> str:
@@ -43,9 +44,6 @@ def device_of(options: Namespace) -> str:
 
 def load(family: Family, module: Any, model: str, device: str, options: Namespace) -> Any:
     """The pipeline on its device, from the demo folder, a folder, a .safetensors file or the hub."""
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -84,8 +82,6 @@ def load(family: Family, module: Any, model: str, device: str, options: Namespac
 
 def _check_kind(family: Family, source: str) -> None:
     """Refuses a model of another family, by its index if that is on this machine, and a path that is no model."""
-    import diffusers
-
     if Path(source).is_file():
         raise Refused(f"--model: {source} is a file, but neither a .safetensors nor a .ckpt")
     index = _index_of(source)
@@ -106,8 +102,6 @@ def _check_kind(family: Family, source: str) -> None:
 
 def _index_of(source: str) -> Path | None:
     """The model_index.json of a folder, or of a model of the hub that is on this machine."""
-    from huggingface_hub import try_to_load_from_cache
-
     if Path(source).is_dir():
         return Path(source, "model_index.json")
     try:
@@ -119,8 +113,6 @@ def _index_of(source: str) -> Path | None:
 
 def _check_file(family: Family, source: str) -> None:
     """Refuses a file that is not a checkpoint of the family, by the names of its tensors."""
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-
     if not Path(source).is_file():
         raise Refused(f"--model: there is no file {source}")
     tensors = _tensors(Path(source))
@@ -169,27 +161,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _tensors(path: Path) -> dict[str, Any]:
     """The tensors of a .safetensors file by its header, or of a .ckpt, on the meta device without values."""
-    from safetensors import SafetensorError, safe_open
-
     if path.suffix == ".ckpt":
-        try:
+        with refusing(
+            Exception, text=lambda e: f"--model: {path} is no .ckpt of tensors, or cut off ({type(e).__name__})"
+        ):
             found = torch.load(path, map_location="meta", weights_only=True)
             return found.get("state_dict", found)
-        except Exception as error:
-            raise Refused(f"--model: {path} is no .ckpt of tensors, or cut off ({type(error).__name__})") from None
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
-    except SafetensorError as error:
-        cut = f"no .safetensors file, or is cut off ({error}); copy or download it again"
-        raise Refused(f"--model: {path} is {cut}") from None
+    cut = f"--model: {path} is no .safetensors file, or is cut off"
+    with (
+        refusing(SafetensorError, text=lambda e: f"{cut} ({e}); copy or download it again"),
+        safe_open(path, "pt") as f,
+    ):
+        return {name: torch.empty(f.get_slice(name).get_shape(), device="meta") for name in f.keys()}
 
 
 def size_of(family: Family, pipe: Any, options: Namespace) -> tuple[int, int]:
     """Width and height to draw, in pixels: by default the model's own."""
-    side = pipe.vae.config.sample_size
-    if family is SDXL:
-        side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor if family is SDXL else pipe.vae.config.sample_size
     return options.width or side, options.height or side
 
 
@@ -205,10 +193,9 @@ def needed_memory(family: Family, pipe: Any, options: Namespace) -> int:
     """
     parts = [part for part in pipe.components.values() if hasattr(part, "parameters")]
     weights = sum(tensor.nbytes for part in parts for tensor in part.parameters())
-    width, height = size_of(family, pipe, options)
-    config, batch = pipe.vae.config, getattr(options, "batch", 1)
-    itemsize = 4 if config.force_upcast else pipe.vae.dtype.itemsize
-    return weights + 4 * batch * width * height * config.block_out_channels[:2][-1] * itemsize
+    pixels = getattr(options, "batch", 1) * math.prod(size_of(family, pipe, options))
+    itemsize = 4 if pipe.vae.config.force_upcast else pipe.vae.dtype.itemsize
+    return weights + 4 * pixels * pipe.vae.config.block_out_channels[:2][-1] * itemsize
 
 
 def offload_of(family: Family, pipe: Any, device: str, options: Namespace) -> str:
@@ -235,10 +222,10 @@ def reason(error: BaseException, source: str = "") -> str:
         return f"{source} is gated: accept its licence on its hub page, then `hf auth login` (or set HF_TOKEN)"
     if seen & OFFLINE:
         return f"{source} is not on this machine and the hub can't be reached: check the network, or use --model demo"
-    nowhere = ("not a valid model identifier", "neither a valid local path")
-    if "RepositoryNotFoundError" in seen or any(words in text for words in nowhere):
-        where = "neither a folder here nor a model on the hub"
-        return f"--model: {source} is {where} (a private one needs `hf auth login`)"
+    if "RepositoryNotFoundError" in seen or re.search("not a valid model identifier|neither a valid local path", text):
+        return (
+            f"--model: {source} is neither a folder here nor a model on the hub (a private one needs `hf auth login`)"
+        )
     return f"{type(error).__name__}: {text[:400]}"
 
 
@@ -257,21 +244,20 @@ def short_name(family: Family, model: str) -> str:
     return slug if slug.startswith(family.name) else f"{family.name}-{slug}"
 
 
+@torch.no_grad()
 def encode(family: Family, pipe: Any, text: str, options: Namespace, length: int | None = None) -> dict[str, Any]:
     """The arguments with one prompt, encoded once for all samplers; FLUX's have `length` tokens."""
-    with torch.no_grad():
-        if family is SDXL:
-            names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-            # ComfyUI encodes an empty negative prompt; diffusers uses zeros in its place
-            negative = options.negative_prompt or ("" if options.comfy else None)
-            guided = options.guidance > 1
-            embeds = pipe.encode_prompt(text, negative_prompt=negative, do_classifier_free_guidance=guided)
-            return dict(zip(names, embeds))
-        length = length or (512 if pipe.transformer.config.guidance_embeds else 256)  # schnell was trained with 256
-        prompt_embeds, pooled, _ = pipe.encode_prompt(text, max_sequence_length=length)
-        encoded = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
-        if options.negative_prompt is not None:
-            negative, pooled, _ = pipe.encode_prompt(options.negative_prompt, max_sequence_length=length)
-            encoded |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": pooled}
-            encoded["true_cfg_scale"] = options.true_cfg
-        return encoded
+    if family is SDXL:
+        # ComfyUI encodes an empty negative prompt; diffusers uses zeros in its place
+        negative = options.negative_prompt or ("" if options.comfy else None)
+        embeds = pipe.encode_prompt(text, negative_prompt=negative, do_classifier_free_guidance=options.guidance > 1)
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        return dict(zip(names, embeds))
+    length = length or (512 if pipe.transformer.config.guidance_embeds else 256)  # schnell was trained with 256
+    prompt_embeds, pooled, _ = pipe.encode_prompt(text, max_sequence_length=length)
+    encoded = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
+    if options.negative_prompt is not None:
+        negative, pooled, _ = pipe.encode_prompt(options.negative_prompt, max_sequence_length=length)
+        encoded |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": pooled}
+        encoded["true_cfg_scale"] = options.true_cfg
+    return encoded

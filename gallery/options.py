@@ -1,7 +1,5 @@
 """The command line of `test.py` and `test_flux.py`. Nothing heavy is imported, so that `--help` answers at once."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib
@@ -61,6 +59,13 @@ FLUX = Family(
     steps=28, guidance=3.5, comfy_schedule="simple", schedule=None,
 )
 # fmt: on
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line. --help has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -141,8 +146,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     if (last := options.seed + options.seeds - 1) not in SEEDS:
         parser.error(f"argument --seeds: the last of them would be {last}, but there are none past {SEEDS[-1]}")
     if options.samplers is not None:
-        names = (name.strip() for names in options.samplers for name in names.split(","))
-        options.samplers = [name for name in names if name]
+        options.samplers = [name.strip() for names in options.samplers for name in names.split(",") if name.strip()]
         if not options.samplers:
             parser.error("argument --samplers: names none; leave it out to draw all of them")
     return options
@@ -152,8 +156,7 @@ def _split_columns(parser: argparse.ArgumentParser, options: argparse.Namespace)
     """Finds `axis`, the option with several values or None, and `columns`, what each column of the sheet sets."""
     options.axis, options.columns = None, [{}]
     for name in AXES:
-        given = getattr(options, name)
-        given = given if isinstance(given, list) else [given]
+        given = one if isinstance(one := getattr(options, name), list) else [one]
         values = list(dict.fromkeys(None if value == "scheduler" else value for value in given))
         setattr(options, name, values[0])
         if len(values) > 1:
@@ -174,9 +177,7 @@ def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool])
     return read
 
 
-def _of_picture(
-    parser: argparse.ArgumentParser, family: Family, options: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _of_picture(parser: Parser, family: Family, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     """The settings of `--from` as defaults of the options, and why others can't be read. Prints what is not used."""
     from gallery.workflow import import_settings
 
@@ -203,13 +204,6 @@ def _of_picture(
               for name, node in read.unread.items() if name in names}  # fmt: skip
     discard = options.discard or ("discard" in values and options.samplers is None)
     return defaults | dict.fromkeys(unread) | {"comfy": read.comfy, "discard": discard}, unread
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in one line. --help has the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def unknown(name: str, known: Iterable[str]) -> str:

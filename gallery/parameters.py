@@ -9,8 +9,6 @@ text can't express has a second entry: `ComfyUI sampler` for a sampler that the 
 `Exact prompt` for a prompt that would be read as something else.
 """
 
-from __future__ import annotations
-
 import json
 import re
 
@@ -81,8 +79,7 @@ def write_parameters(settings: dict[str, str]) -> str:
 def read_parameters(text: str) -> dict[str, str]:
     """The settings in a text of `write_parameters` or of the web UI.
 
-    Unknown samplers and schedules keep their names in the text. `discard` is "True" where the last level but one was
-    dropped.
+    Unknown samplers and schedules keep their names. `discard` is "True" where the last level but one was dropped.
     """
     lines, found = read_pairs(text)
     settings = dict(zip(("prompt", "negative_prompt"), _prompts(lines)))

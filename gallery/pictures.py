@@ -1,7 +1,5 @@
 """Pictures with their settings inside, written whole or not at all, and the contact sheet."""
 
-from __future__ import annotations
-
 import bisect
 import functools
 import json
@@ -25,10 +23,7 @@ Font = Any  # ImageFont.FreeTypeFont, or ImageFont.ImageFont where Pillow has no
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary name in the same folder and renames the file: `path` is complete or absent.
-
-    The temporary name is unique, since several processes may write to one folder.
-    """
+    """Calls `write` with a temporary name, unique in the folder, and renames the file: `path` is complete or absent."""
     temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)

@@ -1,30 +1,27 @@
 """What became of the pictures: a table of numbers, and for each prompt and seed a sheet, as a PNG and as a page."""
 
-from __future__ import annotations
-
+import base64
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from string import Template
 
 from gallery.models import reason
-from gallery.page import write_page
 from gallery.parameters import write_parameters
-from gallery.pictures import contact_sheet, difference, write_png
+from gallery.pictures import Cells, contact_sheet, difference, read_settings, write_png, write_whole
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw. The pictures of a `place` are one sheet: the same prompt from the same noise.
-
-    `row` and `column` are its place in the sheet. Where there is only one column, `column` is empty.
-    """
+    """One picture to draw. The pictures of a `place` are one sheet: the same prompt from the same noise."""
 
     place: str
     prompt: str
     seed: int
     row: str
-    column: str
+    column: str  # empty where the sheet has only one
     path: Path
 
     @property
@@ -111,7 +108,28 @@ def write_sheet(
     cells = [cell(at[(across, down) if turned else (down, across)]) for down in left for across in top]
     if len(columns) == 1:
         top, left = [], []
-    page = contact_sheet(title, cells, top=top, left=left)
-    write_png(page, path, settings, "" if top else write_parameters(settings))
+    parameters = "" if top else write_parameters(settings)
+    write_png(contact_sheet(title, cells, top=top, left=left), path, settings, parameters)
     if html:
         write_page(path.with_suffix(".html"), title, cells, top, left)
+
+
+def write_page(path: Path, title: list[str], cells: Cells, top: Sequence[str], left: Sequence[str]) -> None:
+    """Writes the cells of a sheet as one HTML file: pictures in the same place, one after the other, and settings."""
+    columns = len(top) or min(5, len(cells))
+    parts = ["<b class=corner></b>"] * bool(top) + [f"<b>{escape(label)}</b>" for label in top]
+    for i, (label, note, file) in enumerate(cells):
+        if left and i % columns == 0:
+            parts.append(f"<b class=left>{escape(left[i // columns])}</b>")
+        name = escape(label or f"{left[i // columns]}, {top[i % columns]}")
+        found = (read_settings(file) or {}) if file else {"FAILED": note}
+        settings = "\n".join(f"{key}: {value}" for key, value in found.items() if key != "parameters")
+        data = base64.b64encode(file.read_bytes()).decode() if file else ""
+        picture = f'<img src="data:image/png;base64,{data}" alt="{name}">' * bool(file)
+        inside = f"<b>{escape(label)}</b>{picture}<span class={'note' if file else 'failed'}>{escape(note)}</span>"
+        parts.append(f'<button class=cell title="{name}" data-settings="{escape(settings)}">{inside}</button>')
+    about = "".join(f"<p>{escape(line)}</p>" for line in title[1:])
+    values = {"title": escape(title[0]), "about": about, "columns": columns, "cells": "\n".join(parts)}
+    page = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    page_text = page.substitute(values, left="max-content" if top else "")
+    write_whole(path, lambda temporary: temporary.write_text(page_text, encoding="utf-8"))

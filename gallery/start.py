@@ -1,7 +1,5 @@
 """Start and end of a script: if it is refused or interrupted, it prints at most one line, and no traceback."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
@@ -12,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gallery.refused import Refused
+
 
 def command(run: Callable[[], int]) -> int:
     """Runs a script and returns its exit status: 2 if refused, 130 after Ctrl-C, 141 if stdout is closed, else `run`'s.
@@ -21,8 +21,6 @@ def command(run: Callable[[], int]) -> int:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the shell ignores the signal
         signal.signal(signal.SIGINT, _leave)
-    from gallery.refused import Refused
-
     try:
         try:
             status = run()

@@ -5,8 +5,6 @@ are found along the links, from a node that saves, up to the first sampler, and 
 kind is known by its inputs. The output of a node that may change it is not guessed: it is left out and reported.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import re
@@ -103,6 +101,8 @@ def _read_graph(graph: Graph, settings: Settings) -> None:
     settings.unused += [f"a later {nodes[name][0]}" for name in later]
     settings.unused += [f"another {nodes[name][0]}" for name in passes if name not in (first, *later)]
     _read_sampler(graph, first, settings)
+    unread = settings.unread.items()
+    settings.unused += [f"the {setting.replace('_', ' ')} could not be read ({node})" for setting, node in unread]
     known, plain = samplers | graph.read | {*ends}, graphs.PLAIN | {*settings.unread.values()}
     for name in graph.before([first]) + used:
         kind, inputs = nodes[name]
@@ -127,22 +127,17 @@ def _read_sampler(graph: Graph, name: str, settings: Settings) -> None:
         for node in graph.way(own.get(part), part):
             fields = graph.nodes[node][1] | fields
 
-    def miss(setting: str, node: str) -> None:
-        settings.unused.append(f"the {setting.replace('_', ' ')} could not be read ({node})")
-        settings.unread[setting] = node
-
     def read(setting: str, value: Callable[..., Any], *given: Any) -> None:
         try:
             if (found := value(*given)) is not None:
                 values[setting] = found
         except (Unread, RecursionError) as error:
-            miss(setting, str(error) if isinstance(error, Unread) else kind)
+            settings.unread[setting] = str(error) if isinstance(error, Unread) else kind
 
     if "sigmas" in links:
         way = [graph.nodes[node] for node in graph.way(links["sigmas"], "sigmas")]
         source, levels = next((node for node in way if not linked(node[1].get("sigmas"))), (kind, {}))
-        fields = {key: value for key, value in fields.items() if key not in ("scheduler", "steps", "denoise")}
-        fields |= {key: value for key, value in levels.items() if key in ("scheduler", "steps", "denoise")}
+        fields |= {key: levels.get(key) for key in ("scheduler", "steps", "denoise")}
         if "scheduler" not in levels:
             read("scheduler", _levels, graph, source, levels)
             if "scheduler" in values:
@@ -161,7 +156,7 @@ def _read_sampler(graph: Graph, name: str, settings: Settings) -> None:
             if part == "guider" and "negative" not in inputs and not any(key.startswith("cfg") for key in inputs):
                 values["cfg"] = 1.0  # BasicGuider's
             else:
-                miss(setting, source)
+                settings.unread[setting] = source
     if str(fields.get("add_noise")).lower() in ("disable", "false"):
         settings.unused.append("add_noise: disable")
     start, end = values.pop("start_at_step", None), values.pop("end_at_step", None)
@@ -199,8 +194,7 @@ def _levels(graph: Graph, node: str, inputs: dict[str, Any]) -> str:
         raise Unread(node)
     named = inspect.signature(function).parameters.keys() & inputs.keys()
     numbers = {key: graph.typed(inputs[key], key, float) for key in named}
-    levels = function(min(steps, graphs.LONGEST), **numbers).tolist()
-    return ", ".join(f"{level:.9g}" for level in levels)
+    return ", ".join(f"{level:.9g}" for level in function(min(steps, graphs.LONGEST), **numbers).tolist())
 
 
 def _read_prompt(graph: Graph, link: Any, side: str, settings: Settings) -> str | None:

@@ -9,7 +9,9 @@ import pytest
 from conftest import ROOT
 
 COPIED = ["sdxl_comfy_pipeline", "flux_comfy_pipeline", "scheduling_k_diffusion", "comfy_ksampler"]
-LINES = dict(zip([f"{name}.py" for name in COPIED], (600, 565, 605, 450))) | {"README.md": 220, "CONTRIBUTING.md": 50}
+LINES = dict(zip([f"{name}.py" for name in COPIED], (600, 565, 605, 450)))
+LINES |= {"gallery/*.py": 1800, "parity/*.py": 2750, "tests/*.py": 9000, "benchmarks/*.py": 1500, "README.md": 220}
+LINES["CONTRIBUTING.md"] = 50
 # who may import whom of this project, besides neighbours in the same folder
 MAY = {"parity": ["gallery", *COPIED], "gallery": COPIED}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("gallery/*.py"), *ROOT.glob("parity/*.py")]
@@ -27,14 +29,14 @@ def imported(path: Path) -> list[tuple[str, str]]:
 
 
 # not met yet; a file that comes within its budget leaves this list, which is seen since the mark is strict
-OVER = {"comfy_ksampler.py", "scheduling_k_diffusion.py"}
+OVER = {"comfy_ksampler.py", "scheduling_k_diffusion.py", "parity/*.py", "tests/*.py"}
 over = pytest.mark.xfail(reason="over its budget", strict=True)
 LINES |= {path.relative_to(ROOT).as_posix(): 400 for path in FILES if path.stem not in COPIED}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=over if name in OVER else ()) for name in LINES])
 def test_budget(name):
-    assert len((ROOT / name).read_text().splitlines()) <= LINES[name]
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob(name)) <= LINES[name]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
