@@ -201,7 +201,9 @@ def comfy_sampler(
     is for functions that ask for the prediction without guidance.
     """
     comfy, sampling = _comfyui(), model_sampling(pipe, width, height)
-    flow = isinstance(sampling, Flow)
+    flow, loaded = isinstance(sampling, Flow), sys.modules.get("comfy.model_sampling")
+    if flow and loaded:  # ComfyUI's functions know a flow by this class
+        sampling.__class__ = type("Flow", (Flow, loaded.CONST), {})
 
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         ours = _Model(model, sampling, cfg or (None if flow else getattr(pipe, "_guidance_scale", None)))
