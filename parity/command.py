@@ -79,6 +79,7 @@ def _compare(options: argparse.Namespace, family: Family, module: ModuleType, ou
 def _judge(options: argparse.Namespace, family: Family, module: ModuleType, side: Side, show: Callable) -> Answered:
     """`--against exact`: a sampler by itself."""
     from parity.judge import judge
+    from parity.report import answer_page
     from parity.subject import Subject
 
     side.check_family(family, "--sampler")
@@ -86,13 +87,7 @@ def _judge(options: argparse.Namespace, family: Family, module: ModuleType, side
         raise Refused("--schedule: a scheduler has its own levels; name them by its options, as use_karras_sigmas=True")
     _check_schedule(options, module.SCHEDULES)
     answer = judge(Subject(side, family, module, options.schedule, options.parameterization), show)
-
-    def page() -> str:
-        from parity.page import page
-
-        return page(answer)
-
-    return answer.as_json(), page, int(not answer.right)
+    return answer.as_json(), lambda: answer_page(answer), int(not answer.right)
 
 
 def _check_schedule(options: argparse.Namespace, known: Any) -> None:

@@ -112,7 +112,7 @@ def test_status_json_and_page(tmp_path, capsys):
     assert out.startswith("euler_ancestral on a mixture") and "\nRight. " in out and "ok     one step works" in out
     found, page = json.loads(files["json"].read_text()), files["html"].read_text()
     assert found["right"] and len(found["rows"]) == 6 and len(found["draws"]["euler_ancestral"]) == 4
-    assert page.count("<svg") == 4 and found["verdict"][1:] in page
+    assert page.count("<svg") == 2 and found["verdict"][1:] in page
     assert run(*parse_compare(["--against", "exact", "--sampler", f"{OWN}:euler(factor=0.98)"])) == 1
     with pytest.raises(Refused, match="is for flow models"):
         run(*parse_compare(["--against", "exact", "--sampler", "FlowMatchEulerDiscreteScheduler"]))
