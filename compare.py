@@ -6,12 +6,10 @@ from gallery.start import command, set_wait_policy
 
 
 def compare() -> int:
-    from parity.options import parse_compare
+    from parity.command import parse_compare, run
 
     options, family = parse_compare()
     set_wait_policy(options)
-    from parity.command import run  # after the options, so that --help is quick
-
     return run(options, family)
 
 

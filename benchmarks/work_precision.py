@@ -27,17 +27,10 @@ from tqdm.auto import tqdm
 
 sys.path.append(str(ROOT / "tests"))
 
+from closed_form import PassesVelocity, evaluations, solve_ode  # noqa: E402
+
 from gallery.pictures import write_whole  # noqa: E402
-from parity.exact import (  # noqa: E402
-    PassesVelocity,
-    evaluations,
-    flux_pipeline,
-    mixture,
-    patched,
-    sdxl_pipeline,
-    sliced_wasserstein,
-    solve_ode,
-)
+from parity.exact import flux_pipeline, mixture, patched, sdxl_pipeline, sliced_wasserstein  # noqa: E402
 from sdxl_comfy_pipeline import sampler_names  # noqa: E402
 
 MODELS = {"closed-form": ("closed-form SDXL", "closed-form FLUX"), "sdxl": ("demo SDXL",), "flux": ("demo FLUX",)}

@@ -6,15 +6,17 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from gallery.refused import Refused
+from parity import causes
 from parity.follow import Session
 from parity.pair import Pair
-from parity.result import Cause, Result, Switch, Trajectory, relative
+from parity.result import Cause, Evaluation, Ours, Result, Row, Switch, Trajectory, relative
 from parity.sides import Side
 from parity.truth import solve
 
@@ -30,47 +32,156 @@ ROUNDED, QUANTISED, THEIRS = "quantize_timesteps", "quantised sigmas", "timestep
 Option = tuple[str, str, Any]  # of which side, its name and value
 
 
+class Arisen(NamedTuple):
+    """A difference that arises at one point of a run."""
+
+    step: int  # from 1; 0 for the initial latents
+    kind: str
+    size: float
+    named: Callable[[], causes.Named]  # finds its cause
+
+
 @torch.no_grad()
 def compare_sides(
-    session: Session, ours: Side, theirs: Side, tolerance: float = 0.0, truths: Any = None, show: Callable | None = None
+    session: Session,
+    ours: Side,
+    theirs: Side,
+    tolerance: float = 0.0,
+    show: Callable[[Result, str], Any] = lambda result, words: None,
 ) -> tuple[Result, Trajectory, Trajectory]:
     """The result and both trajectories.
 
     Args:
         tolerance: of relative differences; 0: the options', or rounding in the network's dtype.
-        truths: solutions that were found before, by what they depend on; None: don't look for the truth.
         show: called with the result and the words for what was just found: the cause, the switches, the truth.
     """
     # of float64, the rounding of diffusers' float32 sigmas
     rounding = {torch.float64: 1e-6, torch.float32: 1e-4}.get(session.network.dtype, 2e-2)
     pair = Pair(session, ours, theirs, tolerance or session.options.tolerance or rounding)
-    show = show or (lambda result, words: None)
-    a, b, setup = pair.run()
-    result = pair.compare(a, b, setup)
+    b = pair.follow_theirs()
+    setup = pair.setup(b)
+    a = session.follow_sampler(ours, setup)
+    result = _compare(pair, a, b, setup)
     show(result, result.parting())
     if result.cause is not None and session.options.switches:
         with tqdm(desc="trying switches", unit=" tried", leave=False, disable=None) as bar:
-            result.switches = try_switches(pair, result.cause, b, bar.update)
+            result.switches = _try_switches(pair, result.cause, b, bar.update)
         show(result, result.removal())
-    if result.cause is not None and truths is not None:
-        result.truth = solve(session, (ours, theirs), setup, a, b, truths)
+    if result.cause is not None and session.options.truth:
+        result.truth = solve(session, (ours, theirs), setup, a, b)
         show(result, result.truth.words())
     return result, a, b
 
 
-def try_switches(pair: Pair, cause: Cause, b: Trajectory, tick: Callable[[], Any] = lambda: None) -> list[Switch]:
-    """The known switches, the ones that fit the cause first; the others only if none of them removes the difference.
+def _compare(pair: Pair, a: Trajectory, b: Trajectory, setup: Ours) -> Result:
+    """The table, the cause of the first difference above the tolerance, and what differs beside it."""
+    result, first, alone = _find(pair, a, b, setup)
+
+    def cause(one: Arisen, size: float = math.nan) -> Cause:
+        kind, what = causes.not_finite(one.step - 1, a, b) if math.isnan(one.size) else one.named()
+        return Cause(kind, one.step, b.levels[max(one.step - 1, 0)], what, size)
+
+    if first is None:
+        return result
+    result.cause = cause(first)
+    if result.largest == math.inf:
+        return result
+    alone = _alone(pair, b, setup) if alone is None else alone
+    for kind in dict.fromkeys(one.kind for one in alone or ()):
+        if not (past := [one for one in alone or () if one.kind == kind and one.size > pair.tolerance]):
+            continue
+        first = next(one for one in past if one.size > max(one.size for one in past) / 10)
+        found, kinds = cause(first, first.size), {one.kind for one in [result.cause, *result.others]}
+        # a last step that differs as the other updates do is no news
+        if found.kind not in kinds and not ("update" in kinds and found.what.startswith("the update itself")):
+            result.others.append(found)
+    result.others.sort(key=lambda one: one.step)
+    return result
+
+
+def _find(pair: Pair, a: Trajectory, b: Trajectory, setup: Ours) -> tuple[Result, Arisen | None, list[Arisen] | None]:
+    """The table, the first difference above the tolerance, and `_alone` where that decided."""
+    result = Result(pair.ours.text, pair.theirs.text, len(b.starts), pair.tolerance, pair.session.level_name)
+    result.notes = list(dict.fromkeys([*b.notes, *a.notes]))
+    result.initial, result.final = relative(a.state(0), b.state(0)), relative(a.final, b.final)
+    if len(a.levels) != len(b.levels):
+        what = f"ours takes {len(a.starts)} steps, theirs {len(b.starts)}"
+        return result, Arisen(0, "", math.inf, lambda: ("noise levels", what)), None
+    arisen = _arisen(pair, a, b, setup, a.evaluations)
+    for i, level in enumerate(b.levels[:-1]):
+        sizes = [one for one in arisen if one.step == i + 1]
+        denoised = torch.tensor([one.size for one in sizes if one.kind == "prediction"]).max().item()  # NaN if one is
+        timesteps = [[e.timestep for e in side.step_evaluations(i)] for side in (a, b)]
+        result.rows.append(Row(i + 1, level, (timesteps[0], timesteps[1]), sizes[-1].size, denoised))
+    arisen.insert(0, Arisen(0, "", result.initial, partial(causes.initial, pair, a, b)))
+    first = next((one for one in arisen if not one.size <= pair.tolerance), None)
+    if first is None or first.step == 0 or not min(first.size, result.largest / 3) < 30 * pair.tolerance:
+        return result, first, None
+    # so small that the network may have made it of rounding: each step by itself decides
+    if (alone := _alone(pair, b, setup)) is not None:
+        result.local = max(one.size for one in alone)
+        first = next((one for one in alone if one.size > pair.tolerance), None)
+    return result, first, alone
+
+
+def _alone(pair: Pair, b: Trajectory, setup: Ours) -> list[Arisen] | None:
+    """The differences that arise within each step by itself, in order.
+
+    Our network and sampler get their latents and their predictions, step by step. A timestep that is theirs to
+    float32's rounding, 1e-4, is taken for the same. None where ours takes other steps.
+    """
+    exact = [pair.session.timestep_of(evaluation.level) for evaluation in b.evaluations]
+    given = [evaluation.timestep for evaluation in b.evaluations]
+    timesteps = [t if abs(t - ours) < 1e-4 else None for t, ours in zip(given, exact)]
+
+    def probe(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for evaluation in b.evaluations:
+            model(evaluation.x, x.new_full([x.shape[0]], evaluation.level))
+        return x
+
+    a, moved = (pair.replay(b, setup, start=setup.start + more) for more in (0, 1))
+    if len(a.evaluations) != len(b.evaluations) or a.starts != b.starts:
+        return None
+    probed = replace(setup, flow=True, timesteps=setup.timesteps or timesteps)
+    seen = pair.session.follow_sampler(Side("probe", probe, {}), probed).evaluations
+    return _arisen(pair, a, b, setup, seen, moved)
+
+
+def _arisen(
+    pair: Pair, a: Trajectory, b: Trajectory, setup: Ours, seen: list[Evaluation], moved: Trajectory | None = None
+) -> list[Arisen]:
+    """For each evaluation the difference of the predictions, and that of the latents to which the sampler goes on.
 
     Args:
-        b: their run as it is.
-        tick: called after each try.
+        seen: our predictions.
+        moved: our side as in `a`, from other latents, where `a` has their predictions. Latents are then linear in the
+            ones that a step began with, so that what arose before the step can be taken away.
     """
+    found = list[Arisen]()
+    for i in range(len(b.starts)):
+        kind = "last step" if i == len(b.starts) - 1 else "update"
+        count = len(b.span(i)) if len(a.span(i)) == len(b.span(i)) else 1
+        for j in range(count):
+            one, other = seen[a.starts[i] + j], b.evaluations[b.starts[i] + j]
+            named = partial(causes.prediction, pair, one, other, b)
+            found.append(Arisen(i + 1, "prediction", relative(one.denoised, other.denoised), named))
+            at = (i, j + 1) if j + 1 < count else (i + 1, 0)
+            x = a.state(*at)
+            if moved is not None:
+                slope = (moved.state(*at) - x).mean() / (moved.state(i) - a.state(i)).mean()
+                x = x - slope * (a.state(i) - b.state(i))
+            named = partial(causes.update, pair, i, a, b, setup, at[1])
+            found.append(Arisen(i + 1, kind, relative(x, b.state(*at)), named))
+    return found
+
+
+def _try_switches(pair: Pair, cause: Cause, b: Trajectory, tick: Callable[[], Any]) -> list[Switch]:
+    """The known switches, the ones that fit the cause first; the others only if none of them removes the difference."""
     tried = list[tuple[Switch, list[Option]]]()
 
     def attempt(options: list[Option]) -> tuple[Switch, list[Option]]:
-        switch = _try(pair, options, b)
         tick()
-        return switch, options
+        return _try(pair, options, b), options
 
     batches = _options(pair, cause, b)
     for batch in batches:
@@ -107,7 +218,7 @@ def _options(pair: Pair, cause: Cause, b: Trajectory) -> tuple[list[Option], lis
 def _try(pair: Pair, options: list[Option], b: Trajectory) -> Switch:
     chosen = {side: {name: value for where, name, value in options if where == side} for side in ("ours", "theirs")}
     ways = [name for name in (ROUNDED, QUANTISED, THEIRS) if chosen["ours"].pop(name, False)]
-    ours = replace(pair.ours, options={**pair.ours.options, **chosen["ours"]})
+    pair = replace(pair, ours=replace(pair.ours, options={**pair.ours.options, **chosen["ours"]}))
     try:
         theirs = pair.follow_theirs(**chosen["theirs"]) if chosen["theirs"] else b
         settings: dict[str, Any] = {"quantize": True} if ROUNDED in ways or QUANTISED in ways else {}
@@ -116,11 +227,8 @@ def _try(pair: Pair, options: list[Option], b: Trajectory) -> Switch:
         if QUANTISED in ways:
             settings["levels"] = _quantised(pair.setup(theirs).levels, pair.session.trained())
         setup = pair.setup(theirs, **settings)
-        a = pair.session.follow_sampler(ours, setup)
-        difference, parts = distance(a, theirs, pair.tolerance)
-        if parts is not None and difference < 30 * pair.tolerance:  # rounding, perhaps
-            if Pair(pair.session, ours, pair.theirs, pair.tolerance).compare(a, theirs, setup).cause is None:
-                parts = None
+        result, first, _ = _find(pair, pair.session.follow_sampler(pair.ours, setup), theirs, setup)
+        difference, parts = result.largest, first and first.step
     except Refused:
         difference, parts = math.inf, 0
     words = " and ".join(name if value is True else f"{name}={value!r}" for _, name, value in options)
@@ -131,16 +239,3 @@ def _quantised(levels: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
     """The nearest trained level of each, but for zero."""
     nearest = (trained.log() - levels[levels > 0].log()[:, None]).abs().argmin(1)
     return torch.cat([trained[nearest].to(levels), levels[levels <= 0]])
-
-
-def distance(a: Trajectory, b: Trajectory, tolerance: float) -> tuple[float, int | None]:
-    """The largest difference of two trajectories, and the step of the first one above the tolerance."""
-    if len(a.levels) != len(b.levels):
-        return math.inf, 0
-    values = [(relative(a.state(0), b.state(0)), 0)]
-    for i in range(len(b.starts)):
-        pairs = zip(a.step_evaluations(i), b.step_evaluations(i))
-        values += [(relative(one.denoised, other.denoised), i + 1) for one, other in pairs]
-        values.append((relative(a.state(i + 1), b.state(i + 1)), i + 1))
-    past = [step for value, step in values if not value <= tolerance]
-    return max(math.inf if math.isnan(value) else value for value, _ in values), past[0] if past else None

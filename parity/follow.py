@@ -1,8 +1,7 @@
 """Following a sampler: what it gave to the network and what became of the latents, in one coordinate system.
 
 Both sides are in the same coordinates, whatever they keep themselves: `sigma` and x = x0 + sigma noise on SDXL,
-t and x = (1 - t) x0 + t noise on FLUX. Nothing is patched: the network is watched by hooks that are removed again, the
-stock pipeline by its `callback_on_step_end`.
+t and x = (1 - t) x0 + t noise on FLUX. Nothing is patched: hooks watch the network, and are removed again.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib
 import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,18 +24,16 @@ from gallery.models import device_of, encode, load, reason, size_of
 from gallery.options import FLUX, Family
 from gallery.refused import Refused
 from parity.result import Evaluation, Ours, Trajectory
-from parity.schedulers import levels_of, prepared
-from parity.sides import Side
+from parity.sides import Side, levels_of, prepared
 
 
 class Session:
     """One model, prompt and initial noise, on which any number of sides run."""
 
-    def __init__(
-        self, family: Family, module: ModuleType, options: argparse.Namespace, pipe: Any, prompt: dict, size: tuple
-    ):
+    def __init__(self, family: Family, options: argparse.Namespace, pipe: Any, prompt: dict, size: tuple):
         """`prompt` are the pipeline's arguments for it, `size` is width and height in pixels."""
-        self.family, self.module, self.options, self.pipe, self.prompt = family, module, options, pipe, prompt
+        self.family, self.options, self.pipe, self.prompt = family, options, pipe, prompt
+        self.module = importlib.import_module(family.module)
         self.flux, (self.width, self.height) = family is FLUX, size
         self.level_name = "t" if self.flux else "sigma"
         self.stock_class = type(pipe).__bases__[0]
@@ -56,12 +53,13 @@ class Session:
             shape = (1, channels, self.height // scale, self.width // scale)
             self.noise = randn_tensor(shape, self.generator, self.device, dtype)
         self.tokens = self.noise.shape[1] if self.flux else None
+        self.solutions = dict[Any, Any]()  # fine solutions of ODEs, by levels and start
         self._evaluations, self._seconds = 0, 0.0
 
     @classmethod
-    def load(cls, family: Family, module: ModuleType, options: argparse.Namespace) -> Session:
+    def load(cls, family: Family, options: argparse.Namespace) -> Session:
         """With the model, prompt and size of the command line."""
-        pipe = load(family, module, options.model, device_of(options), options)
+        pipe = load(family, importlib.import_module(family.module), options.model, device_of(options), options)
         pipe.set_progress_bar_config(disable=True)
         width, height = size_of(family, pipe, options)
         try:
@@ -70,7 +68,7 @@ class Session:
             prompt = encode(family, pipe, options.prompt, options, length)
         except Exception as error:
             raise Refused(reason(error)) from error
-        return cls(family, module, options, pipe, prompt, (width, height))
+        return cls(family, options, pipe, prompt, (width, height))
 
     def trained(self) -> torch.Tensor:
         """The level of each trained timestep, rising, float64."""
@@ -211,23 +209,23 @@ class Session:
         ratios = [x.norm() / latents.norm() for latents, (x, *_) in zip(after, seen[1:])]
         keeps_alpha_x = not self.flux and all(abs(ratio - 1) < 1e-6 for ratio in ratios)
         evaluations = [
-            Evaluation(
-                level, timestep, x * (1.0 if self.flux else math.hypot(level, 1)), self._denoised(x, level, given)
-            )
+            Evaluation(level, timestep, x * self._unscaled(level), self._denoised(x, level, given))
             for level, (x, timestep, given) in zip(listed, seen)
         ]
-        final = after[-1] * (math.hypot(step_levels[-1], 1) if keeps_alpha_x else 1.0)
+        final = after[-1] * (self._unscaled(step_levels[-1]) if keeps_alpha_x else 1.0)
         rounded = {i: name for i, latents in enumerate(after) if (name := _fits(latents, self.network.dtype))}
         found = Trajectory(step_levels, evaluations, starts, final, noise, fresh, [], rounded, keeps_alpha_x, written)
         found.notes += [f"the scheduler writes on {name} while it runs" for name in written]
         return found
 
+    def _unscaled(self, level: float) -> float:
+        """The latents in our coordinates over the network's input."""
+        return 1.0 if self.flux else math.hypot(level, 1)
+
     def _denoised(self, x: torch.Tensor, level: float, prediction: torch.Tensor) -> torch.Tensor:
         """x0 from the network's input and prediction, at the level that its sampler says."""
-        if self.flux:
-            return x - level * prediction
-        scale = math.hypot(level, 1)
-        if self.pipe.scheduler.config.get("prediction_type") == "v_prediction":
+        scale = self._unscaled(level)
+        if not self.flux and self.pipe.scheduler.config.get("prediction_type") == "v_prediction":
             return x / scale - prediction * level / scale
         return x * scale - prediction * level
 
@@ -254,7 +252,6 @@ class Session:
         Args:
             tick: called for each evaluation.
             denoised: predictions that were made before. The sampler gets these, and no network runs.
-            generator: for the pipeline; the session's by default.
         """
         ve, found = self.uses_ve(side, ours), Trajectory([], [], [], ours.start)
         timesteps = list[float]()
@@ -282,16 +279,15 @@ class Session:
         for (x, sigma, predicted), timestep in zip(found.calls, timesteps):
             x, level = (x / (1 + sigma), sigma / (1 + sigma)) if ve else (x, sigma)
             found.evaluations.append(Evaluation(level, timestep, x, predicted))
-        calls_back = len(found.starts) == len(ours.levels) - 1
-        found.starts = found.starts if calls_back else list(range(len(found.evaluations)))
-        found.levels = [found.evaluations[i].level for i in found.starts] + [ours.levels[-1].item()]
-        at = torch.tensor(found.levels, dtype=ours.levels.dtype)
         # a sampler that calls back once per step steps over the levels; another may have placed its own
-        if calls_back or (len(at) == len(ours.levels) and at.allclose(ours.levels, rtol=1e-4)):
-            found.levels = ours.levels.tolist()
-        else:
-            why = "does not step over the levels given; each evaluation counts as a step"
-            found.notes.insert(0, f"the k-diffusion sampler {why}")
+        found.levels = ours.levels.tolist()
+        if len(found.starts) != len(found.levels) - 1:
+            found.starts = list(range(len(found.evaluations)))
+            at = [evaluation.level for evaluation in found.evaluations] + found.levels[-1:]
+            if len(at) != len(found.levels) or any(abs(x - y) > 1e-4 * y for x, y in zip(at, found.levels)):
+                found.levels = at
+                why = "does not step over the levels given; each evaluation counts as a step"
+                found.notes.insert(0, f"the k-diffusion sampler {why}")
         if ve and ours.levels[-1] > 0:
             found.final = found.final * (1 - ours.levels[-1].item())
         return found

@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from gallery.refused import Refused
 from parity.exact import KNOWN, sliced_wasserstein, solve
 from parity.result import without_nan
 from parity.rules import Rule, distance, rules
-from parity.subject import Run, State, Subject, reference, start
+from parity.subject import Run, State, Subject, reference
 
 COUNTS, DRAWS = (5, 10, 20, 40, 80, 160), (10, 20, 50, 100)
 RTOLS = (0.4, 0.1, 0.025, 0.00625, 0.0016, 0.0004)
@@ -35,12 +34,8 @@ def number(value: float) -> str:
 class Answer:
     """What was found."""
 
-    name: str
-    family: str
-    show: Callable[[str], None]  # gets each line as it is known
-    tick: Callable[[], Any]  # called as a part of the work is done
-    stochastic: bool = False
-    own_steps: bool = False  # the sampler places its steps by itself
+    subject: Subject
+    show: Callable[[str], Any]  # gets each line as it is known
     rows: list[Row] = field(default_factory=list)  # of the deterministic runs
     draws: dict[str, list[Row]] = field(default_factory=dict)  # of the stochastic runs, by sampler
     true: tuple[float, float] = (math.nan, math.nan)  # distance of two true sets: mean, spread over seeds
@@ -59,13 +54,15 @@ class Answer:
         return ". ".join([first, *(one[0].upper() + one[1:] for one in self.found)]) + "."
 
     def as_json(self) -> dict[str, Any]:
-        names = ("name", "family", "stochastic", "own_steps", "rows", "draws", "true", "found", "wrong")
-        whole = {"verdict": self.verdict, "right": self.right, **{name: getattr(self, name) for name in names}}
+        subject, names = self.subject, ("rows", "draws", "true", "found", "wrong")
+        whole = {"verdict": self.verdict, "right": self.right, "name": subject.side.text, "family": subject.family.name}
+        whole |= {name: getattr(subject, name) for name in ("stochastic", "own_steps")}
+        whole |= {name: getattr(self, name) for name in names}
         return without_nan({**whole, "rules": [asdict(rule) for rule in self.rules]})
 
     def table(self, rows: list[Row], counts: tuple[int, ...], row: Callable[[int], Row]) -> None:
         """Fills `rows` by `row(count)` and shows each. Some of diffusers' schedulers take only so many steps."""
-        for count in counts:
+        for count in tqdm(counts, desc="running", unit=" runs", leave=False, disable=None):
             try:
                 rows.append(row(count))
             except Refused as refused:
@@ -75,52 +72,39 @@ class Answer:
                 break
             for line in [[*rows[0]], list(map(number, rows[-1].values()))][len(rows) > 1 :]:
                 self.show("".join(f"{cell:>12}" for cell in line))
-            self.tick()
 
 
-def judge(subject: Subject, show: Callable[[str], None] = lambda words: None) -> Answer:
+@torch.no_grad()
+def judge(subject: Subject, show: Callable[[str], Any] = lambda words: None) -> Answer:
     """All that can be found out. `show` gets each line as it is known."""
-    with tqdm(total=18, desc="running", unit=" parts", leave=False, disable=None) as bar, torch.no_grad():
-        answer = Answer(subject.side.text, subject.family.name, show, bar.update, _adds_noise(subject))
-        quiet = {"eta": 0.0} if answer.stochastic and "eta" in subject.parameters else {}
-        if not answer.stochastic or quiet:
-            show(("with eta=0, " if quiet else "") + "relative errors against the exact end of the ODE\n")
-            _deterministic(subject, quiet, answer)
-        if answer.stochastic:
-            _stochastic(subject, answer)
-        show("")
-        counts = {row.get("steps", 0): row["evaluations"] for row in answer.rows or answer.draws[answer.name]}
-        for rule in rules(subject, answer.stochastic, answer.own_steps, counts):
-            answer.rules.append(rule)
-            mark = {True: "ok   ", False: "WRONG", None: "-    "}[rule.kept]
-            show(f"{mark}  {rule.name}{f': {rule.words}' if rule.words else ''}")
-            if rule.kept is False:
-                answer.wrong.append(f"{rule.name}: no, {rule.words}")
+    answer = Answer(subject, show)
+    if subject.quiet or not subject.stochastic:
+        show(("with eta=0, " if subject.quiet else "") + "relative errors against the exact end of the ODE\n")
+        _deterministic(subject, answer)
+    if subject.stochastic:
+        _stochastic(subject, answer)
+    show("")
+    for rule in rules(subject):
+        answer.rules.append(rule)
+        mark = {True: "ok   ", False: "WRONG", None: "-    "}[rule.kept]
+        show(f"{mark}  {rule.name}{f': {rule.words}' if rule.words else ''}")
+        if rule.kept is False:
+            answer.wrong.append(f"{rule.name}: no, {rule.words}")
     show(f"\n{answer.verdict[0].upper()}{answer.verdict[1:]}")
     return answer
 
 
-def _adds_noise(subject: Subject) -> bool:
-    """Whether equal patches end differently, or the same latents with another generator."""
-    x = start(float(subject.ts(10)[0]), 1, 1).expand(1, 4, -1).clone()
-    one, other = (subject.run(10, x=x, shape=(1, 2, 2), seed=seed).end for seed in (0, 1))
-    return max((one - one[:, :1]).abs().max().item(), (one - other).abs().max().item()) > 1e-6
-
-
-def _deterministic(subject: Subject, quiet: dict[str, Any], answer: Answer) -> None:
-    few, many = (len(subject.run(steps, **quiet).asked) for steps in (10, 40))
+def _deterministic(subject: Subject, answer: Answer) -> None:
     by_rtol = "rtol" in subject.parameters
-    answer.own_steps = by_rtol or many < 2 * few
     fixed = next(t for t in reversed(subject.ts(20).tolist()) if t > 0)  # a level that all finer runs come to
-    runs, floor = list[Run](), 0.0
-    local = dict[int, tuple[torch.Tensor, torch.Tensor]]()
+    local, runs, floor = dict[int, tuple[torch.Tensor, torch.Tensor]](), list[Run](), 0.0
 
     def row(steps: int) -> Row:
         nonlocal floor
         rtol = RTOLS[COUNTS.index(steps)]
         extra: dict[str, Any] = {"rtol": rtol, "atol": 0.15 * rtol} if by_rtol else {}
-        run = subject.run(20 if by_rtol else steps, **quiet, **extra)
-        runs[:] = [run]
+        run = subject.run(20 if by_rtol else steps, **subject.quiet, **extra)
+        runs.append(run)
         t, x, _ = next((one for one in reversed(run.asked) if one[0] >= fixed * (1 - 1e-3)), run.asked[-1])
         final = max(run.asked[-1][0], 1e-9)  # where the last step begins
         ends = sorted({t, final, run.last, 0.0}, reverse=True)
@@ -135,7 +119,7 @@ def _deterministic(subject: Subject, quiet: dict[str, Any], answer: Answer) -> N
         found |= {"evaluations": n, "error": error, "above": above, "order": order}
         for name in DETERMINISTIC:
             levels = subject.levels((n + 1) // 2 if name == "heun" else n)
-            found[name] = _reference(name, subject.family, subject.module, tuple(levels.tolist()), sampled=False)
+            found[name] = _reference(name, subject.family, tuple(levels.tolist()), sampled=False)
         return found
 
     answer.table(answer.rows, COUNTS, row)
@@ -145,9 +129,9 @@ def _deterministic(subject: Subject, quiet: dict[str, Any], answer: Answer) -> N
         return
     orders = [row["order"] for row in answer.rows[1:]][-3:]
     jumps, words = abs(orders[-1] - orders[-2]) > 1, ""
-    if not answer.own_steps:
+    if not subject.own_steps:
         order = max(orders) if subject.stock else sum(orders[-2:]) / 2 if jumps else orders[-1]
-        words = f"order {order:.1f}{_judge_steps(subject, answer, runs[0], local, orders, floor)}; "
+        words = f"order {order:.1f}{_judge_steps(subject, answer, runs[-1], local, orders, floor)}; "
     elif not by_rtol and last["above"] > max(2 * last["euler"], 1e-3):
         answer.wrong.append(f"{last['error']:.1%} from the exact end with {last['evaluations']} evaluations")
     elif by_rtol and not last["above"] < answer.rows[2]["above"] / 2:
@@ -164,10 +148,10 @@ def _exact_end(first: float, begin: tuple[float, ...]) -> torch.Tensor:
 
 
 @functools.cache
-def _reference(name: str, family: Family, module: ModuleType, levels: tuple[float, ...], sampled: bool) -> Any:
+def _reference(name: str, family: Family, levels: tuple[float, ...], sampled: bool) -> Any:
     """The error of a sampler of k-diffusion over these levels, or what its samples show."""
     at = torch.tensor(levels, dtype=torch.float64)
-    run = reference(name, family, module).run(0, levels=at, shape=LATTICE if sampled else (1, 8, 8))
+    run = reference(name, family).run(0, levels=at, shape=LATTICE if sampled else (1, 8, 8))
     return _sampled(run) if sampled else distance(run.end, _exact_end(run.first, tuple(run.begin.flatten().tolist())))
 
 
@@ -260,7 +244,7 @@ def _stochastic(subject: Subject, answer: Answer) -> None:
         f"\n4,000 samples: sliced Wasserstein distance from true ones (two true sets {mean:.3f} +- {spread:.3f}), the\n"
         "ratio of standard deviations, and that ratio about the nearest of the mixture's components\n"
     )
-    last = list[Run]()
+    runs = list[Run]()
 
     def draws(name: str, row: Callable[[int], Row]) -> list[Row]:
         answer.show(name)
@@ -269,15 +253,14 @@ def _stochastic(subject: Subject, answer: Answer) -> None:
         return rows
 
     def own(one: Subject, steps: int) -> Row:
-        last[:] = [one.run(steps, shape=LATTICE)]
-        return _sampled(last[0])
+        runs.append(one.run(steps, shape=LATTICE))
+        return _sampled(runs[-1])
 
     def other(name: str, steps: int) -> Row:
-        levels = tuple(subject.levels(steps).tolist())
-        return _reference(name, subject.family, subject.module, levels, sampled=True)
+        return _reference(name, subject.family, tuple(subject.levels(steps).tolist()), sampled=True)
 
-    rows = draws(answer.name, functools.partial(own, subject))
-    end, answer.samples = last[0], last[0].end[0]
+    rows = draws(subject.side.text, functools.partial(own, subject))
+    end, answer.samples = runs[-1], runs[-1].end[0]
     others = [draws(name, functools.partial(other, name)) for name in STOCHASTIC]
     wrong = _judge_samples(rows, others, answer.true)
     for where, factor, error in _noise_factors(subject, end) if len(end.asked) <= 1.2 * DRAWS[-1] else ():
@@ -293,8 +276,8 @@ def _stochastic(subject: Subject, answer: Answer) -> None:
     answer.found.append(f"distance from true samples {', '.join(ends)}")
     if subject.flux and not subject.stock:
         way = {"flow": "ve", "ve": "flow"}[subject.options.parameterization]
-        second = Subject(subject.side, subject.family, subject.module, subject.schedule, way)
-        rows = draws(f"{answer.name}, parameterization {way}", functools.partial(own, second))
+        second = Subject(subject.side, subject.family, subject.schedule, way)
+        rows = draws(f"{subject.side.text}, parameterization {way}", functools.partial(own, second))
         if wrong and way == "ve" and not _judge_samples(rows, others, answer.true):
             answer.wrong.insert(
                 0, 'parameterization "flow" adds its noise to the wrong process; with "ve" its samples are right'

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+import numpy as np
 import torch
 from PIL import Image, ImageChops
 
@@ -27,7 +28,7 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
     """The page of two sides."""
     final = [session.picture(side.final) for side in (ours, theirs)]
     difference = ImageChops.difference(*(image.convert("RGB") for image in final))
-    gain = 255 / max(1, *(high for _, high in difference.getextrema()))  # so bright that its largest value is white
+    gain = 255 / max(int(np.asarray(difference).max()), 1)  # so bright that its largest value is white
     brighter = difference.point(lambda value: min(255, round(value * gain)))
     pictures = zip((*final, brighter), (result.ours, result.theirs, f"difference, {gain:.3g} times"))
     figures = "".join(_figure(f'src="{_uri(image, 512, 92)}" alt="final picture"', text) for image, text in pictures)
@@ -56,7 +57,7 @@ def answer_page(answer: Answer) -> str:
         keys = {"sampler": "error", **{name: name for name in DETERMINISTIC}}
         points = {name: [(row["evaluations"], row[key]) for row in answer.rows] for name, key in keys.items()}
         ticks = [row["evaluations"] for row in answer.rows]
-        parts.append(f"<h2>Error over evaluations{', with eta=0' if answer.stochastic else ''}</h2>")
+        parts.append(f"<h2>Error over evaluations{', with eta=0' if answer.subject.stochastic else ''}</h2>")
         parts += [_curves("Error over evaluations of the network", points, ticks, math.log10), _numbers(answer.rows)]
     if len(answer.samples):
         parts.append("<h2>True and drawn samples, in the plane of the first two principal axes</h2>")
@@ -69,8 +70,9 @@ def answer_page(answer: Answer) -> str:
         for rule in answer.rules
     ]
     parts.append(f"<h2>Rules</h2>{_table(['', 'rule', 'found'], rules, 'words')}")
-    about = f"{answer.family.upper()}: a mixture of eight Gaussians in 16 dimensions, its exact denoiser as network"
-    return _page(answer.name, about, answer.verdict, answer.right, parts)
+    family = answer.subject.family.name.upper()
+    about = f"{family}: a mixture of eight Gaussians in 16 dimensions, with its exact denoiser as network"
+    return _page(answer.subject.side.text, about, answer.verdict, answer.right, parts)
 
 
 def _page(title: str, about: str, verdict: str, good: bool, parts: list[str]) -> str:

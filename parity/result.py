@@ -56,17 +56,17 @@ class Trajectory:
     calls: list[tuple[torch.Tensor, float, torch.Tensor]] = field(default_factory=list)  # as the sampler sees them
     callbacks: list[dict[str, Any]] = field(default_factory=list)  # where `Ours.observe` asks for them
 
-    def state(self, i: int) -> torch.Tensor:
-        """The latents that step i begins with, for i = n the final ones."""
-        return self.evaluations[self.starts[i]].x if i < len(self.starts) else self.final
+    def state(self, i: int, inner: int = 0) -> torch.Tensor:
+        """The latents of step i at its first or an inner evaluation, for i = n the final ones."""
+        return self.evaluations[self.starts[i] + inner].x if i < len(self.starts) else self.final
+
+    def span(self, i: int) -> range:
+        """The indices of the evaluations of step i."""
+        return range(*[*self.starts, len(self.evaluations)][i : i + 2])
 
     def step_evaluations(self, i: int) -> list[Evaluation]:
         """The evaluations of step i."""
-        return self.evaluations[self.starts[i] : [*self.starts, len(self.evaluations)][i + 1]]
-
-    def step_of(self, evaluation: int) -> int:
-        """The step that an evaluation belongs to."""
-        return sum(start <= evaluation for start in self.starts) - 1
+        return [self.evaluations[j] for j in self.span(i)]
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,8 @@ class Truth:
         who = {"ours": "k-diffusion's", "theirs": "theirs", None: "neither, as far as can be known"}[self.nearer]
         known = f"the solution is known to {self.error:.0e} after {self.evaluations} evaluations"
         known += "; more of them take more --truth-seconds" if self.stopped and self.nearer is None else ""
-        return (
-            f"Nearer to the {self.equation} solved finely: {who} (distance of ours {self.ours:.2e}, of theirs"
-            f" {self.theirs:.2e}; {known})."
-        )
+        distances = f"distance of ours {self.ours:.2e}, of theirs {self.theirs:.2e}"
+        return f"Nearer to the {self.equation} solved finely: {who} ({distances}; {known})."
 
 
 @dataclass
@@ -198,17 +196,17 @@ class Result:
         if self.cause is not None:
             first, *more = (self._describe(cause) for cause in (self.cause, *self.others))
             return " ".join([f"diverge {first}", *(f"Also {words}" for words in more)])
+        tolerance = f"tolerance {self.tolerance:.0e}"
         if self.local is None:
-            return f"identical to rounding (largest difference {self.largest:.1e}, tolerance {self.tolerance:.0e})"
-        return (
-            f"identical to rounding (each step by itself to {self.local:.1e}, tolerance {self.tolerance:.0e}; over"
-            f" {self.steps} steps the network makes {self.largest:.1e} of it)"
-        )
+            return f"identical to rounding (largest difference {self.largest:.1e}, {tolerance})"
+        whole = f"over {self.steps} steps the network makes {self.largest:.1e} of it"
+        return f"identical to rounding (each step by itself to {self.local:.1e}, {tolerance}; {whole})"
 
     def _describe(self, cause: Cause) -> str:
+        where = f"at step {cause.step} of {self.steps}" if cause.step else "before the first step"
         size = "" if math.isnan(cause.size) else f", {cause.size:.0e}"
-        at = f"({self.level_name} {cause.level:.4g}{size}): {cause.kind}. {cause.what[0].upper()}{cause.what[1:]}."
-        return f"at step {cause.step} of {self.steps} {at}" if cause.step else f"before the first step {at}"
+        level = f"({self.level_name} {cause.level:.4g}{size})"
+        return f"{where} {level}: {cause.kind}. {cause.what[0].upper()}{cause.what[1:]}."
 
     def removal(self) -> str:
         """What the switches did."""
@@ -236,10 +234,8 @@ class Result:
     def as_json(self) -> dict[str, Any]:
         """All of it. What is not finite is None, since JSON has no NaN and no Infinity."""
         whole = {"verdict": self.verdict, "identical": self.cause is None, "largest": self.largest, **asdict(self)}
-        for switch, written in zip(self.switches, whole["switches"]):
-            written["removes"] = switch.removes
-        if self.truth is not None:
-            whole["truth"]["nearer"] = self.truth.nearer
+        whole["switches"] = [{**asdict(switch), "removes": switch.removes} for switch in self.switches]
+        whole["truth"] = self.truth and {**asdict(self.truth), "nearer": self.truth.nearer}
         return without_nan(whole)
 
 

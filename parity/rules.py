@@ -16,7 +16,7 @@ from gallery.models import reason
 from gallery.refused import Refused
 from parity.exact import KNOWN, solve
 from parity.result import relative
-from parity.subject import Subject, reference, run_part, start
+from parity.subject import Subject, mixed, reference, start
 
 SMALL, SEVERAL = (1, 2, 2), (3, 2, 2)  # images, rows and columns of patches
 STEPS = 10
@@ -39,47 +39,22 @@ class Rule:
     words: str = ""
 
 
-def rules(subject: Subject, stochastic: bool, own_steps: bool, counts: dict[int, int]) -> Iterator[Rule]:
-    """All of them.
-
-    Args:
-        own_steps: the sampler places its steps by itself.
-        counts: evaluations by steps.
-    """
-    quiet = {"eta": 0.0} if stochastic and "eta" in subject.parameters else {}
-    smooth = not stochastic or bool(quiet)
-    checks: list[tuple[str, Callable[[], str | None]]] = [
-        ("the same generator gives the same result", lambda: _generator(subject, stochastic)),
-        ("nothing is drawn from numpy's or Python's state", lambda: _global(subject)),
-        ("an image does not depend on its batch", lambda: _batch(subject, own_steps)),
-        ("latents and levels are not written on", lambda: _written(subject)),
-        ("it ends at the last level", lambda: _last_level(subject, quiet, smooth)),
-        ("one step works", lambda: _one_step(subject)),
-        ("float32 and float64 agree", lambda: _precision(subject, quiet, smooth)),
-        ("as many evaluations as the steps ask", lambda: _evaluations(subject, own_steps, counts)),
-    ]
-    if subject.stock:
-        checks += [
-            ("a run begun part-way is right", lambda: _part_way(subject, stochastic)),
-            ("add_noise agrees with the levels", lambda: _add_noise(subject)),
-            ("copy.deepcopy, save_config and from_config", lambda: _copies(subject)),
-        ]
-    else:
-        checks.append(("callback once per step, with the step's x", lambda: _callback(subject, own_steps)))
-    mixes = hasattr(subject.side.target, "add_noise") or hasattr(subject.side.target, "scale_noise")
+def rules(subject: Subject) -> Iterator[Rule]:
+    """All of them that apply to a function or to a scheduler."""
     differs = False  # where two runs differ anyway, comparing runs decides nothing
-    for name, check in checks:
+    mixes = any(hasattr(subject.side.target, name) for name in ("add_noise", "scale_noise"))
+    for name, check in {**ALL, **(OF_SCHEDULERS if subject.stock else OF_FUNCTIONS)}.items():
         try:
-            if differs and any(word in name for word in ("batch", "float32", "copy")):
+            if differs and check in (_batch, _precision, _copies):
                 raise NotJudged("not judged: two runs differ anyway")
-            if not mixes and any(word in name for word in ("part-way", "add_noise")):
+            if not mixes and check in (_part_way, _add_noise):
                 raise NotJudged("it has neither add_noise nor scale_noise")
-            rule = Rule(name, True, check() or "")
+            rule = Rule(name, True, check(subject) or "")
         except NotJudged as why:
             rule = Rule(name, None, str(why))
         except Exception as error:
             rule = Rule(name, False, str(error) if isinstance(error, (NotKept, Refused)) else reason(error))
-        differs |= name == checks[0][0] and rule.kept is False
+            differs |= check is _generator
         yield rule
 
 
@@ -94,11 +69,11 @@ def need(kept: Any, words: str) -> None:
         raise NotKept(words)
 
 
-def _generator(subject: Subject, stochastic: bool) -> str | None:
+def _generator(subject: Subject) -> str | None:
     first, again, other = (subject.run(STEPS, shape=SMALL, seed=seed).end for seed in (3, 3, 4))
     apart = relative(first, again)
     need(apart <= 1e-9, f"two runs with the same generator are {apart:.1e} apart: it has randomness of its own")
-    if not stochastic:
+    if not subject.stochastic:
         return None
     need(relative(first, other) > 1e-9, "another generator gives the same noise: it has randomness of its own")
     return "another gives another"
@@ -112,14 +87,14 @@ def _global(subject: Subject) -> None:
     need(not drawn, f"draws from {' and '.join(drawn)}")
 
 
-def _batch(subject: Subject, own_steps: bool) -> None:
+def _batch(subject: Subject) -> None:
     x, other = (start(float(subject.ts(STEPS)[0]), 3, 4, seed=seed) for seed in (1, 2))
     other[1] = x[1]  # the same image among others
     together, among = (subject.run(STEPS, x=batch, shape=SEVERAL, seed=[5, 6, 7]).end[1:2] for batch in (x, other))
     alone = subject.run(STEPS, x=x[1:2], shape=SMALL, seed=[6]).end
     apart, streams = relative(together, among), relative(together, alone)
     worst = max(apart, streams)
-    if worst > 1e-6 and own_steps:
+    if worst > 1e-6 and subject.own_steps:
         raise NotJudged(f"{worst:.1e} apart: its step sizes depend on the whole batch, by design")
     if apart <= 1e-6 < streams and not subject.stock and "noise_sampler" not in subject.parameters:
         raise NotJudged("its noise is one stream for the whole batch; with a noise_sampler each image has its own")
@@ -131,7 +106,7 @@ def _written(subject: Subject) -> None:
     need(not written, f"writes on {', '.join(written)}")
 
 
-def _last_level(subject: Subject, quiet: dict[str, Any], smooth: bool) -> None:
+def _last_level(subject: Subject) -> None:
     """Where the levels end above zero, at sigma 0.3 or so, and for a scheduler that its own list ends at zero."""
     if subject.stock:
         last = subject.run(STEPS, shape=SMALL).last
@@ -145,10 +120,10 @@ def _last_level(subject: Subject, quiet: dict[str, Any], smooth: bool) -> None:
     kept, last = int((sigmas > 0.6).sum()), int((sigmas > 0.3).sum())  # the last step is a large one
     cut = torch.cat([levels[:kept], levels[last - 1 : last]])
     where = f"with levels that end at sigma {sigmas[last - 1]:.2g}"
-    if not smooth:
+    if subject.stochastic and not subject.quiet:
         spread = KNOWN.within((run := subject.run(0, levels=cut, shape=(1, 50, 80))).end[0], run.last)
         return need(abs(spread - 1) < 0.15, f"{where} its samples spread {spread:.2f} times as far as true ones")
-    run = subject.run(0, levels=cut, **quiet)
+    run = subject.run(0, levels=cut, **subject.quiet)
     above, exact, zero = solve(KNOWN, run.begin, run.first, [float(ts[kept - 1]), run.last, 0.0])
     error = distance(run.end, exact)
     near = error < 0.5 * min(distance(one, exact) for one in (above, zero))
@@ -161,12 +136,13 @@ def _one_step(subject: Subject) -> None:
     need(far < 3, f"it ends {far:.3g} times as far from the mean as true samples")  # not for NaN
 
 
-def _precision(subject: Subject, quiet: dict[str, Any], smooth: bool) -> None:
+def _precision(subject: Subject) -> None:
     """In float64 a small change of the latents makes a change of the end in proportion, above float64's rounding."""
-    if smooth:
+    quiet = subject.quiet
+    if quiet or not subject.stochastic:
         apart, euler = (
-            relative(one.run(STEPS, dtype=torch.float32, **more).end, one.run(STEPS, **more).end)
-            for one, more in ((subject, quiet), (reference("euler", subject.family, subject.module), {}))
+            relative(one.run(STEPS, dtype=torch.float32, **one.quiet).end, one.run(STEPS, **one.quiet).end)
+            for one in (subject, reference("euler", subject.family))
         )
         need(apart < 100 * max(euler, 1e-6), f"{apart:.1e} apart, Euler's method {euler:.1e}")
     x = start(float(subject.ts(STEPS)[0]), 1, 4)
@@ -178,12 +154,12 @@ def _precision(subject: Subject, quiet: dict[str, Any], smooth: bool) -> None:
     need(kept, f"{inside} float64")
 
 
-def _evaluations(subject: Subject, own_steps: bool, counts: dict[int, int]) -> str:
-    if own_steps:
+def _evaluations(subject: Subject) -> str:
+    if subject.own_steps:
         raise NotJudged("it chooses its steps by itself")
-    (fewer, least), (more, most) = sorted(counts.items())[-2:]
-    each = (most - least) / (more - fewer)
-    need(each >= 1 and most > each * (more - 1), f"{most} in {more} steps, {least} in {fewer}")
+    few, many = (len(subject.run(steps, shape=SMALL).asked) for steps in (STEPS // 2, STEPS))
+    each = 2 * (many - few) / STEPS
+    need(each >= 1 and many > each * (STEPS - 1), f"{many} in {STEPS} steps, {few} in {STEPS // 2}")
     if not subject.stock:
         run = subject.run(20, shape=SMALL)
         ts = [max(run.first, *(t for t, *_ in run.asked)), *subject.ts(20).tolist()[1:]]  # s_churn begins above
@@ -194,12 +170,12 @@ def _evaluations(subject: Subject, own_steps: bool, counts: dict[int, int]) -> s
     return f"{each:.3g} per step"
 
 
-def _callback(subject: Subject, own_steps: bool) -> str | None:
+def _callback(subject: Subject) -> str | None:
     if "callback" not in subject.parameters:
         raise NotJudged("it takes no callback")
     found = subject.run(STEPS, shape=SMALL, observe=True).found
     count = len(found.callbacks)
-    if own_steps or "sigma_min" in subject.parameters:
+    if subject.own_steps or "sigma_min" in subject.parameters:
         need(count, "never called")
         return f"{count} times"
     need(count == STEPS, f"called {count} times in {STEPS} steps")
@@ -217,13 +193,15 @@ def _callback(subject: Subject, own_steps: bool) -> str | None:
     return None
 
 
-def _part_way(subject: Subject, stochastic: bool) -> None:
+def _part_way(subject: Subject) -> None:
     """From a true state in the middle of 40 steps to the end, with and without `set_begin_index`."""
     whole = subject.run(40)
-    most = 0.4 if stochastic else 2 * distance(whole.end, solve(KNOWN, whole.begin, whole.first, [0.0])[0]) + 0.01
+    most = (
+        0.4 if subject.stochastic else 2 * distance(whole.end, solve(KNOWN, whole.begin, whole.first, [0.0])[0]) + 0.01
+    )
     for named, words in ((True, "with set_begin_index"), (False, "found by its first timestep")):
-        run = run_part(subject, (1, 20, 40) if stochastic else (1, 8, 8), 20, 40, named)
-        if stochastic:
+        run = subject.run_part((1, 20, 40) if subject.stochastic else (1, 8, 8), 20, 40, named)
+        if subject.stochastic:
             error = abs(KNOWN.within(run.end[0], run.last) - 1)
         else:
             error = distance(run.end, solve(KNOWN, run.begin, run.first, [0.0])[0])
@@ -233,13 +211,8 @@ def _part_way(subject: Subject, stochastic: bool) -> None:
 def _add_noise(subject: Subject) -> None:
     scheduler = subject.listed(STEPS)[0]
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    flow = hasattr(scheduler, "scale_noise")
     for timestep in scheduler.timesteps[:: getattr(scheduler, "order", 1)]:
-        at = timestep.reshape(1)
-        alpha, sigma = (
-            float(scheduler.scale_noise(x0, at, noise) if flow else scheduler.add_noise(x0, noise, at))
-            for x0, noise in ((one, zero), (zero, one))
-        )
+        alpha, sigma = (float(mixed(scheduler, *shares, timestep.reshape(1))) for shares in ((one, zero), (zero, one)))
         level, (low, high) = sigma / max(alpha, 1e-12), subject.near(float(timestep))
         words = f"at timestep {float(timestep):.5g} it mixes sigma {level:.4g}, the network takes"
         need(low <= level <= high, f"{words} {(low * high) ** 0.5:.4g}")
@@ -255,3 +228,21 @@ def _copies(subject: Subject) -> None:
     for words, other in (("saved and loaded", saved), ("copied after a run", copy.deepcopy(used))):
         apart = relative(subject.run(STEPS, shape=SMALL, scheduler=other).end, expected)
         need(apart < 1e-6, f"{words}, it ends {apart:.1e} away")
+
+
+ALL: dict[str, Callable[[Subject], str | None]] = {
+    "the same generator gives the same result": _generator,
+    "nothing is drawn from numpy's or Python's state": _global,
+    "an image does not depend on its batch": _batch,
+    "latents and levels are not written on": _written,
+    "it ends at the last level": _last_level,
+    "one step works": _one_step,
+    "float32 and float64 agree": _precision,
+    "as many evaluations as the steps ask": _evaluations,
+}
+OF_SCHEDULERS = {
+    "a run begun part-way is right": _part_way,
+    "add_noise agrees with the levels": _add_noise,
+    "copy.deepcopy, save_config and from_config": _copies,
+}
+OF_FUNCTIONS = {"callback once per step, with the step's x": _callback}

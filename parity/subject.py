@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import math
 from argparse import Namespace
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from gallery.options import FLUX, Family
 from parity.exact import KNOWN, flux_pipeline, patched, sdxl_pipeline, unpatched
 from parity.follow import Session
 from parity.result import Ours, Trajectory
-from parity.schedulers import levels_of, prepared
-from parity.sides import Side
+from parity.sides import Side, levels_of, prepared
 
 State = tuple[float, torch.Tensor, float]  # t, x = (1 - t) x0 + t noise of (images, patches, d), and the timestep
 
@@ -48,10 +47,8 @@ class Subject:
         schedule: the levels of a function by name; None: Karras', on FLUX the pipeline's own.
     """
 
-    def __init__(
-        self, side: Side, family: Family, module: ModuleType, schedule: str | None = None, parameterization="auto"
-    ):
-        self.side, self.family, self.module, self.flux = side, family, module, family is FLUX
+    def __init__(self, side: Side, family: Family, schedule: str | None = None, parameterization: str = "auto"):
+        self.side, self.family, self.flux = side, family, family is FLUX
         self.stock = side.is_scheduler  # in the stock pipeline
         self.schedule = schedule or (None if self.flux else "karras")
         self.parameters = inspect.signature(side.target).parameters
@@ -60,6 +57,26 @@ class Subject:
             ve = self.session().uses_ve(side, Ours(self.levels(10), torch.empty(0)))
             self.options.parameterization = "ve" if ve else "flow"
 
+    @functools.cached_property
+    def stochastic(self) -> bool:
+        """Whether equal patches end differently, or the same latents with another generator."""
+        x = start(float(self.ts(10)[0]), 1, 1).expand(1, 4, -1).clone()
+        one, other = (self.run(10, x=x, shape=(1, 2, 2), seed=seed).end for seed in (0, 1))
+        return max((one - one[:, :1]).abs().max().item(), (one - other).abs().max().item()) > 1e-6
+
+    @property
+    def quiet(self) -> dict[str, Any]:
+        """The option with which a stochastic one is deterministic, if it has one."""
+        return {"eta": 0.0} if self.stochastic and "eta" in self.parameters else {}
+
+    @functools.cached_property
+    def own_steps(self) -> bool:
+        """Whether a deterministic one places its steps by itself."""
+        if self.stochastic and not self.quiet:
+            return False
+        few, many = (len(self.run(steps, **self.quiet).asked) for steps in (10, 40))
+        return "rtol" in self.parameters or many < 2 * few
+
     @functools.cache  # noqa: B019
     def session(self, shape: tuple[int, int, int] = (1, 8, 8), dtype: torch.dtype = torch.float64) -> Session:
         """The pipelines for so many images with so many rows and columns of patches."""
@@ -67,7 +84,7 @@ class Subject:
         pipe = (flux_pipeline if self.flux else sdxl_pipeline)(KNOWN, dtype)
         nothing = torch.zeros(images, 1, 1, dtype=dtype)
         prompt = {"prompt_embeds": nothing, "pooled_prompt_embeds": nothing[:, 0]}
-        found = Session(self.family, self.module, self.options, pipe, prompt, (16 * columns, 16 * rows))
+        found = Session(self.family, self.options, pipe, prompt, (16 * columns, 16 * rows))
         if self.stock and not self.flux and hasattr(scheduler := found.scheduler(self.side), "alphas_cumprod"):
             pipe.register_modules(scheduler=scheduler)
             pipe.unet.answering(KNOWN, scheduler)  # it was trained with these betas
@@ -154,48 +171,51 @@ class Subject:
                 found.written.append(f"the first latents, {ratio:.3g} times as large as its first level asks")
         return Run(begin, first, asked, self.state(found.final, found.levels[-1]), last, found)
 
+    def run_part(self, shape: tuple[int, int, int], skipped: int, steps: int, named: bool) -> Run:
+        """The stock pipelines' loop over a scheduler, from a true state after `skipped` of the steps.
+
+        Args:
+            named: whether the scheduler is given its begin index, by `set_begin_index`.
+        """
+        session = self.session(shape)
+        scheduler = prepared(session.scheduler(self.side), steps, session.tokens)
+        timesteps = scheduler.timesteps[skipped * getattr(scheduler, "order", 1) :]
+        if named and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))
+        x0 = self.shaped(start(0.0, shape[0], shape[1] * shape[2], seed=1), shape)
+        noise = torch.randn(x0.shape, generator=(generator := torch.Generator().manual_seed(2)), dtype=torch.float64)
+        x = mixed(scheduler, x0, noise, timesteps[:1])
+        extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        asked = list[State]()
+
+        def note(x: torch.Tensor, timestep: float, prediction: torch.Tensor) -> None:
+            level = session.level_of(timestep)
+            x = x if self.flux else x * math.hypot(level, 1)
+            asked.append((self.t(level), self.state(x, level), timestep))
+
+        with session.watched(note):
+            for t in timesteps:
+                at = t.double().reshape(1).expand(shape[0])
+                if self.flux:
+                    output = session.network(hidden_states=x, timestep=at / 1000)[0]
+                else:
+                    output = session.network(scheduler.scale_model_input(x, t), at)[0]
+                x = scheduler.step(output, t, x, return_dict=False, **extra)[0].double()
+        first, begin, _ = asked[0]
+        last, alpha_x = self.ts(steps)[-1].item(), not self.flux and float(scheduler.init_noise_sigma) == 1
+        sigma = last / (1 - last)
+        end = self.state(x * (math.hypot(1, sigma) if alpha_x else 1.0), sigma)
+        return Run(begin, first, asked, end, last, Trajectory([], [], [], end))
+
+
+def mixed(scheduler: Any, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """x0 with noise at a timestep, by `scale_noise` or `add_noise`."""
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(x0, timestep, noise)
+    return scheduler.add_noise(x0, noise, timestep)
+
 
 @functools.cache
-def reference(name: str, family: Family, module: ModuleType) -> Subject:
+def reference(name: str, family: Family) -> Subject:
     """A sampler of k-diffusion."""
-    return Subject(Side(name, module.find_sampler(name).function, {}), family, module)
-
-
-def run_part(subject: Subject, shape: tuple[int, int, int], skipped: int, steps: int, named: bool) -> Run:
-    """The stock pipelines' loop over a scheduler, from a true state after `skipped` of the steps.
-
-    Args:
-        named: whether the scheduler is given its begin index, by `set_begin_index`.
-    """
-    session = subject.session(shape)
-    scheduler = prepared(session.scheduler(subject.side), steps, session.tokens)
-    timesteps = scheduler.timesteps[skipped * getattr(scheduler, "order", 1) :]
-    if named and hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))
-    x0 = subject.shaped(start(0.0, shape[0], shape[1] * shape[2], seed=1), shape)
-    noise = torch.randn(x0.shape, generator=(generator := torch.Generator().manual_seed(2)), dtype=torch.float64)
-    if hasattr(scheduler, "scale_noise"):
-        x = scheduler.scale_noise(x0, timesteps[:1], noise)
-    else:
-        x = scheduler.add_noise(x0, noise, timesteps[:1])
-    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    asked = list[State]()
-
-    def note(x: torch.Tensor, timestep: float, prediction: torch.Tensor) -> None:
-        level = session.level_of(timestep)
-        x = x if subject.flux else x * math.hypot(level, 1)
-        asked.append((subject.t(level), subject.state(x, level), timestep))
-
-    with torch.no_grad(), session.watched(note):
-        for t in timesteps:
-            at = t.double().reshape(1).expand(shape[0])
-            if subject.flux:
-                output = session.network(hidden_states=x, timestep=at / 1000)[0]
-            else:
-                output = session.network(scheduler.scale_model_input(x, t), at)[0]
-            x = scheduler.step(output, t, x, return_dict=False, **extra)[0].double()
-    first, begin, _ = asked[0]
-    last, alpha_x = subject.ts(steps)[-1].item(), not subject.flux and float(scheduler.init_noise_sigma) == 1
-    sigma = last / (1 - last)
-    end = subject.state(x * (math.hypot(1, sigma) if alpha_x else 1.0), sigma)
-    return Run(begin, first, asked, end, last, Trajectory([], [], [], end))
+    return Subject(Side(name, importlib.import_module(family.module).find_sampler(name).function, {}), family)

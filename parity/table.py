@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
 import importlib
 import json
@@ -20,9 +19,9 @@ from gallery.refused import Refused
 from parity.diagnose import compare_sides
 from parity.follow import Session
 from parity.result import Result, write_text
-from parity.schedulers import prepared
-from parity.sides import Side, find_side
+from parity.sides import Side, find_side, prepared
 
+PACKAGES = ("k-diffusion", "diffusers", "torch")
 LEVELS = {"own": None, "Karras": "karras", "exponential": "exponential", "beta": "beta"}
 SDXL_PAIRS = [
     ("euler", "EulerDiscreteScheduler"),
@@ -57,6 +56,15 @@ class FlowMatchHeunForFlux(FlowMatchHeunDiscreteScheduler):
         super().set_timesteps(num_inference_steps or len(sigmas), device)
 
 
+class Job(NamedTuple):
+    """One row of the table that is to be made."""
+
+    pair: tuple[str, str]  # the sampler and the scheduler as the table names them
+    levels: str  # a key of `LEVELS`
+    side: Side
+    parameterization: str = "auto"
+
+
 def write_table(options: argparse.Namespace) -> int:
     """Runs all pairs and writes parity.json, row by row, and parity.md. Exit status: 0 if all are identical, else 1.
 
@@ -66,18 +74,17 @@ def write_table(options: argparse.Namespace) -> int:
     path, rows = options.output / "parity.json", list[dict[str, Any]]()
     names = ("model", "steps", "width", "height", "prompt", "seed", "dtype", "tolerance", "switches", "truth")
     settings = {name: getattr(options, name) for name in (*names, "truth_seconds")}
-    settings |= {name: version(name) for name in ("k-diffusion", "diffusers", "torch")}
+    settings |= {name: version(name) for name in PACKAGES}
     kept = _read_rows(path) if options.resume else []
     known = {_key(row): row for row in kept if row.get("settings") == settings}
     for family in [family for family in (SDXL, FLUX) if options.family in (None, family.name)]:
-        maker = Rows(family, options)
-        for i, job in enumerate(jobs := maker.jobs(), 1):
-            row = known.get((family.name, *job.pair, job.levels)) or {**maker.make(job), "settings": settings}
+        session = functools.cache(functools.partial(load, family, options))  # where a row is to be made
+        for i, job in enumerate(all_jobs := jobs(family), 1):
+            row = known.get((family.name, *job.pair, job.levels)) or {**make(session(), job), "settings": settings}
             rows.append(row)
             write_text(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-            print(
-                f"{family.name} {i} of {len(jobs)}: {row['ours']} | {row['theirs']}\n    {row['verdict']}", flush=True
-            )
+            words = f"{row['ours']} | {row['theirs']}\n    {row['verdict']}"
+            print(f"{family.name} {i} of {len(all_jobs)}: {words}", flush=True)
     write_text(options.output / "parity.md", markdown(rows, options))
     print(f"{sum(row['identical'] for row in rows)} of {len(rows)} identical, in {options.output / 'parity.md'}")
     return int(not all(row["identical"] for row in rows))
@@ -96,58 +103,42 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Job(NamedTuple):
-    """One row of the table that is to be made."""
-
-    pair: tuple[str, str]  # the sampler and the scheduler as the table names them
-    levels: str  # a key of `LEVELS`
-    side: Side
-    parameterization: str = "auto"
+def load(family: Family, options: argparse.Namespace) -> Session:
+    """With the family's own guidance."""
+    guidance = family.guidance if family is FLUX else 1.0
+    options = argparse.Namespace(**{**vars(options), "guidance": guidance})
+    return Session.load(family, options)
 
 
-class Rows:
-    """The rows of one family. The model is loaded when the first one is made."""
+def jobs(family: Family) -> list[Job]:
+    """All rows of one family, in the order of the table."""
+    found, module = list[Job](), importlib.import_module(family.module)
+    for ours, theirs, *choice in SDXL_PAIRS if family is SDXL else FLUX_PAIRS:
+        for levels, name in LEVELS.items():
+            options = theirs.removesuffix(")") + (", " if "(" in theirs else "(") + f"use_{name}_sigmas=True)"
+            if name is not None and family is FLUX and not theirs.startswith("FlowMatchEuler"):
+                continue  # flow sigmas are these schedulers' own levels
+            with contextlib.suppress(Refused):  # it has no such option
+                side = find_side(options if name else theirs, module, "--against")
+                found.append(Job((ours, theirs), levels, side, *choice))
+        if theirs == "FlowMatchHeunDiscreteScheduler":
+            text = f"{theirs}, made to take FluxPipeline's arguments"
+            found.append(Job((ours, text), "own", Side(text, FlowMatchHeunForFlux, {}), *choice))
+    return found
 
-    def __init__(self, family: Family, options: argparse.Namespace):
-        self.family, self.options = family, copy.copy(options)
-        self.options.guidance = family.guidance if family is FLUX else 1.0
-        self.module = importlib.import_module(family.module)
-        self.truths = dict[Any, Any]()
 
-    @functools.cached_property
-    def session(self) -> Session:
-        return Session.load(self.family, self.module, self.options)
-
-    def jobs(self) -> list[Job]:
-        """All of them, in the order of the table."""
-        jobs = list[Job]()
-        for ours, theirs, *choice in SDXL_PAIRS if self.family is SDXL else FLUX_PAIRS:
-            for levels, name in LEVELS.items():
-                options = theirs.removesuffix(")") + (", " if "(" in theirs else "(") + f"use_{name}_sigmas=True)"
-                if name is not None and self.family is FLUX and not theirs.startswith("FlowMatchEuler"):
-                    continue  # flow sigmas are these schedulers' own levels
-                with contextlib.suppress(Refused):  # it has no such option
-                    side = find_side(options if name else theirs, self.module, "--against")
-                    jobs.append(Job((ours, theirs), levels, side, *choice))
-            if theirs == "FlowMatchHeunDiscreteScheduler":
-                text = f"{theirs}, made to take FluxPipeline's arguments"
-                jobs.append(Job((ours, text), "own", Side(text, FlowMatchHeunForFlux, {}), *choice))
-        return jobs
-
-    def make(self, job: Job) -> dict[str, Any]:
-        """Runs the pair. One that diffusers can't run gets a row that says so."""
-        session, (ours, theirs) = self.session, job.pair
-        session.options.parameterization = job.parameterization
-        row: dict[str, Any] = {"family": self.family.name, "pair": [ours, theirs], "levels": job.levels}
-        try:
-            prepared(session.scheduler(job.side), session.options.steps, session.tokens)
-        except Refused as refused:
-            why = str(refused)
-            row |= {"cell": "does not run", "identical": False, "ours": ours, "theirs": theirs}
-            return {**row, "verdict": why[0].upper() + why[1:]}
-        truths = self.truths if session.options.truth else None
-        result, *_ = compare_sides(session, find_side(ours, self.module, "--sampler"), job.side, truths=truths)
-        return {**row, "cell": cell(result), **result.as_json()}
+def make(session: Session, job: Job) -> dict[str, Any]:
+    """Runs the pair. One that diffusers can't run gets a row that says so."""
+    session.options.parameterization, (ours, theirs) = job.parameterization, job.pair
+    row: dict[str, Any] = {"family": session.family.name, "pair": [ours, theirs], "levels": job.levels}
+    try:
+        prepared(session.scheduler(job.side), session.options.steps, session.tokens)
+    except Refused as refused:
+        why = str(refused)
+        row |= {"cell": "does not run", "identical": False, "ours": ours, "theirs": theirs}
+        return {**row, "verdict": why[0].upper() + why[1:]}
+    result, *_ = compare_sides(session, find_side(ours, session.module, "--sampler"), job.side)
+    return {**row, "cell": cell(result), **result.as_json()}
 
 
 def cell(result: Result) -> str:
@@ -163,31 +154,30 @@ def cell(result: Result) -> str:
 
 def markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """The overview and the verdicts."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("k-diffusion", "diffusers", "torch"))
-    lines = [
-        "# Parity with diffusers",
-        "",
-        f"Made by `compare.py --all` with {packages}: {options.model} models, {options.steps} steps.",
-        "A number is the largest relative difference of latents and predictions in any step. A bold one is past the",
-        "tolerance; beside it, the step at which the sides diverge and what differs there. `docs/parity.md` explains.",
-        "",
-        *overview(rows),
-        "",
-        "## Verdicts",
-        "",
-    ]
-    for row in rows:
-        lines.append(f"- `{row['ours']}` and `{row['theirs']}` ({row['family'].upper()}): {row['verdict']}")
-    return "\n".join(lines) + "\n"
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    table = "\n".join(overview(rows))
+    verdicts = "".join(
+        f"- `{row['ours']}` and `{row['theirs']}` ({row['family'].upper()}): {row['verdict']}\n" for row in rows
+    )
+    return f"""# Parity with diffusers
+
+Made by `compare.py --all` with {packages}: {options.model} models, {options.steps} steps.
+A number is the largest relative difference of latents and predictions in any step. A bold one is past the
+tolerance; beside it, the step at which the sides diverge and what differs there. `docs/parity.md` explains.
+
+{table}
+
+## Verdicts
+
+{verdicts}"""
 
 
 def overview(rows: list[dict[str, Any]]) -> list[str]:
     """The table: a line for each pair, a column for each kind of noise levels."""
     lines = [f"| k-diffusion | diffusers | {' | '.join(LEVELS)} |", "|---|---|" + "---|" * len(LEVELS)]
-    pairs = dict.fromkeys((row["family"], *row["pair"]) for row in rows)
-    for family, ours, theirs in pairs:
-        cells = {row["levels"]: row["cell"] for row in rows if (row["family"], *row["pair"]) == (family, ours, theirs)}
-        name = ours if family == "sdxl" else f"{ours}` (FLUX)`"
-        name = f"`{name}`".replace("``", "")
-        lines.append(f"| {name} | `{theirs}` | {' | '.join(cells.get(levels, '') for levels in LEVELS)} |")
+    cells = {_key(row): row["cell"] for row in rows}
+    for family, ours, theirs in dict.fromkeys(key[:3] for key in cells):
+        name = f"`{ours}`" + " (FLUX)" * (family == "flux")
+        found = " | ".join(cells.get((family, ours, theirs, levels), "") for levels in LEVELS)
+        lines.append(f"| {name} | `{theirs}` | {found} |")
     return lines

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torchsde import BrownianInterval
 from tqdm.auto import tqdm
 
 from parity.follow import Session
@@ -28,14 +29,8 @@ class Solution(NamedTuple):
     evaluations: int  # of all solutions so far
 
 
-def solve(
-    session: Session, sides: tuple[Side, Side], setup: Ours, a: Trajectory, b: Trajectory, known: dict[Any, Solution]
-) -> Truth:
-    """The distances of both sides from the truth of our side's first latents and step noise.
-
-    Args:
-        known: solutions of ODEs found before, by first level, last level and start; extended.
-    """
+def solve(session: Session, sides: tuple[Side, Side], setup: Ours, a: Trajectory, b: Trajectory) -> Truth:
+    """The distances of both sides from the truth of our side's first latents and step noise."""
     if not (b.final.isfinite().all() and a.final.isfinite().all()):
         return Truth("not defined, a side is not finite")
     if any(side.options.get("s_churn") or side.options.get("s_noise", 1.0) != 1.0 for side in sides):
@@ -45,16 +40,14 @@ def solve(
     # the method with the smallest error for its evaluations: docs/parity.md
     multistep = Side("lms", session.module.find_sampler("lms").function, {"order": 2 if session.flux else 3})
     first, last = setup.levels[0].item(), setup.levels[-1].item()
-    key = (session.family.name, first, last, setup.start.flatten()[0].item())
+    key = (first, last, setup.start.flatten()[0].item())
 
     def run(size: int, tick: Callable[[], Any]) -> torch.Tensor:
         levels = fine_levels(session, first, last, size)
         return session.follow_sampler(multistep, Ours(levels, setup.start, flow=True, keep=False), tick).final
 
-    ends = (a.final, b.final)
-    truth, found = refine(session, "ODE", run, lambda size: size + size // 100 + 4, ODE_SIZES, ends, known.get(key))
-    if found is not None:
-        known[key] = found
+    ends, known = (a.final, b.final), session.solutions.get(key)
+    truth, session.solutions[key] = refine(session, "ODE", run, lambda n: n + n // 100 + 4, ODE_SIZES, ends, known)
     return truth
 
 
@@ -133,44 +126,24 @@ def next_size(
 
 def split(levels: torch.Tensor, pieces: int) -> torch.Tensor:
     """Each interval of positive levels in `pieces`, evenly in log."""
-    positive = levels[levels > 0]
-    logs, shares = positive.log(), torch.arange(pieces, dtype=levels.dtype) / pieces
-    fine = (logs[:-1, None] + logs.diff()[:, None] * shares).flatten().exp()
-    fine = torch.cat([fine, positive[-1:], levels[len(positive) :]])
-    fine[0] = levels[0]
-    return fine
+    positive, shares = levels[levels > 0], torch.arange(pieces, dtype=levels.dtype) / pieces
+    fine = positive[:-1, None] ** (1 - shares) * positive[1:, None] ** shares
+    return torch.cat([fine.flatten(), positive[-1:], levels[len(positive) :]])
 
 
-class Path:
-    """A Brownian path over the positive levels that has the given step noise, refined by bridges.
+def bridges(levels: Sequence[float], noise: list[torch.Tensor], seed: int) -> list[BrownianInterval]:
+    """A Brownian path that has the given step noise: one for each interval of the falling levels."""
+    return [
+        BrownianInterval(low, high, W=draw * math.sqrt(high - low), entropy=seed + i)
+        for i, (high, low, draw) in enumerate(zip(levels, levels[1:], noise))
+    ]
 
-    Args:
-        levels: positive, falling.
-        noise: of unit variance, one for each interval.
-    """
 
-    def __init__(self, levels: torch.Tensor, noise: list[torch.Tensor], seed: int):
-        self.levels, self.generator = levels, torch.Generator("cpu").manual_seed(seed)
-        self.w = [torch.zeros_like(noise[0])]
-        for draw, high, low in zip(noise, levels, levels[1:]):
-            self.w.append(self.w[-1] + draw * (high - low).sqrt().item())
-
-    def halve(self) -> None:
-        """Puts a level between every two, in the middle of their logs, and the path's value there."""
-        levels, w = [self.levels[0]], [self.w[0]]
-        for i in range(len(self.levels) - 1):
-            high, low = self.levels[i].item(), self.levels[i + 1].item()
-            middle = math.sqrt(high * low)
-            share, spread = (high - middle) / (high - low), math.sqrt((high - middle) * (middle - low) / (high - low))
-            draw = torch.randn(w[0].shape, generator=self.generator, dtype=torch.float64).to(w[0].dtype).to(w[0])
-            w += [self.w[i] + share * (self.w[i + 1] - self.w[i]) + spread * draw, self.w[i + 1]]
-            levels += [self.levels.new_tensor(middle), self.levels[i + 1]]
-        self.levels, self.w = torch.stack(levels), w
-
-    def noise(self) -> dict[int, list[torch.Tensor]]:
-        """Unit step noise of each interval."""
-        widths = (self.levels[:-1] - self.levels[1:]).sqrt().tolist()
-        return {i: [(self.w[i + 1] - self.w[i]) / width] for i, width in enumerate(widths)}
+def finer(path: list[BrownianInterval], levels: Sequence[float]) -> dict[int, list[torch.Tensor]]:
+    """The path's unit step noise over levels that cut each of its intervals into equally many."""
+    pieces = (len(levels) - 1) // len(path)
+    intervals = enumerate(zip(levels, levels[1:]))
+    return {i: [path[i // pieces](low, high) / math.sqrt(high - low)] for i, (high, low) in intervals}
 
 
 def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory) -> Truth:
@@ -186,18 +159,17 @@ def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory
     eta = side.eta if name in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde") else side.eta**2
     sampler = session.module.find_sampler("dpmpp_2m_sde").function
     fine = Side("dpmpp_2m_sde", sampler, {"eta": eta, "solver_type": "heun"})
-    positive, path = setup.levels[setup.levels > 0], None
+    positive, path = setup.levels[setup.levels > 0].tolist(), list[BrownianInterval]()
     if setup.noise_sampler is None:
         # noise is drawn after the last evaluation of a step
         ends = [*(start - 1 for start in a.starts[1:]), len(a.evaluations) - 1][: len(positive) - 1]
         if not all(a.noise.get(end) for end in ends):
             return Truth("not defined, not every step has its noise")
-        path = Path(positive, [a.noise[end][-1] for end in ends], seed=(session.options.seed + 1) % 2**63)
+        path = bridges(positive, [a.noise[end][-1] for end in ends], session.options.seed + 1)
 
     def run(pieces: int, tick: Callable[[], Any]) -> torch.Tensor:
-        while path is not None and len(path.levels) - 1 < pieces * (len(positive) - 1):
-            path.halve()
-        levels, noise = split(setup.levels, pieces), path.noise() if path is not None else None
+        levels = split(setup.levels, pieces)
+        noise = finer(path, levels[: pieces * steps + 1].tolist()) if path else None
         fine_setup = replace(setup, levels=levels, noise=noise, quantize=False, timesteps=None, keep=False)
         return session.follow_sampler(fine, fine_setup, tick).final
 

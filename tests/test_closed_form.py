@@ -15,21 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closed_form import PassesVelocity, call, evaluations, solve_ode
 from conftest import relative, seeded
 
 from flux_comfy_pipeline import SCHEDULES, find_sampler, sampler_names
-from parity.exact import (
-    PassesVelocity,
-    Transformer,
-    UNet,
-    call,
-    evaluations,
-    flux_pipeline,
-    mixture,
-    sdxl_pipeline,
-    sliced_wasserstein,
-    solve_ode,
-)
+from parity.exact import Transformer, UNet, flux_pipeline, mixture, sdxl_pipeline, sliced_wasserstein
 
 KNOWN = mixture()
 PROCESSES = ("sdxl", "flow", "ve")  # SDXL's, and FLUX's in both parameterizations

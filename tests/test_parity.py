@@ -11,8 +11,8 @@ from conftest import ROOT
 from gallery.options import FLUX, SDXL
 from gallery.refused import Refused
 from parity import table
-from parity.options import parse_compare
-from parity.table import FLUX_PAIRS, Rows, overview, write_table
+from parity.command import parse_compare
+from parity.table import FLUX_PAIRS, jobs, load, make, overview, write_table
 
 PAGE = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
 FINDINGS = re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -63,7 +63,7 @@ def parse_all(folder, *arguments):
 
 @pytest.mark.parametrize("family", ["sdxl", "flux", None])
 def test_all_of_one_family(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(Rows, "jobs", lambda rows: asked.append(rows.family.name) or [])
+    monkeypatch.setattr(table, "jobs", lambda family: asked.append(family.name) or [])
     asked = []
     chosen = [] if family is None else ["--family", family, "--model", f"{ROOT}/demo/{family}"]
     assert write_table(parse_all(tmp_path, *chosen)) == 0
@@ -72,8 +72,8 @@ def test_all_of_one_family(family, tmp_path, monkeypatch):
 
 def test_every_pair_of_flux_gets_its_row(tmp_path):
     """Over two steps. One that diffusers can't run has a row that says so, and a second one that runs."""
-    rows = Rows(FLUX, parse_all(tmp_path))
-    made = [rows.make(job) for job in rows.jobs()]
+    session = load(FLUX, parse_all(tmp_path))
+    made = [make(session, job) for job in jobs(FLUX)]
     runs = {(row["pair"][0], row["pair"][1].split(",")[0]) for row in made if row["cell"] != "does not run"}
     assert len(runs) == len({(ours, theirs) for ours, theirs, _ in FLUX_PAIRS})
     assert sum(row["cell"] == "does not run" for row in made) == 1
@@ -85,15 +85,15 @@ def test_all_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
         table, "SDXL_PAIRS", [("euler", "DDIMScheduler(clip_sample=False)"), ("heun", "LMSDiscreteScheduler")]
     )
     monkeypatch.setattr(table, "LEVELS", {"own": None})
-    made, make = [], Rows.make
+    made = []
 
-    def stopping(rows, job):
+    def stopping(session, job):
         made.append(job.pair[0])
         if len(made) == 2:
             raise KeyboardInterrupt
-        return make(rows, job)
+        return make(session, job)
 
-    monkeypatch.setattr(Rows, "make", stopping)
+    monkeypatch.setattr(table, "make", stopping)
     chosen = ("--family", "sdxl", "--resume")
     with pytest.raises(KeyboardInterrupt):
         write_table(parse_all(tmp_path, *chosen))
@@ -116,6 +116,5 @@ def test_a_table_that_is_none_is_not_overwritten(tmp_path):
 
 def test_the_rows_of_sdxl():
     """Each pair once with its own levels, and with the named ones that its scheduler has."""
-    jobs = Rows(SDXL, parse_all("output")).jobs()
-    assert {job.levels for job in jobs if job.pair[1].startswith("DDIM")} == {"own"}
-    assert {job.levels for job in jobs if job.pair[0] == "heun"} == {"own", "Karras", "exponential", "beta"}
+    levels = {name: {job.levels for job in jobs(SDXL) if name in job.pair[1]} for name in ("DDIM", "Heun")}
+    assert levels == {"DDIM": {"own"}, "Heun": {"own", "Karras", "exponential", "beta"}}

@@ -19,7 +19,7 @@ from gallery import grid as gallery_grid
 from gallery import start
 from gallery.options import FLUX, SDXL, parse
 from gallery.pictures import read_settings, write_png
-from parity.options import parse_compare
+from parity.command import parse_compare
 
 
 @pytest.fixture(scope="module")
