@@ -13,9 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from gallery.refused import Refused
-from parity import causes
 from parity.follow import Session
-from parity.pair import Pair
+from parity.pair import Named, Pair, initial, not_finite, prediction, update
 from parity.result import Cause, Evaluation, Ours, Result, Row, Switch, Trajectory, relative
 from parity.sides import Side
 from parity.truth import solve
@@ -38,7 +37,7 @@ class Arisen(NamedTuple):
     step: int  # from 1; 0 for the initial latents
     kind: str
     size: float
-    named: Callable[[], causes.Named]  # finds its cause
+    named: Callable[[], Named]  # finds its cause
 
 
 @torch.no_grad()
@@ -78,7 +77,7 @@ def _compare(pair: Pair, a: Trajectory, b: Trajectory, setup: Ours) -> Result:
     result, first, alone = _find(pair, a, b, setup)
 
     def cause(one: Arisen, size: float = math.nan) -> Cause:
-        kind, what = causes.not_finite(one.step - 1, a, b) if math.isnan(one.size) else one.named()
+        kind, what = not_finite(one.step - 1, a, b) if math.isnan(one.size) else one.named()
         return Cause(kind, one.step, b.levels[max(one.step - 1, 0)], what, size)
 
     if first is None:
@@ -113,7 +112,7 @@ def _find(pair: Pair, a: Trajectory, b: Trajectory, setup: Ours) -> tuple[Result
         denoised = torch.tensor([one.size for one in sizes if one.kind == "prediction"]).max().item()  # NaN if one is
         timesteps = [[e.timestep for e in side.step_evaluations(i)] for side in (a, b)]
         result.rows.append(Row(i + 1, level, (timesteps[0], timesteps[1]), sizes[-1].size, denoised))
-    arisen.insert(0, Arisen(0, "", result.initial, partial(causes.initial, pair, a, b)))
+    arisen.insert(0, Arisen(0, "", result.initial, partial(initial, pair, a, b)))
     first = next((one for one in arisen if not one.size <= pair.tolerance), None)
     if first is None or first.step == 0 or not min(first.size, result.largest / 3) < 30 * pair.tolerance:
         return result, first, None
@@ -163,42 +162,40 @@ def _arisen(
         count = len(b.span(i)) if len(a.span(i)) == len(b.span(i)) else 1
         for j in range(count):
             one, other = seen[a.starts[i] + j], b.evaluations[b.starts[i] + j]
-            named = partial(causes.prediction, pair, one, other, b)
+            named = partial(prediction, pair, one, other, b)
             found.append(Arisen(i + 1, "prediction", relative(one.denoised, other.denoised), named))
             at = (i, j + 1) if j + 1 < count else (i + 1, 0)
             x = a.state(*at)
             if moved is not None:
                 slope = (moved.state(*at) - x).mean() / (moved.state(i) - a.state(i)).mean()
                 x = x - slope * (a.state(i) - b.state(i))
-            named = partial(causes.update, pair, i, a, b, setup, at[1])
+            named = partial(update, pair, i, a, b, setup, at[1])
             found.append(Arisen(i + 1, kind, relative(x, b.state(*at)), named))
     return found
 
 
 def _try_switches(pair: Pair, cause: Cause, b: Trajectory, tick: Callable[[], Any]) -> list[Switch]:
     """The known switches, the ones that fit the cause first; the others only if none of them removes the difference."""
-    tried = list[tuple[Switch, list[Option]]]()
+    tried, batches = dict[tuple[Option, ...], Switch](), _options(pair, cause, b)
 
-    def attempt(options: list[Option]) -> tuple[Switch, list[Option]]:
-        tick()
-        return _try(pair, options, b), options
+    def attempt(options: tuple[Option, ...]) -> None:
+        if options not in tried:
+            tried[options] = _try(pair, options, b)
+            tick()
 
-    batches = _options(pair, cause, b)
     for batch in batches:
-        tried += [attempt([option]) for option in batch]
-        if any(switch.removes for switch, _ in tried):
-            return [switch for switch, _ in tried]
-    # none alone: the best one with each of the others, as long as the sides agree for longer
-    best = max(tried, key=lambda each: each[0].reach, default=None)
-    while best is not None and not best[0].removes and best[0].reach[0] > cause.step and len(best[1]) < 3:
-        names = [option[:2] for option in best[1]]
-        more = [attempt([*best[1], option]) for batch in batches for option in batch if option[:2] not in names]
-        further = max(more, key=lambda each: each[0].reach, default=best)
-        if further[0].reach[0] <= best[0].reach[0]:
+        for option in batch:
+            attempt((option,))
+        if any(switch.removes for switch in tried.values()):
+            return [*tried.values()]
+    for _ in range(2 if tried else 0):  # none alone: the best with each of the others, while the sides agree for longer
+        best = max(tried, key=lambda options: tried[options].reach)
+        if tried[best].removes or tried[best].reach[0] <= cause.step:
             break
-        tried.append(further)
-        best = further
-    return [switch for switch, _ in tried]
+        names = [option[:2] for option in best]
+        for option in [option for batch in batches for option in batch if option[:2] not in names]:
+            attempt((*best, option))
+    return [*tried.values()]
 
 
 def _options(pair: Pair, cause: Cause, b: Trajectory) -> tuple[list[Option], list[Option]]:
@@ -215,7 +212,7 @@ def _options(pair: Pair, cause: Cause, b: Trajectory) -> tuple[list[Option], lis
     return (timesteps, steps) if cause.kind in ("timestep", "noise levels", "prediction") else (steps, timesteps)
 
 
-def _try(pair: Pair, options: list[Option], b: Trajectory) -> Switch:
+def _try(pair: Pair, options: tuple[Option, ...], b: Trajectory) -> Switch:
     chosen = {side: {name: value for where, name, value in options if where == side} for side in ("ours", "theirs")}
     ways = [name for name in (ROUNDED, QUANTISED, THEIRS) if chosen["ours"].pop(name, False)]
     pair = replace(pair, ours=replace(pair.ours, options={**pair.ours.options, **chosen["ours"]}))

@@ -7,7 +7,7 @@ y = x0 + sigma noise, FLUX's x = (1 - t) x0 + t noise with t = sigma / (1 + sigm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +15,6 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, M
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.cache_utils import CacheMixin
 from scipy.integrate import solve_ivp
-
-if TYPE_CHECKING:  # each takes a second or more to import: only the one that is asked for
-    from flux_comfy_pipeline import FluxComfyPipeline
-    from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
 
 MISSING = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -170,13 +166,15 @@ def unpatched(patches: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 def sdxl_pipeline(
     known: Mixture, dtype: torch.dtype = torch.float64, network: type[UNet] = UNet, **scheduler: Any
-) -> StableDiffusionXLComfyPipeline:
+) -> Any:
     """The pipeline with SDXL's betas and a known network. Options go to EulerDiscreteScheduler."""
     from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
 
     scheduler = EulerDiscreteScheduler(**{**SDXL_BETAS, **scheduler})
     unet = torch.nn.Module.to(network(), dtype).answering(known, scheduler)
-    return _quiet(StableDiffusionXLComfyPipeline(unet=unet, scheduler=scheduler, add_watermarker=False, **MISSING))
+    pipe = StableDiffusionXLComfyPipeline(unet=unet, scheduler=scheduler, add_watermarker=False, **MISSING)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def flux_pipeline(
@@ -185,16 +183,13 @@ def flux_pipeline(
     network: type[Transformer] = Transformer,
     mu: float = 1.15,
     channels: int = 16,
-) -> FluxComfyPipeline:
+) -> Any:
     """The pipeline with FLUX's scheduler, shifted by exp(mu) at any size, and a known network."""
     from flux_comfy_pipeline import FluxComfyPipeline
 
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=mu, max_shift=mu)
     transformer = torch.nn.Module.to(network(in_channels=channels), dtype).answering(known)
-    return _quiet(FluxComfyPipeline(transformer=transformer, scheduler=scheduler, **MISSING))
-
-
-def _quiet(pipe: Any) -> Any:
+    pipe = FluxComfyPipeline(transformer=transformer, scheduler=scheduler, **MISSING)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
