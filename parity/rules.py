@@ -16,7 +16,7 @@ from gallery.models import reason
 from gallery.refused import Refused
 from parity.exact import KNOWN, solve
 from parity.result import relative
-from parity.subject import Subject, mixed, reference, start
+from parity.subject import Run, Subject, mixed, reference, start
 
 SMALL, SEVERAL = (1, 2, 2), (3, 2, 2)  # images, rows and columns of patches
 STEPS = 10
@@ -195,16 +195,15 @@ def _callback(subject: Subject) -> str | None:
 
 def _part_way(subject: Subject) -> None:
     """From a true state in the middle of 40 steps to the end, with and without `set_begin_index`."""
-    whole = subject.run(40)
-    most = (
-        0.4 if subject.stochastic else 2 * distance(whole.end, solve(KNOWN, whole.begin, whole.first, [0.0])[0]) + 0.01
-    )
-    for named, words in ((True, "with set_begin_index"), (False, "found by its first timestep")):
-        run = subject.run_part((1, 20, 40) if subject.stochastic else (1, 8, 8), 20, 40, named)
+
+    def off(run: Run) -> float:
         if subject.stochastic:
-            error = abs(KNOWN.within(run.end[0], run.last) - 1)
-        else:
-            error = distance(run.end, solve(KNOWN, run.begin, run.first, [0.0])[0])
+            return abs(KNOWN.within(run.end[0], run.last) - 1)
+        return distance(run.end, solve(KNOWN, run.begin, run.first, [0.0])[0])
+
+    most = 0.4 if subject.stochastic else 2 * off(subject.run(40)) + 0.01
+    for named, words in ((True, "with set_begin_index"), (False, "found by its first timestep")):
+        error = off(subject.run_part((1, 20, 40) if subject.stochastic else (1, 8, 8), 20, 40, named))
         need(error < most, f"{words}, {error:.1%} off (a whole run {most / 2 - 0.005:.1%})")
 
 

@@ -473,12 +473,14 @@ EMPTY = ["--sampler", "--against", "--model", "--schedule", "--device", "--json"
 OPTIONS = [*([name, value] for name in EMPTY for value in ("", " ")), ["--steps", "1001"], ["--steps", "1000000000"]]
 OPTIONS += [["--width", "100000"], ["--truth-seconds", "0"], ["--resume"], ["--output", "elsewhere"]]
 OPTIONS += [[f"--tolerance={value}"] for value in ("0", "-1", "nan", "inf", "small")]
+OPTIONS += [["--sampler", "heun", "--all"], ["--schedule", "karras", "--all"], ["--html", "page.html", "--all"]]
+OPTIONS += [["--model", "demo/sdxl", "--all"]]
 
 
 @pytest.mark.parametrize("arguments", OPTIONS, ids=" ".join)
 def test_what_can_not_be_right_is_refused_at_once(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
-        parse_compare(["--against", "heun", *arguments])
+        parse_compare(arguments if "--all" in arguments else ["--against", "heun", *arguments])
     assert stopped.value.code == 2 and arguments[0].split("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 

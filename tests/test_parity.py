@@ -40,25 +40,9 @@ def test_the_page_has_the_table_that_was_made():
     assert len(pairs) >= 18 and {row["levels"] for row in rows} == {"own", "Karras", "exponential", "beta"}
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--sampler", "heun"], "goes without --sampler"),
-        (["--schedule", "karras"], "goes without --schedule"),
-        (["--html", "report.html"], "goes without --html"),
-        (["--model", "demo/sdxl"], "needs --family"),
-    ],
-)
-def test_all_refuses_what_it_would_not_heed(capsys, arguments, message):
-    with pytest.raises(SystemExit) as stopped:
-        parse_compare(["--all", *arguments])
-    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
-
-
 def parse_all(folder, *arguments):
-    return parse_compare(["--all", "--steps", "2", "--no-switches", "--no-truth", "--output", str(folder), *arguments])[
-        0
-    ]
+    few = ["--all", "--steps", "2", "--no-switches", "--no-truth"]
+    return parse_compare([*few, "--output", str(folder), *arguments])[0]
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux", None])
