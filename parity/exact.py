@@ -21,12 +21,7 @@ SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled
 
 
 class Mixture:
-    """An equal mixture of isotropic Gaussians in d dimensions.
-
-    Args:
-        means: of shape (components, d).
-        stds: of shape (components,).
-    """
+    """An equal mixture of isotropic Gaussians: `means` of shape (components, d), `stds` of shape (components,)."""
 
     def __init__(self, means: torch.Tensor, stds: torch.Tensor):
         self.means, self.stds, self.dimensions = means.double(), stds.double(), means.shape[1]

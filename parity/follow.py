@@ -247,11 +247,9 @@ class Session:
     def follow_sampler(
         self, side: Side, ours: Ours, tick: Callable = lambda: None, denoised: Any = None, generator: Any = None
     ) -> Trajectory:
-        """One run of this project's pipeline with this sampler.
+        """One run of this project's pipeline with this sampler, which calls `tick` for each evaluation.
 
-        Args:
-            tick: called for each evaluation.
-            denoised: predictions that were made before. The sampler gets these, and no network runs.
+        With `denoised`, predictions that were made before, the sampler gets these, and no network runs.
         """
         ve, found = self.uses_ve(side, ours), Trajectory([], [], [], ours.start)
         timesteps = list[float]()

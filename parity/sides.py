@@ -187,9 +187,6 @@ def levels_of(scheduler: Any, level_of: Callable[[float], float]) -> tuple[list[
 
     A scheduler of order 2 lists a level twice or has midpoints between; its steps begin at every other evaluation.
     A DPMSolverSinglestepScheduler begins a step where its order is 1 and goes on from there.
-
-    Args:
-        level_of: the level of a timestep.
     """
     count = len(scheduler.timesteps)
     if getattr(scheduler, "sigmas", None) is None:

@@ -43,8 +43,7 @@ def start(t: float, images: int, patches: int, seed: int = 0) -> torch.Tensor:
 class Subject:
     """What is judged: a function in this project's pipeline, or a scheduler in the stock pipeline.
 
-    Args:
-        schedule: the levels of a function by name; None: Karras', on FLUX the pipeline's own.
+    The levels of a function are those of `schedule`; None: Karras', on FLUX the pipeline's own.
     """
 
     def __init__(self, side: Side, family: Family, schedule: str | None = None, parameterization: str = "auto"):
@@ -172,11 +171,7 @@ class Subject:
         return Run(begin, first, asked, self.state(found.final, found.levels[-1]), last, found)
 
     def run_part(self, shape: tuple[int, int, int], skipped: int, steps: int, named: bool) -> Run:
-        """The stock pipelines' loop over a scheduler, from a true state after `skipped` of the steps.
-
-        Args:
-            named: whether the scheduler is given its begin index, by `set_begin_index`.
-        """
+        """The stock pipelines' loop from a true state after `skipped` of the steps, `named` by `set_begin_index`."""
         session = self.session(shape)
         scheduler = prepared(session.scheduler(self.side), steps, session.tokens)
         timesteps = scheduler.timesteps[skipped * getattr(scheduler, "order", 1) :]

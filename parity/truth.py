@@ -108,13 +108,8 @@ def refine(
     return replace(truth, stopped=True), solution
 
 
-def next_size(
-    solution: Solution | None, cost: Callable[[int], int], sizes: Sequence[int], affordable: float
-) -> int | None:
-    """Four times the last size, or the largest one if not even twice that would come after; None if none is affordable.
-
-    `affordable` is a number of evaluations.
-    """
+def next_size(solution: Solution | None, cost: Callable, sizes: Sequence[int], affordable: float) -> int | None:
+    """Four times the last size, or the largest if not even twice that would come after; None if none is affordable."""
     if solution is None:
         return sizes[0] if cost(sizes[0]) + cost(2 * sizes[0]) <= affordable else None
     fit = [size for size in sizes if size >= 2 * solution.size and cost(size) <= affordable]
