@@ -165,6 +165,9 @@ def test_what_differs_is_found_at_its_step(ours, theirs, step, kind, words, swit
         assert f"Removed by {removing[0]}" in result.verdict
     if "s_churn" in words:
         assert result.truth.equation.startswith("not defined for s_churn")
+    if "ends at" in words:  # 1.1 times what the list says, as planted
+        found, listed = (float(word.strip(",.")) for word in result.cause.what.split() if word[0].isdigit())
+        assert found / listed == pytest.approx(1.1, rel=1e-5)
     if "cut off" in words:  # 998.99... becomes 998, which is no rounding
         assert all(-1.001 < row.timesteps[1][0] - row.timesteps[0][0] < 1e-3 for row in result.rows)
 
@@ -190,13 +193,6 @@ def test_of_several_causes_each_is_named(family, ours, theirs, kinds):
         assert cause.what[1:] in result.verdict and marked
 
 
-def test_the_wrong_sigma_is_found_by_its_value():
-    """1.1 times what the list says, as planted."""
-    result = compared("euler", f"{FAULTY}:WrongSigmaEuler")
-    found, listed = (float(word.strip(",.")) for word in result.cause.what.split() if word[0].isdigit())
-    assert found / listed == pytest.approx(1.1, rel=1e-5)
-
-
 def test_drift_by_rounding_is_told_from_a_difference():
     """A tolerance that the whole run misses and each step by itself keeps: the verdict is the steps'."""
     largest = compared("dpm_2", "KDPM2DiscreteScheduler").largest
@@ -205,9 +201,12 @@ def test_drift_by_rounding_is_told_from_a_difference():
     assert result.cause is None and "each step by itself" in result.verdict
 
 
-def test_named_levels_of_our_side_part_from_others():
+def test_levels_of_our_own_differ_from_theirs():
+    """Named ones, and those of "ve", which begins at the t of a finite sigma where the scheduler begins at 1."""
     result = compared("euler", "EulerDiscreteScheduler", schedule="karras")
     assert result.cause.kind in ("initial scale", "noise levels")
+    result = compared("euler", "FlowMatchEulerDiscreteScheduler", "flux", parameterization="ve")
+    assert result.cause.kind == "noise levels" and result.cause.what.endswith("theirs at 1"), result.verdict
 
 
 BROKEN = """
@@ -230,6 +229,11 @@ def sample_idle(model, x, sigmas, extra_args=None, callback=None, disable=None):
 
 def sample_raises(model, x, sigmas, extra_args=None, callback=None, disable=None):
     return [][len(sigmas)]
+
+from diffusers import EulerDiscreteScheduler
+class Raises(EulerDiscreteScheduler):
+    def _init_step_index(self, timestep):  # called from diffusers' code
+        return self.nothing
 """
 
 
@@ -257,23 +261,16 @@ def test_k_diffusions_own_file_can_be_named():
         ("sample_short", r"but returned one of shape \(1, 4, 8\)"),
         ("sample_idle", "never calls the model"),
         ("sample_raises", r"IndexError: list index out of range \(.*broken.py, line 20\)"),
+        ("Raises", r"object has no attribute 'nothing' \(.*broken.py, line 25\)"),
     ],
 )
-def test_what_a_function_does_wrong_is_told(tmp_path, name, message):
+def test_what_a_side_does_wrong_is_told(tmp_path, name, message):
     (tmp_path / "broken.py").write_text(BROKEN)
     with pytest.raises(Refused, match=message):
         compared("euler", f"{tmp_path}/broken.py:{name}")
-    with pytest.raises(Refused, match=message):
-        compared(f"{tmp_path}/broken.py:{name}", "euler")
-
-
-def test_where_a_scheduler_raises_is_told(tmp_path):
-    """In its own code, also where that was called from diffusers'."""
-    lines = ["from diffusers import EulerDiscreteScheduler", "class Mine(EulerDiscreteScheduler):"]
-    lines += ["    def _init_step_index(self, timestep):", "        return self.nothing"]
-    (tmp_path / "mine.py").write_text("\n".join(lines))
-    with pytest.raises(Refused, match=r"object has no attribute 'nothing' \(.*mine.py, line 4\)"):
-        compared("euler", f"{tmp_path}/mine.py:Mine")
+    if name.startswith("sample_"):
+        with pytest.raises(Refused, match=message):
+            compared(f"{tmp_path}/broken.py:{name}", "euler")
 
 
 def test_samplers_that_place_their_own_levels_are_told_so():
@@ -284,12 +281,6 @@ def test_samplers_that_place_their_own_levels_are_told_so():
     result = compared("dpm_adaptive", "EulerDiscreteScheduler")
     assert (result.cause.kind, result.cause.step, result.rows) == ("noise levels", 0, [])
     assert result.cause.what.startswith("ours takes ") and result.cause.what.endswith(" steps, theirs 6")
-
-
-def test_where_flux_begins_is_told():
-    """In "ve" at the t of a finite sigma, where the scheduler begins at 1."""
-    result = compared("euler", "FlowMatchEulerDiscreteScheduler", "flux", parameterization="ve")
-    assert result.cause.kind == "noise levels" and result.cause.what.endswith("theirs at 1"), result.verdict
 
 
 def test_functions_of_a_file():
