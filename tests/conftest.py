@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import diffusers
 import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
@@ -83,6 +84,14 @@ def stock_of(pipe, kind: type):
     stock = kind(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
     stock.set_progress_bar_config(disable=True)
     return stock
+
+
+def with_scheduler(pipe, kind: str, **options):
+    """The pipeline with diffusers' scheduler of this kind and the same networks."""
+    scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(pipe.scheduler.config, **options)
+    changed = type(pipe)(**{**pipe.components, "scheduler": scheduler})
+    changed.set_progress_bar_config(disable=True)
+    return changed
 
 
 def parent_of(pipe, name: str):

@@ -1,4 +1,4 @@
-"""The signature, batches, callbacks, and missing or half precision components, for both pipelines."""
+"""The signature, refusals, batches, callbacks, and missing or half precision components, for both pipelines."""
 
 from __future__ import annotations
 
@@ -55,6 +55,53 @@ def test_callback_inputs(family):
         assert list(seen[-1]) == inputs and all(isinstance(value, torch.Tensor) for value in seen[-1].values())
     with pytest.raises(ValueError, match="`callback_on_step_end_tensor_inputs` has to be in"):
         draw(pipe, name, callback_on_step_end=record, callback_on_step_end_tensor_inputs=["noise_pred"])
+
+
+ZEROS = {part: torch.zeros(1, 64, 128) if "pooled" not in part else torch.zeros(1, 64) for part in EMBEDS}
+BOTH = ["sdxl", "flux"]
+REFUSED = [  # by which pipelines, the call, the error and its words
+    (BOTH, {"sampler": "dpmp_2m"}, ValueError, "did you mean dpmpp_2m"),
+    (BOTH, {"sampler": "quux"}, ValueError, "there are euler, euler_ancestral, heun"),
+    (BOTH, {"sampler": "lcm"}, ValueError, "no 'lcm'; there are euler, .*, or pass sampler\\(model, x, sigmas"),
+    (BOTH, {"sampler": lambda model: model}, TypeError, "a name or a callable, sampler\\(model, x, sigmas"),
+    (BOTH, {"sampler": 3}, TypeError, "a name or a callable"),
+    (BOTH, {"sampler": "euler", "sampler_kwargs": {"eta": 0.5}}, ValueError, "takes no eta; it takes s_churn"),
+    (BOTH, {"sigmas": [0.5, 0.8]}, ValueError, "`sigmas` have to be"),
+    (BOTH, {"sigmas": [0.9, float("nan"), 0.1]}, ValueError, "finite"),
+    (BOTH, {"sigmas": []}, ValueError, "and fall from a positive number"),
+    (BOTH, {"sigmas": [0.9, 0.1, 0.1]}, ValueError, "to zero or above"),
+    (BOTH, {"sigmas": [0.9, 0.1, -0.1]}, ValueError, "to zero or above"),
+    (BOTH, {"schedule": [0.9]}, ValueError, "2 of them at least"),
+    (BOTH, {"schedule": [1.0, 1.0 - 1e-9, 0.0]}, ValueError, "as float32"),  # dpmpp_2m divides by their difference
+    (BOTH, {"schedule": "karras", "sigmas": [1.0, 0.5]}, ValueError, "pass one of them"),
+    (BOTH, {"schedule": "karas"}, ValueError, "there are karras, exponential, polyexponential; "),
+    (BOTH, {"num_inference_steps": 0}, ValueError, "at least 1"),
+    (BOTH, {"negative_prompt_embeds": torch.zeros(1, 64, 128)}, ValueError, "negative_pooled_prompt_embeds"),
+    (BOTH, {"generator": [seeded(), seeded()]}, ValueError, "has to be one or 1, one per image, but is 2"),
+    (["sdxl"], {"num_inference_steps": 1001}, ValueError, "the scheduler makes 1 of 1001 steps"),
+    (["sdxl"], {"eta": 0.5}, ValueError, "sampler_kwargs"),
+    (["sdxl"], {"schedule": "karras", "timesteps": [900, 1]}, ValueError, "pass one of them"),
+    (["sdxl"], {"height": 100}, ValueError, "divisible by 8"),
+    (["flux"], {"parameterization": "vp"}, ValueError, "'auto', 'flow' or 've'"),
+    (["flux"], {"sigmas": [14.6, 1.0]}, ValueError, "lies in 0..1"),
+    (["flux"], {"generator": [seeded()], "num_images_per_prompt": 2}, ValueError, "one or 2"),
+    (
+        ["flux"],
+        {"prompt": None, "true_cfg_scale": 2.0, **ZEROS, "negative_prompt_embeds": torch.zeros(1, 32, 128)},
+        ValueError,
+        "must have the same shape when passed",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, call, error, words", [(name, *rest) for names, *rest in REFUSED for name in names])
+def test_bad_input_is_reported_before_any_network_runs(request, monkeypatch, name, call, error, words):
+    pipe = request.getfixturevalue(name)
+    for part, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            monkeypatch.setattr(component, "forward", lambda *_, part=part, **__: pytest.fail(f"{part} ran"))
+    with pytest.raises(error, match=words):
+        draw(pipe, name, **call)
 
 
 @FAMILIES

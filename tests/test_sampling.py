@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import seeded
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flux_comfy_pipeline
@@ -29,7 +30,7 @@ def gaussian(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def noise(batch: int = 2, seed: int = 0) -> torch.Tensor:
-    return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) * SIGMAS[0]
+    return torch.randn(batch, 4, 8, 8, generator=seeded(seed)) * SIGMAS[0]
 
 
 def run_sampler(sampler, *arguments, **options):
@@ -58,7 +59,7 @@ def test_bound_and_wrapped_samplers_draw_as_by_name(name):
     labelled.label = "soft"  # functools.partial does not join those that have attributes
 
     def run(sampler, **options):
-        return run_sampler(find_sampler(sampler, options), gaussian, x, SIGMAS, torch.Generator().manual_seed(0))[0]
+        return run_sampler(find_sampler(sampler, options), gaussian, x, SIGMAS, seeded())[0]
 
     def copied(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, noise_sampler=None):
         return function(model, x, sigmas, callback=callback, disable=disable, eta=eta, noise_sampler=noise_sampler)
@@ -85,7 +86,7 @@ def test_sampler_is_k_diffusions_own(name):
     x, function = noise(), function_of(name)
 
     def draws():
-        generator = torch.Generator().manual_seed(3)
+        generator = seeded(3)
         return lambda sigma, sigma_next: torch.randn(x.shape, generator=generator)
 
     stochastic = "noise_sampler" in inspect.signature(function).parameters
@@ -105,7 +106,7 @@ def test_a_sampler_that_adds_no_noise_draws_none(name):
     """As in the stock loop. (k-diffusion draws in every step, and multiplies by zero.) Nor does one step to zero."""
     function = function_of(name)
     options = {"eta": 0.0} if "eta" in inspect.signature(function).parameters else {}
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     before, before_global = generator.get_state(), torch.get_rng_state()
     drawn = run_sampler(functools.partial(function, **options), gaussian, noise(), SIGMAS, generator)[0]
     run_sampler(function, gaussian, noise(), SIGMAS[[0, -1]], generator)
@@ -118,7 +119,7 @@ def test_step_noise_of_an_sde_sampler_is_a_path_whatever_follows_in_its_name():
 
     def sample_dpmpp_sde_gpu(model, x, sigmas, noise_sampler=None): ...
 
-    draw = step_noise(find_sampler(sample_dpmpp_sde_gpu), noise(), torch.Generator().manual_seed(0))
+    draw = step_noise(find_sampler(sample_dpmpp_sde_gpu), noise(), seeded())
     whole, halves = 8**0.5 * draw(9.0, 1.0), 2 * draw(9.0, 5.0) + 2 * draw(5.0, 1.0)
     torch.testing.assert_close(whole, halves)
 
@@ -143,7 +144,7 @@ def test_a_callback_gets_the_level_of_what_was_predicted():
 def test_one_step_gives_denoised(name):
     """And no warning: the Brownian tree warns of a time beyond its ends. Other numbers: test_closed_form.py."""
     with warnings.catch_warnings(action="error"):
-        y = run_sampler(name, gaussian, noise(), SIGMAS[[0, -1]], torch.Generator().manual_seed(0))[0]
+        y = run_sampler(name, gaussian, noise(), SIGMAS[[0, -1]], seeded())[0]
     # float32 rounding of states of up to 60
     torch.testing.assert_close(y, gaussian(noise(), SIGMAS[:1].expand(2)), rtol=1e-5, atol=1e-5)
 
@@ -191,7 +192,7 @@ def test_sampler_runs_on_a_gpu_without_waiting(name, device):
 
 @pytest.mark.parametrize("name", THIRTEEN)
 def test_after_step_sees_the_state_between_steps(name):
-    """Called once a step, in order, with the state at the level that the step ended at; what it returns goes on."""
+    """Called once per step, in order, with the state at the level that the step ended at."""
     function, x = function_of(name), noise()
     seen = []
 
@@ -199,8 +200,8 @@ def test_after_step_sees_the_state_between_steps(name):
         seen.append((i, sigma.item(), began.item(), x.clone(), denoised.clone()))
         return x
 
-    y = run_sampler(function, gaussian, x, SIGMAS, torch.Generator().manual_seed(0), after_step)[0]
-    assert y.equal(run_sampler(function, gaussian, x, SIGMAS, torch.Generator().manual_seed(0))[0])
+    y = run_sampler(function, gaussian, x, SIGMAS, seeded(), after_step)[0]
+    assert y.equal(run_sampler(function, gaussian, x, SIGMAS, seeded())[0])
     assert [one[0] for one in seen] == list(range(len(seen)))
     assert seen[-1][1] == 0 and seen[-1][3].equal(y)
     for one, following in zip(seen, seen[1:]):
@@ -211,7 +212,7 @@ def test_after_step_sees_the_state_between_steps(name):
 
 
 def calling_back(how: str) -> Callable:
-    """Euler's method of somebody's own, with a callback that k-diffusion's functions do not make like this."""
+    """A user-supplied Euler's method that calls back otherwise than k-diffusion's functions do."""
 
     def euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
         first = x
@@ -230,9 +231,23 @@ def calling_back(how: str) -> Callable:
 
 @pytest.mark.parametrize("how", ["before its evaluation", "on another tensor", "with the first x"])
 def test_changed_latents_are_refused_where_they_would_be_lost(how):
-    """Its steps don't begin at the evaluation before the callback, or not with the tensor that it hands over."""
+    """A step does not begin at the evaluation before the callback, or not with the tensor that is handed over."""
     with pytest.raises(ValueError, match="euler does not say"):
         run_sampler(calling_back(how), gaussian, noise(), SIGMAS, None, lambda i, x, *_: x * 2)
+
+
+def test_a_callback_gets_the_steps_state_whatever_the_sampler_calls_back_with():
+    seen, x = [], noise()
+
+    def look(i, x, sigma, began, denoised):
+        seen.append((x, sigma, denoised))
+        return x
+
+    run_sampler(calling_back("with the first x"), gaussian, x, SIGMAS, None, look)
+    for found, now, then in zip(seen, SIGMAS[:-1], SIGMAS[1:], strict=True):
+        denoised = gaussian(x, now.expand(2))
+        torch.testing.assert_close(found, (x, now, denoised))
+        x = denoised + then / now * (x - denoised)
 
 
 def test_latents_that_are_not_finite_are_not_changed_latents():
@@ -256,13 +271,13 @@ def test_a_callable_that_loops_over_trange_is_followed():
     """Its callback sees what the one of k-diffusion's function sees, and latents that it changes take effect."""
 
     def run(sampler):
-        seen, generator = [], torch.Generator().manual_seed(0)
+        seen = []
 
         def after_step(i, x, sigma, began, denoised):
             seen.append(torch.cat([x, sigma.expand(x.shape), began.expand(x.shape), denoised]))
             return x * 0.5 if i == 3 else x
 
-        return run_sampler(sampler, gaussian, noise(), SIGMAS, generator, after_step)[0], torch.stack(seen)
+        return run_sampler(sampler, gaussian, noise(), SIGMAS, seeded(), after_step)[0], torch.stack(seen)
 
     for found, expected in zip(run(find_sampler(ancestral, {"eta": 0.0})), run("euler"), strict=True):
         torch.testing.assert_close(found, expected)
@@ -280,7 +295,7 @@ def test_threads_draw_what_they_draw_alone(sampler):
             meet()  # both threads are within their runs
             return gaussian(x, sigma)
 
-        return run_sampler(sampler, denoiser, noise(), SIGMAS, torch.Generator().manual_seed(seed))[0]
+        return run_sampler(sampler, denoiser, noise(), SIGMAS, seeded(seed))[0]
 
     alone = [run(seed) for seed in range(2)]
     with ThreadPoolExecutor(2) as pool:
@@ -300,9 +315,8 @@ def test_a_callback_may_sample(sampler, module):
             seen.append(i)
             return after_step(i, x, *rest)
 
-        generator = torch.Generator().manual_seed(seed)
-        found = module.find_sampler(sampler), gaussian, noise(), SIGMAS, generator, count
-        end = (pipeline_file if seed else module).run_sampler(*found)[0]
+        arguments = module.find_sampler(sampler), gaussian, noise(), SIGMAS, seeded(seed), count
+        end = (pipeline_file if seed else module).run_sampler(*arguments)[0]
         assert seen == list(range(len(SIGMAS) - 1))
         return end
 
@@ -332,12 +346,6 @@ def test_interrupt_of_a_callable(calls_back):
     torch.testing.assert_close(y, sampling.sample_euler(gaussian, noise(), SIGMAS[:4], disable=True))
 
 
-def test_levels_that_are_one_in_float32():
-    """dpmpp_2m divides by their difference."""
-    with pytest.raises(ValueError, match="as float32"):
-        pipeline_file.check_sigmas([1.0, 1.0 - 1e-9, 0.0])
-
-
 def test_tolerances_end_the_steps():
     """A step's error may be max(atol, rtol |x|), so that one of them is enough, however it was given."""
     bound = functools.partial(sampling.sample_dpm_adaptive, rtol=0.0)
@@ -347,29 +355,20 @@ def test_tolerances_end_the_steps():
             find_sampler(sampler, options)
 
 
-def passing_on(function):
-    """It names no `noise_sampler`, so it gets none."""
-    return lambda model, x, sigmas, **options: function(model, x, sigmas, **options)
-
-
-OWN_NOISE = {
-    "s_churn passed on": functools.partial(passing_on(sampling.sample_euler), s_churn=1.0),
-    "ancestral passed on": functools.partial(passing_on(sampling.sample_euler_ancestral), eta=0.5),
-    "no noise_sampler": functools.partial(sampling.sample_dpmpp_2m_sde, noise_sampler=None),
-    "its noise_sampler": functools.partial(
-        sampling.sample_dpmpp_2m_sde, noise_sampler=lambda sigma, sigma_next: torch.randn_like(noise())
-    ),
-}
-
-
-@pytest.mark.parametrize("sampler", OWN_NOISE.values(), ids=OWN_NOISE)
-def test_noise_of_a_callable_follows_the_generator(sampler):
-    def run(seed):
+@pytest.mark.parametrize("passes_on", [True, False], ids=["passed on", ""])  # by a callable without `noise_sampler`
+@pytest.mark.parametrize(
+    "name, options",
+    [("euler", {"s_churn": 1.0}), ("euler_ancestral", {"eta": 0.5}), ("dpmpp_2m_sde", {"noise_sampler": None})]
+    + [("dpmpp_2m_sde", {"noise_sampler": lambda sigma, sigma_next: torch.randn_like(noise())})],
+)
+def test_noise_of_a_callable_follows_the_generator(name, options, passes_on):
+    function, same = function_of(name), lambda i, x, *_: x * 1.0
+    passing = (lambda model, x, sigmas, **options: function(model, x, sigmas, **options)) if passes_on else function
+    drawn = []
+    for seed in range(2):
         torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(0)
-        return run_sampler(sampler, gaussian, noise(), SIGMAS, generator, lambda i, x, *_: x * 1.0)[0]
-
-    assert run(0).equal(run(1))
+        drawn += run_sampler(functools.partial(passing, **options), gaussian, noise(), SIGMAS, seeded(), same)[:1]
+    assert drawn[0].equal(drawn[1])
 
 
 def test_noise_that_is_zero_may_be_written_on():
@@ -408,41 +407,19 @@ def test_what_a_wrapper_draws_follows_the_generator(name, sigmas, draw):
         return function(model, x + added[-1], sigmas, **options)
 
     def run(seed, global_seed):
-        def denoiser(x, sigma):
-            assert torch.rand(()).equal(torch.rand((), generator=expected))
-            return gaussian(x, sigma)
-
-        def after_step(i, x, *rest):
+        def unmoved(x):
             assert torch.rand(()).equal(torch.rand((), generator=expected))
             return x
 
         torch.manual_seed(global_seed)
-        expected = torch.Generator().manual_seed(global_seed)
-        drawn = run_sampler(wrapper, denoiser, x, sigmas, torch.Generator().manual_seed(seed), after_step)[0]
+        expected, denoiser = seeded(global_seed), lambda x, sigma: gaussian(unmoved(x), sigma)
+        drawn = run_sampler(wrapper, denoiser, x, sigmas, seeded(seed), lambda i, x, *_: unmoved(x))[0]
         assert torch.get_rng_state().equal(expected.get_state())
         torch.testing.assert_close(drawn, run_sampler(function, gaussian, x + added[-1], sigmas)[0])
         return drawn
 
     assert run(3, 1).equal(run(3, 2)) and not run(4, 1).equal(run(3, 1))
     assert 0.9 < added[0].std() < 1.1
-
-
-def test_a_callback_gets_the_steps_state_whatever_the_sampler_calls_back_with():
-    seen = []
-
-    def look(i, x, sigma, began, denoised):
-        seen.append((x, sigma, denoised))
-        return x
-
-    run_sampler(calling_back("with the first x"), gaussian, noise(), SIGMAS, None, look)
-    x = noise()
-    assert len(seen) == len(SIGMAS) - 1
-    for (state, sigma, predicted), now, then in zip(seen, SIGMAS, SIGMAS[1:]):
-        denoised = gaussian(x, now.expand(2))
-        assert sigma == now
-        torch.testing.assert_close(state, x)
-        torch.testing.assert_close(predicted, denoised)
-        x = denoised + then / now * (x - denoised)
 
 
 @pytest.mark.parametrize(

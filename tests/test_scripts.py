@@ -194,23 +194,15 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message
         ("test.py", {"GOMP_SPINCOUNT": "9"}, None),
     ],
 )
-def test_idle_threads_sleep_beside_a_busy_process(script, settings, policy):
-    code = (
-        "import os, runpy, sys\n"
-        "class Finder:\n"
-        "    def find_spec(name, *_):\n"
-        "        if name == 'torch':\n"
-        "            os.write(1, str(os.environ.get('OMP_WAIT_POLICY')).encode())\n"
-        "            os._exit(0)\n"
-        f"sys.meta_path.insert(0, Finder)\nsys.argv = ['{script}', '--model', 'demo']\n"
-        f"runpy.run_path('{script}', run_name='__main__')"
-    )
+def test_idle_threads_sleep_beside_a_busy_process(tmp_path, script, settings, policy):
+    """The policy is set before torch is imported: in torch's place stands a module that prints the policy."""
+    prints = "import os\nprint(os.environ.get('OMP_WAIT_POLICY'), end='', flush=True)\nos._exit(0)\n"
+    (tmp_path / "torch.py").write_text(prints)
     environment = {name: value for name, value in os.environ.items() if "OMP_" not in name} | settings
+    line, place = [sys.executable, ROOT / script, "--model", "demo"], {"PYTHONPATH": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
         try:
-            printed = subprocess.run(
-                [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
-            )
+            printed = subprocess.run(line, capture_output=True, text=True, env=environment | place)
         finally:
             busy.kill()
     assert printed.stdout == str(policy), printed.stderr
@@ -234,11 +226,11 @@ def test_a_gpus_model_and_a_quiet_machine_are_left_alone(monkeypatch, arguments,
     assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
-def test_help_needs_no_torch():
+def test_help_needs_no_torch(tmp_path):
     """So that --help answers quickly."""
-    hides = "import sys; sys.modules['torch'] = None; sys.argv = ['test_flux.py', '--help']; import runpy; "
-    line = [sys.executable, "-c", hides + "runpy.run_path('test_flux.py', run_name='__main__')"]
-    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    line, place = [sys.executable, ROOT / "test_flux.py", "--help"], {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(line, capture_output=True, text=True, env=os.environ | place)
     assert result.returncode == 0 and "--samplers" in result.stdout
 
 

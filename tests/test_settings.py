@@ -7,17 +7,8 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, PROMPT, parent_of, relative, seeded, stock_of
-from diffusers import (
-    DDIMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    LMSDiscreteScheduler,
-    SASolverScheduler,
-    StableDiffusionXLImg2ImgPipeline,
-    UniPCMultistepScheduler,
-)
+from conftest import FAMILIES, PROMPT, parent_of, relative, seeded, stock_of, with_scheduler
+from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from sdxl_comfy_pipeline import SCHEDULES
 
@@ -26,30 +17,22 @@ CALL = {"prompt": PROMPT, "height": 64, "width": 64, "output_type": "latent"}
 SIZES = {"original_size": (64, 64), "target_size": (64, 64)}
 
 
-def with_scheduler(pipe, kind, **options):
-    scheduler = kind.from_config(pipe.scheduler.config, **options)
-    pipe = type(pipe)(**{**pipe.components, "scheduler": scheduler})
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 # --- latents have the scheduler's scale ------------------------------------------------------------------------------
 
 # at first order each solver takes Euler's step (DPM-Solver, Lu et al. 2022, section 3.1): the whole run is known
 EULERS = {"solver_order": 1, "final_sigmas_type": "zero"}
 FIRST_ORDER = {
-    "Euler": (EulerDiscreteScheduler, {}),
-    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
-    "DPM-Solver": (DPMSolverMultistepScheduler, EULERS),
-    "UniPC": (UniPCMultistepScheduler, {**EULERS, "disable_corrector": [*range(10)]}),
+    "EulerDiscrete": {},
+    "DDIM": {"clip_sample": False, "set_alpha_to_one": True},
+    "DPMSolverMultistep": EULERS,
+    "UniPCMultistep": {**EULERS, "disable_corrector": [*range(10)]},
 }
 
 
-@pytest.mark.parametrize("name", FIRST_ORDER)
-def test_hand_over_to_a_stock_refiner(sdxl, name):
+@pytest.mark.parametrize("kind", FIRST_ORDER)
+def test_hand_over_to_a_stock_refiner(sdxl, kind):
     """`denoising_end`, then diffusers' image-to-image pipeline with the same scheduler, equal the whole run."""
-    kind, options = FIRST_ORDER[name]
-    pipe = with_scheduler(sdxl, kind, **options)
+    pipe = with_scheduler(sdxl, kind, **FIRST_ORDER[kind])
     call = {**CALL, "num_inference_steps": 10}
     whole = pipe(generator=seeded(), **call).images
     handed = pipe(generator=seeded(), denoising_end=0.6, **call).images
@@ -62,9 +45,9 @@ def test_hand_over_to_a_stock_refiner(sdxl, name):
 @pytest.mark.parametrize(
     "kind, options, sampler",
     [
-        (LMSDiscreteScheduler, {}, "lms"),
-        (DEISMultistepScheduler, {"solver_order": 1}, "euler"),
-        (DPMSolverMultistepScheduler, {"final_sigmas_type": "zero"}, "dpmpp_2m"),
+        ("LMSDiscrete", {}, "lms"),
+        ("DEISMultistep", {"solver_order": 1}, "euler"),
+        ("DPMSolverMultistep", {"final_sigmas_type": "zero"}, "dpmpp_2m"),
     ],
 )
 def test_hand_over_is_the_stock_pipelines(sdxl, kind, options, sampler):
@@ -73,15 +56,14 @@ def test_hand_over_is_the_stock_pipelines(sdxl, kind, options, sampler):
     call = {**CALL, "num_inference_steps": 10, "denoising_end": 0.6}
     ours = pipe(generator=seeded(), sampler=sampler, **call).images
     # DPM-Solver++ rounds its timesteps, which moves the latents by 1e-3; sqrt(1 + sigma^2) is 1.3 there and more
-    bound = 1e-2 if kind in (DPMSolverMultistepScheduler, DEISMultistepScheduler) else CLOSE
+    bound = 1e-2 if kind in ("DPMSolverMultistep", "DEISMultistep") else CLOSE
     assert relative(ours, parent_of(pipe, "sdxl")(generator=seeded(), **call).images) < bound
 
 
-@pytest.mark.parametrize("name", FIRST_ORDER)
-def test_a_callback_inpaints_with_add_noise(sdxl, name):
+@pytest.mark.parametrize("kind", FIRST_ORDER)
+def test_a_callback_inpaints_with_add_noise(sdxl, kind):
     """As in the stock pipeline, the scheduler adds the level's noise to the kept part of the picture."""
-    kind, options = FIRST_ORDER[name]
-    pipe = with_scheduler(sdxl, kind, **options)
+    pipe = with_scheduler(sdxl, kind, **FIRST_ORDER[kind])
     noiser = copy.deepcopy(pipe.scheduler)
     noiser.set_timesteps(4)
     kept, noise = torch.randn(2, 1, 4, 8, 8, generator=seeded(5))
@@ -99,23 +81,29 @@ def test_a_callback_inpaints_with_add_noise(sdxl, name):
 # --- levels ----------------------------------------------------------------------------------------------------------
 
 
-def test_own_levels_are_as_many_as_asked_for_and_end_at_zero(sdxl, flux):
-    """These schedulers list the lowest level twice."""
-    above_zero = {"final_sigmas_type": "sigma_min"}
-    kinds = {DEISMultistepScheduler: {}, SASolverScheduler: {}, DPMSolverMultistepScheduler: above_zero}
-    for kind, options in kinds.items():
-        levels = with_scheduler(sdxl, kind, use_karras_sigmas=True, **options).noise_levels(10)
-        assert len(levels) == 11 and levels[-1] == 0 and levels[-2] > 0
-    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    levels = with_scheduler(flux, DEISMultistepScheduler, **options).noise_levels(64, 20)
-    assert len(levels) == 21 and levels[-1] == 0
-    fixed = with_scheduler(flux, DPMSolverMultistepScheduler, use_dynamic_shifting=False, **options)
-    assert len(fixed.noise_levels(64, 8)) == 9
+KARRAS = {"use_karras_sigmas": True}
+LISTS_A_LEVEL_TWICE = {"HeunDiscrete": {}, "DEISMultistep": KARRAS, "SASolver": KARRAS}
+LISTS_A_LEVEL_TWICE |= {"DPMSolverMultistep": {**KARRAS, "final_sigmas_type": "sigma_min"}}
+FLOWS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOWS = {"DEISMultistep": FLOWS, "DPMSolverMultistep": {**FLOWS, "use_dynamic_shifting": False}}
+
+
+@pytest.mark.parametrize(
+    "family, kind, options",
+    [("sdxl", *one) for one in (*LISTS_A_LEVEL_TWICE.items(), ("DDIM", {}), ("LCM", {}), ("DPMSolverMultistep", {}))]
+    + [("flux", *one) for one in FLOWS.items()],
+)
+def test_levels_are_as_many_as_asked_for_and_fall_to_zero(request, family, kind, options):
+    """Some of these schedulers list a level twice, others have no sigmas."""
+    pipe = with_scheduler(request.getfixturevalue(family), kind, **options)
+    levels = pipe.noise_levels(*([64] if family == "flux" else []), 10)
+    assert levels.dtype == torch.float64
+    assert len(levels) == 11 and levels[-1] == 0 and (levels.diff() < 0).all()
 
 
 def test_levels_whatever_the_scheduler(sdxl):
     """`sigmas` is for schedulers that take them, as in the parent; `schedule` takes levels for any scheduler."""
-    pipe = with_scheduler(sdxl, DDIMScheduler)
+    pipe = with_scheduler(sdxl, "DDIM")
     with pytest.raises(ValueError, match="DDIMScheduler takes none; pass them as `schedule`"):
         pipe(sigmas=[10.0, 3.0], **CALL)
     assert pipe.noise_levels(schedule=[10.0, 3.0, 0.0]).tolist() == [10, 3, 0]

@@ -107,16 +107,6 @@ def test_flux_in_parts(read):
     )
 
 
-def test_links_to_flux_guidance_and_steps_are_followed(read):
-    graph = flux_graph() | {"50": node("PrimitiveFloat", value=2.5), "51": node("SimpleMath+", value="a*b", a=1, b=2)}
-    graph["26"]["inputs"]["guidance"] = ["50", 0]
-    assert read(graph).values["guidance"] == 2.5
-    graph["26"]["inputs"]["guidance"] = ["51", 0]
-    assert read(graph).unread == {"guidance": "SimpleMath+"}
-    graph = plain_graph(end_at_step=["50", 0]) | {"50": node("PrimitiveInt", value=15)}
-    assert read(graph).unused == ["steps 0 to 15 alone"]
-
-
 def test_flux_with_true_cfg(read):
     graph = flux_graph()
     graph["21"] = node("CFGGuider", model=["12", 0], positive=["26", 0], negative=["40", 0], cfg="2.5")
@@ -140,7 +130,8 @@ def test_ksampler_advanced(read):
     graph = plain_graph()
     fields = {"steps": 25, "cfg": 8.0, "sampler_name": "euler", "scheduler": "normal"}
     base = {**fields, **LINKS, "noise_seed": 7, "add_noise": "enable", "start_at_step": 0, "end_at_step": 20}
-    graph["3"] = node("KSamplerAdvanced", **base, return_with_leftover_noise="enable")
+    graph["3"] = node("KSamplerAdvanced", **base | {"end_at_step": ["11", 0]}, return_with_leftover_noise="enable")
+    graph["11"] = node("PrimitiveInt", value=20)
     assert read(graph).unused == ["steps 0 to 20 alone"]
     assert read(graph).values["seed"] == 7 and read(graph).values["steps"] == 25
     refiner = {**base, "noise_seed": 0, "add_noise": "disable", "start_at_step": 20, "end_at_step": 10000}
@@ -225,26 +216,26 @@ NUMBERS = [  # nodes that lead to a number, and the number
     (node("Seed Generator", seed=7, control_after_generate="fixed"), 7),
     (node("INTConstant", value=7), 7),
     (node("FloatToInt", float=7.0), 7),
+    (node("PrimitiveFloat", value=7.5), 7.5),
     (node("SimpleParameters", seed=3, steps=7, cfg=7.0, denoise=7), None),  # the order of its outputs is unknown
     (node("MathExpression|pysssss", expression="a * 2", a=7), None),
     (node("ComfyMathExpression", **{"expression": "a + 1", "values.a": 7}), None),
     (node("SimpleMath+", value="a-b", a=9, b=2), None),
     (node("easy mathInt", a=7, b=1, operation="add"), None),
-    (node("FloatToInt", float=7.5), None),
     (node("RandomInt", seed=7, min=0, max=9), None),
     (node("StringLength", string="a fox"), None),
     (node("GetImageSize", image=["5", 0]), None),
 ]
 
 
-@pytest.mark.parametrize("setting", ["steps", "cfg", "seed", "denoise", "width"])
+@pytest.mark.parametrize("setting", ["steps", "cfg", "seed", "denoise", "width", "guidance"])
 @pytest.mark.parametrize("leads, number", NUMBERS, ids=node_name)
 def test_linked_numbers_are_read_or_the_node_is_named(read, leads, number, setting):
-    graph = plain_graph()
-    graph["5" if setting == "width" else "3"]["inputs"][setting] = ["20", 0]
-    found = read(graph | {"20": leads})
-    if leads["inputs"].get("float") == 7.5 and setting in ("cfg", "denoise"):
-        number = 7.5
+    graph = flux_graph() if setting == "guidance" else plain_graph()
+    graph[{"width": "5", "guidance": "26"}.get(setting, "3")]["inputs"][setting] = ["90", 0]
+    found = read(graph | {"90": leads})
+    if 7.5 in leads["inputs"].values():
+        number = 7.5 if setting in ("cfg", "denoise", "guidance") else None
     assert found.values.get(setting) == number
     assert found.unread.get(setting) == (None if number else leads["class_type"])
     assert found.unused == ([] if number else [f"the {setting} could not be read ({leads['class_type']})"])
