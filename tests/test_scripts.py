@@ -200,6 +200,7 @@ def test_idle_threads_sleep_beside_a_busy_process(tmp_path, script, settings, po
     (tmp_path / "torch.py").write_text(prints)
     environment = {name: value for name, value in os.environ.items() if "OMP_" not in name} | settings
     line, place = [sys.executable, ROOT / script, "--model", "demo"], {"PYTHONPATH": str(tmp_path)}
+    line += ["--against", "heun"] * (script == "compare.py")
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
         try:
             printed = subprocess.run(line, capture_output=True, text=True, env=environment | place)
