@@ -51,7 +51,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         quantize_timesteps: round to the trained timesteps.
 
     ValueError, TypeError: for what does not fit; for dpm_adaptive, whose timesteps nobody knows beforehand; for a run
-    that the sampler can't start part-way, or continue in a copy, in another thread or with latents of another shape.
+    that the sampler can't start part-way, or continue in a copy, in another thread, with latents of another shape or
+    twice from a timestep.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self._prediction, self._kind = config.get("prediction_type", "epsilon"), ""
         self._table: Any = None
         self._trial: Any = None
+        self._count, self._unshift = config.get("num_train_timesteps", 1000), 1.0
         taken = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
         needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if needed == ["model_output", "timestep", "sample"] and "Inverse" not in kind.__name__:
@@ -145,6 +147,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         levels, n = self._table.t_to_sigma(times) if own is None else own.cpu().double(), len(times)
         levels = (1 - levels if self._inverted else levels).unique_consecutive()
         known = {} if self.quantize_timesteps else dict(zip(levels.tolist(), times.tolist()))
+        # of a flow pipeline that passes timesteps, as CogView4's, the network is told t before the shift
+        told = times / self._count if self._kind == "flow" and kwargs.get("timesteps") is not None else times[:0]
+        odds = sorted(s * (1 - t) / (t * (1 - s)) for s, t in zip(levels.tolist(), told.tolist()) if 0 < s * t < s < 1)
+        self._unshift = odds[len(odds) // 2] if odds else 1.0
         if not given or len(levels) == n:  # the base's own, if they list the last twice or end above zero, get the zero
             levels = torch.cat([levels[:n], levels.new_zeros(1)])
         if self.schedule is not None:
@@ -205,7 +211,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         base, at = self.base, SimpleNamespace(alpha=1.0, noise=level, divisor=1.0)
         if self._kind == "flow":
             at.alpha = 1 - level if level <= 1 else 1.0
-            at.time = base.config.get("num_train_timesteps", 1000) * (1 - level if self._inverted else level)
+            t = level / (1 + (self._unshift - 1) * (1 - level))
+            at.time = self._count * (1 - t if self._inverted else t)
             at.time = float(round(at.time)) if self.quantize_timesteps else at.time
         elif self._prediction == "v_prediction" and base.config.get("timestep_type") == "continuous":
             at.time = 0.25 * math.log(max(level, 1e-10))  # as Stable Video Diffusion's
@@ -244,8 +251,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     def _next(self, timestep: Any) -> int:
         """The evaluation that comes next; at first the one named, or that of the timestep. ValueError: it can't."""
+        own = self.num_inference_steps and torch.is_tensor(timestep)  # a view of `timesteps` names its place in it
+        own = own and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
         if self._step_index not in (None, len(self.timesteps)):  # where a run went to its end another one begins
-            return self._step_index
+            return timestep.storage_offset() if own else self._step_index  # a loop may step twice from one, or go back
         first, times = self.begin_index, torch.as_tensor(timestep).flatten().tolist()
         if not times:  # the pipeline cut off all of them
             first = len(self.timesteps)
@@ -253,6 +262,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             time = max(times)
             away = [(abs(at.time - time), i not in self._trial.begins) for i, at in enumerate(self._evaluations[:-1])]
             first = away.index(min(away)) if min(away)[0] <= 1e-2 * max(abs(time), 0.1) else 0  # some pass others
+            first = timestep.storage_offset() if own else first
         self._run_from(first)
         return first
 
@@ -262,7 +272,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         ValueError: there it would do something else than the whole run.
         """
         sampler, whole, own = self.sampler, self._trial, self.sampler.is_k_diffusions
-        asked, begins, n, goes_on = whole.sigmas, whole.begins, len(whole.levels) - 1, i > 0 and i == self._step_index
+        asked, begins, n = whole.sigmas, whole.begins, len(whole.levels) - 1
+        goes_on = 0 < i != self.begin_index and self._step_index not in (None, len(self.timesteps))
         # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
         first = min((j for j in begins if j >= i), default=len(asked))
         rest = whole.levels[begins.get(first, len(whole.levels)) :]
@@ -284,7 +295,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if not can:
             what = "start part-way (`strength`, `denoising_start`)"
             if goes_on:
-                what = "go on with a copy of its run, in another thread, or with latents of another shape"
+                what = "go on with a copy, in another thread, with latents of another shape or twice from a timestep"
             why = "it is within a step, or its steps vary or depend on a history or a path of noise"
             way = "Pass `schedule=levels[i:]` and `latents`, or use euler or euler_ancestral"
             raise ValueError(f"`sampler`: {sampler.name} can't {what} here: {why}. {way}")
@@ -296,9 +307,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """alpha x0 + sigma noise at timesteps of the run, one for each image or for all; at others the base's."""
-        self._next(timesteps)  # to refuse what can't begin there before the network runs
+        i = self._next(timesteps)  # to refuse what can't begin there before the network runs
+        ahead = self._evaluations[i:] + self._evaluations[:i]  # the first of equal timesteps counts
         self._seeds = self._seeds or seeds_of(noise)
-        known = {at.time: (at.alpha, at.noise) for at in reversed(self._evaluations)}  # the first of a time counts
+        known = {at.time: (at.alpha, at.noise) for at in reversed(ahead)}
         shares = [known.get(time) for time in timesteps.flatten().tolist()]
         if None in shares:
             return self.base.add_noise(original_samples, noise, timesteps)

@@ -86,16 +86,16 @@ def read_parameters(text: str) -> dict[str, str]:
     settings |= {key: _unquoted(found[name]) for name, key in NAMES.items() if name in found}
     if "exact_prompt" in settings or "exact_negative_prompt" in settings:
         settings |= {key: settings.pop(f"exact_{key}", "") for key in ("prompt", "negative_prompt")}
-    if found.get("Version", "").lower().startswith("comfy"):
-        settings.setdefault("comfy", "True")
+    settings |= {"comfy": "True"} if found.get("Version", "").lower().startswith("comfy") else {}
     for name in ("Scheduler", "Sampler sigma"):  # of ComfyUI's nodes; of SD.Next, where both may mean something else
         if schedule_name(found.get(name, "")) in (SCHEDULES if name == "Scheduler" else ("karras", "exponential")):
             settings.setdefault("schedule", found[name])
     if "sampler" in settings:
         settings["sampler"], schedule = split_sampler(settings["sampler"])
         settings["schedule"] = schedule_name(settings.get("schedule", schedule or "Uniform"), settings["sampler"])
-    if "alias" in settings:
-        settings["sampler"] = settings.pop("alias")
+        if found["Sampler"] == "DDIM" and not {"comfy", "alias"} & settings.keys() and "App" not in found:
+            settings["schedule"] = "ddim_uniform"  # the web UI's, whatever the schedule type
+    settings |= {"sampler": settings.pop("alias")} if "alias" in settings else {}
     there = "App" not in found and settings.get("sampler") in DISCARDING  # SD.Next's samplers are diffusers'
     if "comfy" in settings or settings.setdefault("discard", str(there)) != "True":
         settings.pop("discard", None)
@@ -107,6 +107,8 @@ def read_parameters(text: str) -> dict[str, str]:
 def read_pairs(text: str) -> tuple[list[str], dict[str, str]]:
     """The lines of the prompts, and the pairs in the line after them. Later lines are templates'."""
     lines = text.strip().split("\n")
+    if len(lines) == 1 and lines[0].partition(":")[0] not in NAMES:  # as some tools write the prompts, too
+        lines = re.sub(r"[.,]?\s+(?=(Negative prompt|Steps): )", "\n", lines[0]).split("\n")
     for last in [i for i in reversed(range(len(lines))) if lines[i].startswith("Steps: ")] + [len(lines) - 1]:
         if len(found := dict(_PAIR.findall(lines[last]))) >= 3:
             return lines[:last], found
@@ -140,10 +142,8 @@ def split_sampler(label: str) -> tuple[str, str]:
 
 
 def schedule_name(label: str, sampler: str = "") -> str:
-    if label.lower() == "automatic":
-        return AUTOMATIC.get(sampler, EVEN)
-    names = {"uniform": EVEN} | {_form(text): name for name, text in SCHEDULES.items() for text in (name, text)}
-    return names.get(_form(label), label)
+    names = {_form(text): name for name, text in SCHEDULES.items() for text in (name, text)}
+    return {"uniform": EVEN, "automatic": AUTOMATIC.get(sampler, EVEN), **names}.get(_form(label), label)
 
 
 def listed(schedule: str | None) -> list[float] | None:

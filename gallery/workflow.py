@@ -157,8 +157,7 @@ def _read_sampler(graph: Graph, name: str, settings: Settings) -> None:
                 values["cfg"] = 1.0  # BasicGuider's
             else:
                 settings.unread[setting] = source
-    if str(fields.get("add_noise")).lower() in ("disable", "false"):
-        settings.unused.append("add_noise: disable")
+    settings.unused += ["add_noise: disable"] * (str(fields.get("add_noise")).lower() in ("disable", "false"))
     start, end = values.pop("start_at_step", None), values.pop("end_at_step", None)
     if start or (end is not None and end < values.get("steps", 0)):
         settings.unused.append(f"steps {start or 0} to {end} alone")
@@ -172,6 +171,7 @@ def _read_sampler(graph: Graph, name: str, settings: Settings) -> None:
             side = key.removeprefix("empty_latent_")
             if side in {"width", "height"} - {*values, *settings.unread}:
                 read(side, graph.typed, value, side, int)
+            settings.unused += [f"batch_size {value}"] * (key == "batch_size" and value not in (0, 1))
     for node in graph.way(fields.get("model"), "model"):
         inputs = graph.nodes[node][1]
         if isinstance(file := inputs.get("ckpt_name", inputs.get("unet_name")), str):

@@ -34,7 +34,9 @@ LABELS = {  # sampler and schedule as spelt since version 1.9, and their names h
     ("DPM++ 2M", "Automatic"): ("dpmpp_2m", "karras"),
     ("DPM++ 2M SDE", "Automatic"): ("dpmpp_2m_sde", "exponential"),
     ("DPM++ 3M SDE", "Automatic"): ("dpmpp_3m_sde", "exponential"),
-    ("DDIM", "Automatic"): ("euler", "normal"),
+    ("DDIM", "Automatic"): ("euler", "ddim_uniform"),
+    ("DDIM", "Karras"): ("euler", "ddim_uniform"),
+    ("DDIM", None): ("euler", "ddim_uniform"),
     ("DPM++ 2M", "Uniform"): ("dpmpp_2m", "normal"),
     ("Euler", "Karras"): ("euler", "karras"),
     ("Euler a", "Exponential"): ("euler_ancestral", "exponential"),
@@ -84,6 +86,18 @@ def test_prompts_of_the_web_ui(lines, prompts):
     read = read_parameters(lines + "\n" + PAIRS.format(sampler="Sampler: Euler, Schedule type: Karras, "))
     assert (read["prompt"], read["negative_prompt"]) == prompts
     assert read_parameters(write_parameters(read)) == read
+
+
+def test_prompts_in_one_line_with_the_settings():
+    """Before the settings. Without prompts the line has the settings alone."""
+    pairs = PAIRS.format(sampler="Sampler: Euler, Schedule type: Karras, ")
+    for line, prompts in {
+        f"a cat, red. {pairs}": ("a cat, red", ""),
+        f"a cat Negative prompt: snow, ice, {pairs}": ("a cat", "snow, ice"),
+        pairs: ("", ""),
+    }.items():
+        read = read_parameters(line)
+        assert (read["prompt"], read["negative_prompt"], read["steps"]) == (*prompts, "20")
 
 
 WRITTEN = [  # the sampler, and how the text spells it; the web UI lacks ComfyUI's second names

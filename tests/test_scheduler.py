@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import PROMPT, relative, seeded
@@ -108,6 +110,18 @@ def test_a_pipeline_passes_levels():
         ("flux_text", {"sigmas": [0.9, 0.5, 0.2]}),
     ):
         assert relative(draw(name, ours(name), steps=3, **levels), draw(name, steps=3, **levels)) < CLOSE
+
+
+@pytest.mark.parametrize("options", [{"sampler": "dpm_2"}, {"sampler": "dpm_fast"}, {"schedule": "karras"}], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "exponential"])
+def test_a_pipeline_passes_timesteps_of_flow(kind, options):
+    """CogView4's and GLM-Image's networks are told t before its shift to m t / (1 + (m - 1) t) (Esser et al. 2024)."""
+    base = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    scheduler, m = KDiffusionScheduler.from_scheduler(base, **options), 3.25
+    told = np.linspace(1000, 1, 6)
+    scheduler.set_timesteps(timesteps=told, sigmas=told / 1000, mu=m if kind == "linear" else math.log(m))
+    for s, time in zip(scheduler.sigmas[:-1].tolist(), scheduler.timesteps.tolist(), strict=True):
+        assert time == pytest.approx(1000 * s / (s + m * (1 - s)), rel=1e-5)  # the base's are float32
 
 
 # --- equal to our own pipelines ---------------------------------------------------------------------------------------

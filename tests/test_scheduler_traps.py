@@ -6,6 +6,7 @@ import concurrent.futures
 import copy
 import functools
 import gc
+import itertools
 import pickle
 import warnings
 import weakref
@@ -271,6 +272,14 @@ def test_noise_is_added_at_any_timestep():
                 assert relative(getattr(scheduler, name)(*given), getattr(stock, name)(*given)) < CLOSE
                 if running:
                     scheduler.step(scheduler.scale_model_input(x0, t), t, x0)
+    base = diffusers.DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True)
+    scheduler, stock = KDiffusionScheduler.from_scheduler(base), copy.deepcopy(base)
+    for start in range(85, 100):  # some of these timesteps are equal: they are rounded
+        for each in (scheduler, stock):
+            each.set_timesteps(100)
+            each.set_begin_index(start)
+        expected, found = (one.add_noise(x0, noise, one.timesteps[start].repeat(2)) for one in (stock, scheduler))
+        assert relative(found, expected) < CLOSE
 
 
 def test_cosmos_asks_twice():
@@ -465,6 +474,29 @@ def test_each_step_in_another_thread(sampler):
         assert "another thread" in str(error) and sampler not in ("euler", "euler_ancestral")
     else:
         assert relative(x, expected) < CLOSE
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_loops_that_step_again_from_a_timestep(sampler):
+    """From the first one after a part of a run, as a new run. Twice from each, as for a preview, as DDIM's can."""
+    scheduler, x = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler), random(1, 2, 4, 4)
+    expected = loop(scheduler, generator=seeded())[1]
+    scheduler.set_timesteps(6)
+    list(itertools.islice(loop_of(scheduler, seeded()), 4))
+    assert [*loop_of(scheduler, seeded())][-1].equal(expected)
+    scheduler.set_timesteps(6)
+    x = x * float(scheduler.init_noise_sigma)
+    try:
+        for t in scheduler.timesteps:
+            output = scheduler.scale_model_input(x, t) * 0.5
+            _, x = (scheduler.step(output, t, x, generator=seeded()).prev_sample for _ in "12")
+    except ValueError as error:
+        assert "twice from a timestep" in str(error) and sampler not in ("euler", "euler_ancestral")
+    else:
+        assert sampler == "euler_ancestral" or relative(x, expected) < CLOSE
+
+
+# --- construction and saving ------------------------------------------------------------------------------------------
 
 
 OTHER_KINDS = ("CMStochasticIterative", "SCM", "DDIMInverse", "RePaint", "Helios")

@@ -162,6 +162,9 @@ def test_what_is_not_used_is_reported(read):
         *("LoraLoader (detail.safetensors)", "ControlNetApplyAdvanced", "ControlNetLoader (canny.safetensors)"),
         *("VAEEncode", "LoadImage", "LatentUpscaleBy", "a later KSampler", "ImageSharpen", "no width was found"),
     }
+    graph = plain_graph()
+    graph["5"]["inputs"]["batch_size"] = 4  # the picture may be any of the four
+    assert read(graph).unused == ["batch_size 4"]
 
 
 def text_node(kind: str, **inputs) -> dict:
