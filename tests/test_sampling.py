@@ -143,7 +143,8 @@ def test_a_callback_gets_the_level_of_what_was_predicted():
 @pytest.mark.parametrize("name", THIRTEEN)
 def test_one_step_gives_denoised(name):
     """And no warning: the Brownian tree warns of a time beyond its ends. Other numbers: test_closed_form.py."""
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         y = run_sampler(name, gaussian, noise(), SIGMAS[[0, -1]], seeded())[0]
     # float32 rounding of states of up to 60
     torch.testing.assert_close(y, gaussian(noise(), SIGMAS[:1].expand(2)), rtol=1e-5, atol=1e-5)

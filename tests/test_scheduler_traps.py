@@ -527,7 +527,8 @@ def test_what_the_base_does_to_x0_is_ignored_with_a_warning():
             loop(KDiffusionScheduler.from_scheduler(diffusers.DDPMScheduler(**BETAS, **options)))
         assert len(warned) == 1
     config = diffusers.DDIMScheduler(**BETAS, clip_sample=True).config
-    with warnings.catch_warnings(action="error", category=UserWarning):  # this one does not clip
+    with warnings.catch_warnings():  # this one does not clip
+        warnings.simplefilter("error", UserWarning)
         KDiffusionScheduler.from_scheduler(diffusers.EulerDiscreteScheduler.from_config(config))
 
 

@@ -409,7 +409,7 @@ def test_exif(tmp_path, suffix, code):
     text = WEB.format("Euler, ").replace("fox", "fox" if code in ("ascii", "none") else "狐")
     exif = Image.Exif()
     named = {"ascii": b"ASCII\0\0\0", "none": b""}.get(code, b"UNICODE\0")
-    exif.get_ifd(0x8769)[0x9286] = named + text.encode("utf-8" if code == "none" else code)
+    exif[0x8769] = {0x9286: named + text.encode("utf-8" if code == "none" else code)}
     Image.new("RGB", (8, 8)).save(tmp_path / f"a{suffix}", exif=exif)
     assert import_settings(tmp_path / f"a{suffix}").values["prompt"] == text.partition("\n")[0]
     graph = Image.Exif()
