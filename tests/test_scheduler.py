@@ -45,9 +45,6 @@ def ours(name: str, sampler: Any = "euler", **options: Any) -> KDiffusionSchedul
     return KDiffusionScheduler.from_scheduler(made(name)[2], sampler=sampler, **options)
 
 
-# --- equal to the stock schedulers ------------------------------------------------------------------------------------
-
-
 SMALL = [name for name in PIPELINES if name != "wan_video"]
 
 
@@ -110,9 +107,6 @@ def test_a_pipeline_passes_levels():
         assert relative(draw(name, ours(name), steps=3, **levels), draw(name, steps=3, **levels)) < CLOSE
 
 
-# --- equal to our own pipelines ---------------------------------------------------------------------------------------
-
-
 def same_in_float64(child: Any, parent: Any, arguments: dict[str, Any], sampler: str, **options: Any) -> None:
     """To 1e-12, which float64 keeps over 20 layers."""
     own = child.scheduler
@@ -141,9 +135,6 @@ def test_the_flux_pipeline_in_float64(flux64, sampler):
         options["noise_sampler"] = LevelNoise(torch.zeros(1, 4, 64, dtype=torch.float64))
     arguments = {"sigmas": [0.95, 0.7, 0.4], "max_sequence_length": 64}
     same_in_float64(*flux64, arguments, sampler, sampler_kwargs=options)
-
-
-# --- the demo model --------------------------------------------------------------------------------------------------
 
 
 def test_inpainting_with_the_demo_model(sdxl):
