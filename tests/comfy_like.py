@@ -1,10 +1,6 @@
 """Samplers that look up the same things on a model as ComfyUI's: the noise levels behind `inner_model`."""
 
 
-def _step_noise(model, s_noise):
-    return s_noise * getattr(model.inner_model.model_patcher.get_model_object("model_sampling"), "noise_scale", 1.0)
-
-
 def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None, s_churn=0.0):
     """Euler's method, with a second look at the model's range."""
     sampling = model.inner_model.inner_model.model_sampling
@@ -25,15 +21,15 @@ def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None,
 
 def sample_lcm(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None, s_noise=1.0):
     """The prediction, with new noise of the next level by the model's own scaling."""
-    ones, amount = x.new_ones([x.shape[0]]), _step_noise(model, s_noise)
+    sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
+    ones, amount = x.new_ones([x.shape[0]]), s_noise * getattr(sampling, "noise_scale", 1.0)
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i] * ones)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
         x = denoised
         if sigmas[i + 1] > 0:
-            scaling = model.inner_model.inner_model.model_sampling.noise_scaling
-            x = scaling(sigmas[i + 1], amount * noise_sampler(sigmas[i], sigmas[i + 1]), x)
+            x = sampling.noise_scaling(sigmas[i + 1], amount * noise_sampler(sigmas[i], sigmas[i + 1]), x)
     return x
 
 

@@ -43,11 +43,11 @@ class Run:
         return 1 - sigma if self.flow else torch.ones_like(sigma)
 
 
-def sampler(function):
-    """`function(run)` with the signature of ComfyUI's."""
+def sampler(function, **options):
+    """`function(run, **options)` with the signature of ComfyUI's."""
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
-        return function(Run(model, x, sigmas, extra_args, callback, noise_sampler))
+        return function(Run(model, x, sigmas, extra_args, callback, noise_sampler), **options)
 
     return sample
 
@@ -141,22 +141,12 @@ def brownian(run, name, **options):
 
 
 ON_BOTH = {
-    name: sampler(function)
-    for name, function in {
-        "euler_cfg_pp": euler_cfg_pp,
-        "euler_ancestral_cfg_pp": lambda run: euler_cfg_pp(run, eta=1.0),
-        "lcm": lcm,
-        "ipndm": ipndm,
-        "dpmpp_2m_sde_heun": lambda run: brownian(run, "dpmpp_2m_sde", solver_type="heun"),
-        "dpmpp_2m_sde_heun_gpu": lambda run: brownian(run, "dpmpp_2m_sde", solver_type="heun"),  # the same on a CPU
-    }.items()
+    "euler_cfg_pp": sampler(euler_cfg_pp),
+    "euler_ancestral_cfg_pp": sampler(euler_cfg_pp, eta=1.0),
+    "lcm": sampler(lcm),
+    "ipndm": sampler(ipndm),
+    "dpmpp_2m_sde_heun": sampler(brownian, name="dpmpp_2m_sde", solver_type="heun"),
 }
-ON_FLUX = {
-    name: sampler(function)
-    for name, function in {
-        "euler_ancestral": flow_ancestral,
-        "dpmpp_sde": lambda run: brownian(run, "dpmpp_sde"),
-        "dpmpp_2m_sde": lambda run: brownian(run, "dpmpp_2m_sde"),
-        "dpmpp_3m_sde": lambda run: brownian(run, "dpmpp_3m_sde"),
-    }.items()
-}
+ON_BOTH["dpmpp_2m_sde_heun_gpu"] = ON_BOTH["dpmpp_2m_sde_heun"]  # the same on a CPU
+ON_FLUX = {name: sampler(brownian, name=name) for name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")}
+ON_FLUX["euler_ancestral"] = sampler(flow_ancestral)

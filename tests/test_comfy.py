@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
 import math
 import sys
 from types import SimpleNamespace
 
 import comfy_like
+import comfy_references
 import numpy as np
 import pytest
 import scipy.stats
 import small_pipelines
 import torch
-from comfy_references import (
-    BEFORE,
-    LATENTS,
-    SHIFT,
-    SIGMAS,
-    SIZE,
-    draw,
-    draw_anywhere,
-    mixture,
-    pipelines,
-    references,
-    settings,
-)
+from comfy_references import LATENTS, SHIFT, SIGMAS, SIZE, draw, draw_anywhere, mixture, pipelines, references, settings
 from comfy_samplers import ON_BOTH, ON_FLUX
 from conftest import ROOT, parent_of, relative, seeded
 from diffusers import (
-    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -39,20 +28,7 @@ from diffusers import (
 from pretend_mps import placed
 
 import comfy_ksampler
-from comfy_ksampler import (
-    FLUX_APART,
-    OWN,
-    SAME,
-    SAMPLERS,
-    SCHEDULERS,
-    comfy_sampler,
-    k_diffusion,
-    ksampler,
-    levels,
-    load_custom_nodes,
-    model_sampling,
-    names,
-)
+from comfy_ksampler import SCHEDULERS, comfy_sampler, ksampler, levels, load_custom_nodes, model_sampling, names
 from parity.exact import flux_pipeline, sdxl_pipeline
 
 STAND_IN = ROOT / "tests" / "comfyui"
@@ -69,11 +45,12 @@ def no_comfyui(monkeypatch):
     monkeypatch.setitem(sys.modules, "comfy", None)
 
 
-# --- latents ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    "model, sampler_name", [("sdxl", name) for name in (*SAME, *FLUX_APART)] + [("flux", name) for name in SAME]
+    "model, sampler_name",
+    [
+        *itertools.product(["sdxl", "flux"], comfy_ksampler.SAME),
+        *(("sdxl", name) for name in comfy_ksampler.FLUX_APART),
+    ],
 )
 @pytest.mark.filterwarnings("error::UserWarning")  # torchsde's, of times beyond its ends
 def test_latents_are_comfyuis(pipes, record_property, model, sampler_name):
@@ -89,22 +66,20 @@ def test_latents_are_comfyuis(pipes, record_property, model, sampler_name):
     assert worst < {"sdxl": 1e-6, "flux": 5e-7}[model]
 
 
-@pytest.mark.parametrize("sampler_name", FLUX_APART)
+@pytest.mark.parametrize("sampler_name", comfy_ksampler.FLUX_APART)
 def test_flux_samplers_that_comfyui_rewrites(pipes, record_property, sampler_name):
     """Without ComfyUI, k-diffusion's samplers run, with one warning that gives at least their distance."""
-    worst = 0.0
+    worst, apart = 0.0, comfy_ksampler.FLUX_APART[sampler_name]
     for key in references("flux", sampler_name):
-        with pytest.warns(
-            UserWarning, match=f"{sampler_name} is k-diffusion's, {FLUX_APART[sampler_name]} off"
-        ) as caught:
+        with pytest.warns(UserWarning, match=f"{sampler_name} is k-diffusion's, {apart} off") as caught:
             call = ksampler(pipes["flux"], **settings(key))
         assert len(caught) == 1
         worst = max(worst, relative(draw(pipes["flux"], **call), LATENTS.get_tensor(key)))
     record_property("distance", f"flux {sampler_name} {worst:.0e} (k-diffusion's)")
-    assert 0.8 * FLUX_APART[sampler_name] < worst < 1.1 * FLUX_APART[sampler_name]
+    assert 0.8 * apart < worst < 1.1 * apart
 
 
-@pytest.mark.parametrize("key", BEFORE.keys())
+@pytest.mark.parametrize("key", comfy_references.BEFORE.keys())
 def test_latents_of_comfyui_before_0_7(pipes, key):
     """ComfyUI 0.3.64's, whose white step noise comes from the seed itself. They have all levels, dpm_2's too.
 
@@ -113,7 +88,7 @@ def test_latents_of_comfyui_before_0_7(pipes, key):
     pipe, fields = pipes[key.split("/")[0]], settings(key, noise="before 0.7")
     call = ksampler(pipe, **fields) | {"schedule": levels(pipe, fields["scheduler"], fields["steps"], **SIZE)}
     latents = draw(pipe, **call)
-    assert relative(latents, BEFORE.get_tensor(key)) < 5e-6
+    assert relative(latents, comfy_references.BEFORE.get_tensor(key)) < 5e-6
 
 
 def test_one_seed_draws_a_batch_at_once(pipes):
@@ -123,29 +98,6 @@ def test_one_seed_draws_a_batch_at_once(pipes):
         batch = draw(pipe, **ksampler(pipe, **fields, batch_size=2))
         torch.testing.assert_close(batch[:1], draw(pipe, **ksampler(pipe, **fields)), rtol=1e-5, atol=1e-6)
         assert len(batch) == 2 and relative(batch[1:], batch[:1]) > 0.1
-
-
-@pytest.mark.parametrize("scheduler", ["normal", "ddim_uniform"])
-def test_start(pipes, scheduler):
-    """From sigma times the noise below the highest level, and sqrt(1 + sigma^2) times the noise at it."""
-
-    def initial(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        return x
-
-    call = ksampler(pipes["sdxl"], **settings(f"sdxl/euler/{scheduler}/4/1"))
-    sigma = call["schedule"][0].item()
-    noise = torch.randn(1, 4, 16, 16, generator=seeded(1))
-    expected = noise * (sigma if scheduler == "ddim_uniform" else math.hypot(1, sigma))
-    torch.testing.assert_close(draw(pipes["sdxl"], **call | {"sampler": initial}), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_latents_do_not_depend_on_the_scheduler_that_keeps_the_betas(pipes):
-    """With given levels, latents are x0 + sigma noise, whatever the scheduler's own convention is."""
-    pipe, key = pipes["sdxl"], "sdxl/dpmpp_2m/karras/20/0/7/1"
-    scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    other = type(pipe)(**{**pipe.components, "scheduler": scheduler})
-    other.set_progress_bar_config(disable=True)
-    assert relative(draw(other, **ksampler(other, **settings(key))), LATENTS.get_tensor(key)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -198,12 +150,6 @@ def test_no_float64_on_the_latents_device(pipes):
     assert draws(*map(placed, times)).equal(draws(*times))
 
 
-@pytest.mark.parametrize("sampler_name", ["lms", "dpm_fast", "dpm_adaptive"])
-def test_one_step_is_eulers(pipes, sampler_name):
-    calls = [ksampler(pipes["sdxl"], **settings(f"sdxl/{name}/karras/1/0")) for name in ("euler", sampler_name)]
-    assert relative(*(draw(pipes["sdxl"], **call) for call in calls)) < 1e-6
-
-
 @pytest.fixture
 def comfyui(monkeypatch):
     """The stand-in of tests/comfyui on the path, in ComfyUI's place."""
@@ -240,9 +186,6 @@ def test_comfyuis_functions_with_the_older_noise(comfyui, pipes, name):
         call = ksampler(pipe, **settings(f"flux/{name}/simple/5/{seed}", noise=noise))
         calls.append(draw(pipe, **call | {"latents": torch.ones_like(call["latents"])}))
     assert calls[0].equal(calls[1]) and not calls[0].equal(calls[2])
-
-
-# --- custom nodes ----------------------------------------------------------------------------------------------------
 
 
 def test_custom_nodes(comfyui, pipes, tmp_path):
@@ -307,9 +250,6 @@ def test_a_scheduler_has_no_prediction_without_guidance(comfyui, pipes):
     pipe = parent_of(pipes["sdxl"], "sdxl")
     with pytest.raises(ValueError, match="a scheduler can't see the prediction without guidance"):
         draw_anywhere(pipe, ksampler(pipe, **settings("sdxl/euler_cfg_pp/simple/4/0/2/1")))
-
-
-# --- functions written for ComfyUI -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
@@ -441,18 +381,15 @@ def test_flux_needs_the_pictures_size(pipes):
         draw(pipes["flux"], **call | {"sampler": comfy_sampler(comfy_like.sample_euler, pipes["flux"], 256, 128)})
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_names_are_comfyuis():
     """All names in the references, so all of version 0.27: k-diffusion has sixteen of the 44, and an alias."""
-    assert len(SAMPLERS) == len(set(SAMPLERS)) == 44
-    assert set(SAMPLERS) == {key.split("/")[1] for key in LATENTS.keys()}
-    assert set(SCHEDULERS) == set(SIGMAS["sdxl"]) and set(ON_BOTH) < set(OWN)
+    assert len(comfy_ksampler.SAMPLERS) == len(set(comfy_ksampler.SAMPLERS)) == 44
+    assert set(comfy_ksampler.SAMPLERS) == {key.split("/")[1] for key in LATENTS.keys()}
+    assert set(SCHEDULERS) == set(SIGMAS["sdxl"]) and set(ON_BOTH) < set(comfy_ksampler.OWN)
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", comfy_ksampler.OWN)
 def test_comfyuis_own_say_what_to_do(pipes, model, name):
     with pytest.raises(ImportError, match=f"'{name}' is ComfyUI's own, and .*PYTHONPATH"):
         ksampler(pipes[model], **settings(f"{model}/{name}/simple/4/0"))
@@ -483,9 +420,6 @@ def test_the_file_works_alone():
     imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert imported - sys.stdlib_module_names == {"torch", "scipy"}
-
-
-# --- noise levels ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -554,7 +488,7 @@ def test_levels_of_other_betas(betas, steps):
         "sgm_uniform": at(np.linspace(last, 0, steps + 1)[:-1]),
         "beta": trained[np.unique(places)[::-1]],
         "kl_optimal": np.tan(np.linspace(np.arctan(trained[-1]), np.arctan(trained[0]), steps)),
-        "karras": k_diffusion().get_sigmas_karras(steps, trained[0], trained[-1])[:-1].numpy(),
+        "karras": comfy_ksampler.k_diffusion().get_sigmas_karras(steps, trained[0], trained[-1])[:-1].numpy(),
         "exponential": np.geomspace(trained[-1], trained[0], steps),
         "simple": trained[[last - i * (last + 1) // steps for i in range(steps)]],
         "ddim_uniform": trained[1 :: (last + 1) // steps][::-1],
@@ -572,12 +506,10 @@ DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.8, "max_shift": 0.8}
 @pytest.mark.parametrize(
     "scheduler, shift",
     [
-        (FlowMatchEulerDiscreteScheduler(shift=1.0), 1.0),
         (FlowMatchEulerDiscreteScheduler(shift=3.0), 3.0),
         (FlowMatchEulerDiscreteScheduler(**DYNAMIC), math.exp(0.8)),
         (FlowMatchEulerDiscreteScheduler(**DYNAMIC, time_shift_type="linear"), 0.8),
         (SET_LATER, 3.0),
-        (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0), 3.0),
         (FlowMatchHeunDiscreteScheduler(shift=3.0), 3.0),
     ],
 )

@@ -47,9 +47,6 @@ def ours(name: str, sampler: Any = "euler", **options: Any) -> KDiffusionSchedul
     return KDiffusionScheduler.from_scheduler(made(name)[2], sampler=sampler, **options)
 
 
-# --- equal to the stock schedulers ------------------------------------------------------------------------------------
-
-
 SMALL = [name for name in PIPELINES if name != "wan_video"]
 
 
@@ -124,9 +121,6 @@ def test_a_pipeline_passes_timesteps_of_flow(kind, options):
         assert time == pytest.approx(1000 * s / (s + m * (1 - s)), rel=1e-5)  # the base's are float32
 
 
-# --- equal to our own pipelines ---------------------------------------------------------------------------------------
-
-
 def same_in_float64(child: Any, parent: Any, arguments: dict[str, Any], sampler: str, **options: Any) -> None:
     """To 1e-12, which float64 keeps over 20 layers."""
     own = child.scheduler
@@ -155,9 +149,6 @@ def test_the_flux_pipeline_in_float64(flux64, sampler):
         options["noise_sampler"] = LevelNoise(torch.zeros(1, 4, 64, dtype=torch.float64))
     arguments = {"sigmas": [0.95, 0.7, 0.4], "max_sequence_length": 64}
     same_in_float64(*flux64, arguments, sampler, sampler_kwargs=options)
-
-
-# --- the demo model --------------------------------------------------------------------------------------------------
 
 
 def test_inpainting_with_the_demo_model(sdxl):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
-import functools
 import gc
 import itertools
 import pickle
@@ -16,13 +15,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, relative, seeded
+from conftest import ROOT, parent_of, relative, seeded
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from small_pipelines import built, random
+from small_pipelines import random
 from test_scheduler import BETAS, CLOSE, SAMPLERS, draw, made, ours
 
 from flux_comfy_pipeline import FluxComfyPipeline
-from parity.exact import Transformer, mixture, patched, sliced_wasserstein, unpatched
+from parity.exact import call, flux_pipeline, mixture, sliced_wasserstein
 from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -45,30 +44,27 @@ def levels_of(base: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     return stock.sigmas.double()
 
 
-def loop(scheduler: Any, steps: int = 6, start: int = 0, change: Any = None, generator: Any = None, named: bool = True):
-    """A pipeline's loop over a network that predicts half of its input; the samples that it saw, and the last."""
+def half(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x
+
+
+def loop(scheduler: Any, steps: int = 6, start: int = 0, named: bool = True, **options: Any):
+    """The samples that a network saw in a pipeline's loop, and the last sample. `options`: as of `samples_of`."""
     scheduler.set_timesteps(steps)
     if named:
         scheduler.set_begin_index(start)
-    seen = list(loop_of(scheduler, generator, start, change))
-    return seen[:-1], seen[-1]
+    *seen, last = samples_of(scheduler, start=start, **options)
+    return seen, last
 
 
-def run(scheduler: Any, x: torch.Tensor, predict: Any, steps: int = 4) -> torch.Tensor:
-    """The last sample of a flow's loop over `predict(x, t)`."""
-    scheduler.set_timesteps(steps)
-    for t in scheduler.timesteps:
-        x = scheduler.step(predict(x, t), t, x).prev_sample
-    return x
-
-
-def loop_of(scheduler: Any, generator: Any = None, start: int = 0, change: Any = None, x: Any = None):
-    """The samples of such a loop, one by one."""
+def samples_of(scheduler: Any, x: Any = None, start: int = 0, predict: Any = half, change: Any = None, generator=None):
+    """The samples of a loop, one by one, over a network that returns `predict(x)`."""
     x = random(1, 2, 4, 4) * float(getattr(scheduler, "init_noise_sigma", 1.0)) if x is None else x
     yield x
     for i, t in enumerate(scheduler.timesteps[start:]):
         given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(given * 0.5, t, x, return_dict=False, **({"generator": generator} if generator else {}))[0]
+        more = {"generator": generator} if generator else {}
+        x = scheduler.step(predict(given), t, x, return_dict=False, **more)[0]
         x = x if change is None else change(i, x)
         yield x
 
@@ -172,7 +168,7 @@ def test_strength_is_the_same_share_of_any_sampler(name):
 
 
 def test_heun_begins_with_a_step_and_not_within_one():
-    """Evaluation 4 begins step 2. One that ignores `order` begins with 3, which Euler's step ends."""
+    """Evaluation 4 begins step 2. A pipeline that ignores `order` begins with 3, the end of an Euler step."""
     expected = loop(stock_of(EULER, "heun"), start=4)[1]
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler="heun")
     assert relative(loop(scheduler, start=4)[1], expected) < CLOSE
@@ -201,7 +197,7 @@ def test_a_run_goes_on_in_another(sampler, steps, start):
     whole, end = loop(scheduler, steps=steps)
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(start)
-    assert relative([*loop_of(scheduler, start=start, x=whole[start])][-1], end) < CLOSE
+    assert relative([*samples_of(scheduler, whole[start], start)][-1], end) < CLOSE
 
 
 def test_churn_is_spread_over_the_whole_run():
@@ -253,7 +249,7 @@ def test_the_state_goes_on_unrounded(dtype):
     """In half precision only what the network sees is rounded. With a prediction that does not depend on it, the last
     sample is that of float32, rounded once."""
     x, v = (random(1, 2, 4, 4, seed=seed).to(dtype) for seed in (1, 2))
-    end = run(KDiffusionScheduler.from_scheduler(FLOW), x, lambda x, t: v, 50)
+    end = loop(KDiffusionScheduler.from_scheduler(FLOW), 50, x=x, predict=lambda x: v)[1]
     assert end.dtype == dtype
     assert relative(end, x.double() - v.double()) < torch.finfo(dtype).eps  # one rounding, of half an eps
 
@@ -318,8 +314,8 @@ def test_ltx_gives_a_timestep_for_each_token():
 def test_a_predicted_variance_is_left_out():
     """DiT's and PixArt's networks return it in a second half of the channels."""
     x, variance, scheduler = random(1, 2, 4, 4), random(1, 2, 4, 4, seed=2), KDiffusionScheduler.from_scheduler(FLOW)
-    expected = run(scheduler, x, lambda x, t: 0.5 * x)
-    assert torch.equal(run(scheduler, x, lambda x, t: torch.cat([0.5 * x, variance], 1)), expected)
+    found = loop(scheduler, x=x, predict=lambda x: torch.cat([half(x), variance], 1))[1]
+    assert torch.equal(found, loop(scheduler, x=x)[1])
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "euler_ancestral"])
@@ -340,7 +336,7 @@ def test_noise_does_not_hang_on_the_last_bits_of_a_picture(name, sampler):
 
 def test_noise_without_a_generator_follows_from_each_images_bits():
     scheduler, x = KDiffusionScheduler.from_scheduler(FLOW, sampler="euler_ancestral"), random(2, 2, 4, 4)
-    pair, again, second, other = (run(scheduler, one, lambda x, t: 0.5 * x) for one in (x, x, x[1:], x + 1e-4))
+    pair, again, second, other = (loop(scheduler, x=one)[1] for one in (x, x, x[1:], x + 1e-4))
     assert torch.equal(again, pair) and torch.equal(second, pair[1:])
     assert relative(other, pair) > 0.1
 
@@ -465,7 +461,7 @@ def test_each_step_in_another_thread(sampler):
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
     expected = loop(scheduler, generator=seeded())[1]
     scheduler.set_timesteps(6)
-    going, x = loop_of(scheduler, seeded()), None
+    going, x = samples_of(scheduler, generator=seeded()), None
     try:
         for _ in range(len(scheduler.timesteps) + 1):
             with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -565,9 +561,7 @@ def test_noise_of_a_callable_is_seeded_where_the_pipeline_gives_no_generator():
     """torch's global generator is not needed."""
 
     def sampler(model, x, sigmas):
-        for sigma, after in zip(sigmas, sigmas[1:]):
-            x = step_of(model, x, sigma, after, False) + after * torch.randn_like(x) * 0.1
-        return x
+        return sampling.sample_euler(model, x + torch.randn_like(x), sigmas, disable=True)
 
     found = []
     for seed in range(2):
@@ -600,7 +594,7 @@ def test_what_the_base_knows_is_there():
 
 
 def test_what_changes_between_two_runs():
-    """The second run is that of a new scheduler: with another sampler, or with one that has changed."""
+    """The second run is that of a new scheduler: with another sampler, or with a callable that has changed."""
     share = 0.5
 
     def sampler(model, x, sigmas):
@@ -622,7 +616,7 @@ def test_what_changes_between_two_runs():
 
 
 def test_a_sample_that_is_differentiated():
-    """As guidance of one's own has it. Noise is seeded by a hash of the sample's bits all the same."""
+    """As user-supplied guidance has it. Noise is seeded by a hash of the sample's bits all the same."""
     x = torch.ones(1, 4, 8, 8, requires_grad=True)
     for sampler in ("euler", "euler_ancestral"):
         scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
@@ -651,38 +645,17 @@ STOCHASTIC = {name: {} for name in SAMPLERS if "noise_sampler" in find_sampler(n
 STOCHASTIC |= {"dpm_fast": {"eta": 1.0}} | {name: {"s_churn": 5.0} for name in ("euler", "heun", "dpm_2")}
 
 
-class SD3(Transformer):
-    """SD3's network for a mixture, on latents of (b, 4, h, w)."""
-
-    def __init__(self):
-        super().__init__(in_channels=4)
-        self.register_to_config(sample_size=64, patch_size=1)
-
-    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, **conditioning: Any) -> tuple[torch.Tensor]:
-        velocity = self.velocity(patched(hidden_states, self.mixture), timestep.double().view(-1, 1, 1) / 1000)
-        return (unpatched(velocity, hidden_states.shape),)
-
-
-@functools.cache
-def sd3() -> Any:
-    network = SD3().double().answering(KNOWN)
-    return built("StableDiffusion3Pipeline", {"transformer": network, "scheduler": FLOW})
-
-
 @pytest.mark.parametrize("sampler", STOCHASTIC)
 def test_distribution(sampler):
-    """1024 samples of a mixture that the network knows exactly, one a patch, are distributed as the mixture.
+    """1024 samples of a mixture that the network knows exactly, one a patch, in the stock FLUX pipeline.
 
-    Two true sets of them are 0.034 to 0.054 apart, these 0.029 to 0.056; noise in flow coordinates leaves 0.2 or more.
-    Levels as FLUX's: in SD3's own last steps dpmpp_3m_sde goes on too far (0.13 at 50 steps). SDXL's samples are those
-    of the pipeline (test_scheduler.py), whose distribution is tested in test_closed_form.py.
+    Two true sets of them are 0.034 to 0.054 apart; noise in flow coordinates leaves 0.2 or more. SDXL's samples are
+    those of the pipeline (test_scheduler.py), whose distribution is tested in test_closed_form.py.
     """
-    pipe = sd3()
-    pipe.scheduler = KDiffusionScheduler.from_scheduler(FLOW, sampler=sampler, sampler_kwargs=STOCHASTIC[sampler])
-    nothing = torch.zeros(1, 1, 1, dtype=torch.float64)
-    call = {"prompt_embeds": nothing, "pooled_prompt_embeds": nothing[:, 0], "guidance_scale": 1.0}
-    call |= {"height": 512, "width": 512, "output_type": "latent", "generator": seeded()}
-    samples = patched(pipe(**call, sigmas=np.linspace(1, 1 / 50, 50))[0], KNOWN)[0]
+    pipe = parent_of(flux_pipeline(KNOWN), "flux")
+    base, options = pipe.scheduler, STOCHASTIC[sampler]
+    pipe.scheduler = KDiffusionScheduler.from_scheduler(base, sampler=sampler, sampler_kwargs=options)
+    samples = call(pipe, 32, 32, num_inference_steps=50, generator=seeded())[0]
     assert sliced_wasserstein(samples, KNOWN.sample(len(samples), seeded(1))) < 0.08
 
 
@@ -700,13 +673,3 @@ def test_named_levels_are_the_pipelines(options, flux):
     scheduler = KDiffusionScheduler(base, schedule="karras", parameterization="flow")
     scheduler.set_timesteps(4, mu=calculate_shift(1000))  # which the base ignores unless it shifts by the size
     assert torch.allclose(scheduler.sigmas.double(), pipe.noise_levels(1000, 4, schedule="karras"), rtol=1e-6)
-
-
-def test_step_returns_an_output_or_a_tuple():
-    scheduler = KDiffusionScheduler(EULER)
-    for whole in (True, False):
-        scheduler.set_timesteps(2)
-        x = torch.ones(1, 1, 2, 2)
-        stepped = scheduler.step(x, scheduler.timesteps[0], x, return_dict=whole)
-        assert isinstance(stepped, tuple) != whole
-        assert (stepped.prev_sample if whole else stepped[0]).shape == x.shape

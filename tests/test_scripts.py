@@ -235,9 +235,6 @@ def test_help_needs_no_torch(tmp_path):
     assert result.returncode == 0 and "--samplers" in result.stdout
 
 
-# --- Ctrl-C, and a reader that leaves ---
-
-
 @pytest.mark.parametrize(
     "script, after",
     [("test.py", name) for name in ("gallery.options", "torch", "diffusers")] + [("test_flux.py", "gallery.grid")],

@@ -17,8 +17,6 @@ CALL = {"prompt": PROMPT, "height": 64, "width": 64, "output_type": "latent"}
 SIZES = {"original_size": (64, 64), "target_size": (64, 64)}
 
 
-# --- latents have the scheduler's scale ------------------------------------------------------------------------------
-
 # at first order each solver takes Euler's step (DPM-Solver, Lu et al. 2022, section 3.1): the whole run is known
 EULERS = {"solver_order": 1, "final_sigmas_type": "zero"}
 FIRST_ORDER = {
@@ -78,9 +76,6 @@ def test_a_callback_inpaints_with_add_noise(sdxl, kind):
     assert relative(pipe(generator=seeded(), **call).images, expected) < 10 * CLOSE
 
 
-# --- levels ----------------------------------------------------------------------------------------------------------
-
-
 KARRAS = {"use_karras_sigmas": True}
 LISTS_A_LEVEL_TWICE = {"HeunDiscrete": {}, "DEISMultistep": KARRAS, "SASolver": KARRAS}
 LISTS_A_LEVEL_TWICE |= {"DPMSolverMultistep": {**KARRAS, "final_sigmas_type": "sigma_min"}}
@@ -109,9 +104,6 @@ def test_levels_whatever_the_scheduler(sdxl):
     assert pipe.noise_levels(schedule=[10.0, 3.0, 0.0]).tolist() == [10, 3, 0]
     exponential, poly = (pipe.noise_levels(8, schedule=name) for name in ("exponential", "polyexponential"))
     torch.testing.assert_close(poly, exponential)  # rho is 1
-
-
-# --- torch's defaults ------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -115,9 +115,6 @@ def test_the_committed_sheets_keep_their_layout(tmp_path, family):
     assert max(ImageStat.Stat(ImageChops.difference(again, there)).mean) < 0.5
 
 
-# --- tables ---
-
-
 def table(folder, rows, columns, failed=(), **options):
     """A sheet of plain pictures, all of the same size, each of another colour; the names of its rows and columns."""
     drawn = []
@@ -174,9 +171,6 @@ def test_a_chunk_of_another_tool_is_no_settings(tmp_path, chunk):
     info.add_text("parameters", "a cat")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
     assert read_settings(tmp_path / "a.png") == {"parameters": "a cat"}
-
-
-# --- long texts, and letters that the font lacks ---
 
 
 @pytest.mark.parametrize("word", ["word ", "x", "宇航员"])
