@@ -478,8 +478,8 @@ def test_loops_that_step_again_from_a_timestep(sampler):
     scheduler, x = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler), random(1, 2, 4, 4)
     expected = loop(scheduler, generator=seeded())[1]
     scheduler.set_timesteps(6)
-    list(itertools.islice(loop_of(scheduler, seeded()), 4))
-    assert [*loop_of(scheduler, seeded())][-1].equal(expected)
+    list(itertools.islice(samples_of(scheduler, generator=seeded()), 4))
+    assert [*samples_of(scheduler, generator=seeded())][-1].equal(expected)
     scheduler.set_timesteps(6)
     x = x * float(scheduler.init_noise_sigma)
     try:
