@@ -437,7 +437,7 @@ BAD = [
     (["--sampler", "DDIMScheduler", "--against", "euler"], "has to be a sampler"),
     (["--against", "nowhere.py:sample"], "there is no file nowhere.py"),
     (["--against", f"{COMFY}:sample_none"], "there are sample_euler, sample_lcm, sample_half_euler\n"),
-    (["--against", f"{COMFY}:_step_noise"], "sampler(model, x, sigmas"),
+    (["--against", f"{ROOT}/tests/blocks.py:expected"], "sampler(model, x, sigmas"),
     (["--against", "no.such.module:f"], "can't be imported"),
     (["--against", COMFY], f"which function of {COMFY}?"),
     (["--against", "ScoreSdeVeScheduler"], "there is no 'ScoreSdeVeScheduler'; did you mean DPMSolverSDE"),

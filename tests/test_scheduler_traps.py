@@ -15,13 +15,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from closed_form import call
 from conftest import ROOT, parent_of, relative, seeded
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from small_pipelines import random
 from test_scheduler import BETAS, CLOSE, SAMPLERS, draw, made, ours
 
 from flux_comfy_pipeline import FluxComfyPipeline
-from parity.exact import call, flux_pipeline, mixture, sliced_wasserstein
+from parity.exact import flux_pipeline, mixture, sliced_wasserstein
 from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
