@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import math
 import re
+import statistics
 import sys
 import threading
 import warnings
@@ -140,24 +141,26 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         self.base.set_timesteps(*args, **kwargs)
         kwargs = inspect.signature(self.base.set_timesteps).bind(*args, **kwargs).arguments
-        given = any(kwargs.get(name) is not None for name in ("sigmas", "timesteps"))
+        passed = any(kwargs.get(name) is not None for name in ("sigmas", "timesteps"))
         times = self.base.timesteps.cpu().double()[:: getattr(self.base, "order", 1)]  # one a step
-        own = getattr(self.base, "sigmas", None)
-        times = times.unique_consecutive() if own is None else times  # PNDM's lists one twice
-        levels, n = self._table.t_to_sigma(times) if own is None else own.cpu().double(), len(times)
-        levels = (1 - levels if self._inverted else levels).unique_consecutive()
+        base_sigmas = getattr(self.base, "sigmas", None)
+        times = times.unique_consecutive() if base_sigmas is None else times  # PNDM's lists one twice
+        levels = self._table.t_to_sigma(times) if base_sigmas is None else base_sigmas.cpu().double()
+        levels, n = (1 - levels if self._inverted else levels).unique_consecutive(), len(times)
         known = {} if self.quantize_timesteps else dict(zip(levels.tolist(), times.tolist()))
-        # of a flow pipeline that passes timesteps, as CogView4's, the network is told t before the shift
-        told = times / self._count if self._kind == "flow" and kwargs.get("timesteps") is not None else times[:0]
-        odds = sorted(s * (1 - t) / (t * (1 - s)) for s, t in zip(levels.tolist(), told.tolist()) if 0 < s * t < s < 1)
-        self._unshift = odds[len(odds) // 2] if odds else 1.0
-        if not given or len(levels) == n:  # the base's own, if they list the last twice or end above zero, get the zero
+        # a flow pipeline that passes timesteps, as CogView4's, gives its network t before the shift to the level s
+        before = times / self._count if self._kind == "flow" and kwargs.get("timesteps") is not None else times[:0]
+        pairs = [(s, t) for s, t in zip(levels.tolist(), before.tolist()) if 0 < s * t < s < 1]
+        self._unshift = statistics.median(s * (1 - t) / (t * (1 - s)) for s, t in pairs) if pairs else 1.0
+        if (
+            not passed or len(levels) == n
+        ):  # the base's own, if they list the last twice or end above zero, get the zero
             levels = torch.cat([levels[:n], levels.new_zeros(1)])
         if self.schedule is not None:
             levels = self._named_levels(n, kwargs.get("mu")) if isinstance(self.schedule, str) else self.schedule
         if (steps := len(levels) - 1) != n:
             raise ValueError(f"`schedule` has {steps} steps: pass num_inference_steps={steps}, not {n}")
-        self._plan(check_sigmas(levels, f"{type(self.base).__name__}.sigmas"), known, given)
+        self._plan(check_sigmas(levels, f"{type(self.base).__name__}.sigmas"), known, passed)
 
     def _named_levels(self, n: int, mu: float | None) -> torch.Tensor:
         """Between the ends that the network was trained with, or that the base's config names."""
@@ -211,7 +214,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         base, at = self.base, SimpleNamespace(alpha=1.0, noise=level, divisor=1.0)
         if self._kind == "flow":
             at.alpha = 1 - level if level <= 1 else 1.0
-            t = level / (1 + (self._unshift - 1) * (1 - level))
+            t = level / (1 + (self._unshift - 1) * (1 - level))  # before the pipeline's shift
             at.time = self._count * (1 - t if self._inverted else t)
             at.time = float(round(at.time)) if self.quantize_timesteps else at.time
         elif self._prediction == "v_prediction" and base.config.get("timestep_type") == "continuous":
@@ -251,10 +254,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     def _next(self, timestep: Any) -> int:
         """The evaluation that comes next; at first the one named, or that of the timestep. ValueError: it can't."""
-        own = self.num_inference_steps and torch.is_tensor(timestep)  # a view of `timesteps` names its place in it
-        own = own and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
+        view = self.num_inference_steps and torch.is_tensor(timestep)  # a view of `timesteps` shows its place in it
+        view = view and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
         if self._step_index not in (None, len(self.timesteps)):  # where a run went to its end another one begins
-            return timestep.storage_offset() if own else self._step_index  # a loop may step twice from one, or go back
+            return timestep.storage_offset() if view else self._step_index  # a loop may step twice from one, or go back
         first, times = self.begin_index, torch.as_tensor(timestep).flatten().tolist()
         if not times:  # the pipeline cut off all of them
             first = len(self.timesteps)
@@ -262,7 +265,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             time = max(times)
             away = [(abs(at.time - time), i not in self._trial.begins) for i, at in enumerate(self._evaluations[:-1])]
             first = away.index(min(away)) if min(away)[0] <= 1e-2 * max(abs(time), 0.1) else 0  # some pass others
-            first = timestep.storage_offset() if own else first
+            first = timestep.storage_offset() if view else first
         self._run_from(first)
         return first
 
@@ -271,7 +274,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
         ValueError: there it would do something else than the whole run.
         """
-        sampler, whole, own = self.sampler, self._trial, self.sampler.is_k_diffusions
+        sampler, whole, known = self.sampler, self._trial, self.sampler.is_k_diffusions
         asked, begins, n = whole.sigmas, whole.begins, len(whole.levels) - 1
         goes_on = 0 < i != self.begin_index and self._step_index not in (None, len(self.timesteps))
         # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
@@ -279,15 +282,15 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         rest = whole.levels[begins.get(first, len(whole.levels)) :]
         if "sigma_min" in sampler.arguments and len(rest):  # it has a level for each evaluation
             rest = torch.cat([rest.new_tensor(asked[first : first + 1]), whole.levels[first + 1 :]])
-        if own and (churn := sampler.arguments.get("s_churn")):  # it is spread over the steps
+        if known and (churn := sampler.arguments.get("s_churn")):  # it is spread over the steps
             churn *= (len(rest) - 1) / n
             sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
-        if i == 0 or (own and not goes_on and i < len(asked)):
+        if i == 0 or (known and not goes_on and i < len(asked)):
             return first, sampler, rest
         order = math.ceil(len(asked) / n)
         # the pipeline skips as many evaluations as it thinks a step has
         even = begins == {k * order: k for k in range(n)}
-        begun = len(rest) > 0 and (own or even or begins.get(i, -1) * self.order == i)
+        begun = len(rest) > 0 and (known or even or begins.get(i, -1) * self.order == i)
         again: Any = try_out(sampler, rest, whole.states[first]) if begun else None
         can = again and close(again.sigmas, asked[first:])
         if can and goes_on:  # a path of noise can't be drawn again
