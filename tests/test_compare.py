@@ -289,7 +289,7 @@ def test_functions_of_a_file():
         assert compared("euler", f"{COMFY}:sample_euler", family).largest == 0
         assert compared(*[f"{COMFY}:sample_lcm"] * 2, family, parameterization="flow").largest == 0
     assert compared(*["dpmpp_2m_sde"] * 2).largest == 0
-    assert compared("euler", f"{COMFY}:sample_half_euler").cause.step == 3
+    assert compared("euler", f"{COMFY}:sample_euler(half=2)").cause.step == 3
 
 
 def test_a_file_of_a_package_is_loaded_as_the_package_s(tmp_path, monkeypatch):
@@ -298,7 +298,7 @@ def test_a_file_of_a_package_is_loaded_as_the_package_s(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (tmp_path / "comfy" / "model_sampling.py").write_text("class CONST: pass\n")
     (folder / "utils.py").write_text("ONE = 1\n")
-    docstring = '"""Euler\'s method, with a second look at the model\'s range."""'
+    docstring = '"""Euler\'s method, with a second look at the model\'s range. Step `half` goes half as far."""'
     looks = "isinstance(model.inner_model.inner_model.model_sampling, comfy.model_sampling.CONST)"
     source = Path(COMFY).read_text()
     assert docstring in source
@@ -336,21 +336,14 @@ def test_the_truth_is_the_exact_end(family, first, last, size, monkeypatch):
     assert solution.size == size and found.ours < 1e-6 and found.ours <= found.error, found
 
 
-def test_split_keeps_the_levels():
-    levels = torch.tensor([10.0, 3.0, 1.0, 0.0], dtype=torch.float64)
-    fine = split(levels, 4)
-    assert fine[0] == 10 and fine[-1] == 0 and (fine.diff() < 0).all() and len(fine) == 2 * 4 + 2
-    for level in (3.0, 1.0):
-        assert (fine - level).abs().min() < 1e-12
-
-
 def test_a_refined_brownian_path_keeps_its_step_noise_and_is_brownian():
     generator = torch.Generator().manual_seed(0)
     levels = torch.tensor([8.0, 4.0, 1.0, 0.5], dtype=torch.float64)
     noise = [torch.randn(40000, generator=generator, dtype=torch.float64) for _ in range(3)]
     path, ends = bridges(levels.tolist(), noise, seed=1), {}
     for pieces in (2, 4):
-        fine = split(levels, pieces)
+        fine = split(levels, pieces)  # each level of the whole path stays
+        assert (fine[:, None] - levels).abs().min(0).values.max() < 1e-12 and fine.diff().max() < 0
         drawn, widths = finer(path, fine.tolist()), (fine[:-1] - fine[1:]).sqrt()
         for i, coarse in enumerate(noise):
             total = sum(drawn[j][0] * widths[j] for j in range(pieces * i, pieces * (i + 1)))
@@ -436,7 +429,7 @@ BAD = [
     (["--against", "heun(eta=1)"], "takes no eta"),
     (["--sampler", "DDIMScheduler", "--against", "euler"], "has to be a sampler"),
     (["--against", "nowhere.py:sample"], "there is no file nowhere.py"),
-    (["--against", f"{COMFY}:sample_none"], "there are sample_euler, sample_lcm, sample_half_euler\n"),
+    (["--against", f"{COMFY}:sample_none"], "there are sample_euler, sample_lcm\n"),
     (["--against", f"{ROOT}/tests/blocks.py:expected"], "sampler(model, x, sigmas"),
     (["--against", "no.such.module:f"], "can't be imported"),
     (["--against", COMFY], f"which function of {COMFY}?"),

@@ -27,16 +27,17 @@ FIRST_ORDER = {
 }
 
 
+@pytest.mark.parametrize("end", [0.3, 0.6])
 @pytest.mark.parametrize("kind", FIRST_ORDER)
-def test_hand_over_to_a_stock_refiner(sdxl, kind):
+def test_hand_over_to_a_stock_refiner(sdxl, kind, end):
     """`denoising_end`, then diffusers' image-to-image pipeline with the same scheduler, equal the whole run."""
     pipe = with_scheduler(sdxl, kind, **FIRST_ORDER[kind])
     call = {**CALL, "num_inference_steps": 10}
     whole = pipe(generator=seeded(), **call).images
-    handed = pipe(generator=seeded(), denoising_end=0.6, **call).images
+    handed = pipe(generator=seeded(), denoising_end=end, **call).images
     del call["height"], call["width"]
     refiner = stock_of(pipe, StableDiffusionXLImg2ImgPipeline)
-    refined = refiner(image=handed, denoising_start=0.6, **SIZES, **call).images
+    refined = refiner(image=handed, denoising_start=end, **SIZES, **call).images
     assert relative(refined, whole) < CLOSE
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHILDREN, PARENTS, PROMPT, load, relative, seeded, stock_of
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from sdxl_comfy_pipeline import StableDiffusionXLComfyPipeline
 
@@ -210,21 +210,6 @@ def test_sdxl_guidance_embedding(call):
     child = StableDiffusionXLComfyPipeline(**{**child.components, "unet": unet.eval()})
     child.set_progress_bar_config(disable=True)
     same((child, stock_of(child, StableDiffusionXLPipeline)), {**SMALL, **call})
-
-
-@pytest.mark.parametrize("end", [0.3, 0.6])
-def test_refiner_takes_over(end):
-    """Base with `denoising_end`, then diffusers' refiner with `denoising_start`: together the whole run.
-
-    The handed-over latents are at the refiner's scale, x0 + sigma noise, or this could not be.
-    """
-    child = pair("sdxl")[0]
-    refiner = stock_of(child, StableDiffusionXLImg2ImgPipeline)
-    call = {"prompt": PROMPT, "num_inference_steps": 10, "output_type": "latent"}
-    whole = child(generator=seeded(), **call).images
-    handed = child(generator=seeded(), denoising_end=end, **call).images
-    sizes = {"original_size": (128, 128), "target_size": (128, 128)}
-    assert relative(refiner(image=handed, denoising_start=end, **sizes, **call).images, whole) < CLOSE
 
 
 def test_flux_repeats_what_the_parent_does_not():
