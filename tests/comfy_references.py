@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, network
 from safetensors import safe_open
 
 from comfy_ksampler import model_sampling
@@ -78,8 +78,7 @@ def pipelines() -> dict[str, Any]:
 
 def draw(pipe: Any, **call: Any) -> torch.Tensor:
     """The latents of a call, as ComfyUI has them: unpacked."""
-    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    prompt = torch.ones(1, 1, 1, dtype=network.dtype)
+    prompt = torch.ones(1, 1, 1, dtype=network(pipe).dtype)
     embeds = {"prompt_embeds": prompt, "pooled_prompt_embeds": prompt[:, 0]}
     if max(call.get("guidance_scale", 1.0), call.get("true_cfg_scale", 1.0)) > 1:
         embeds |= {"negative_prompt_embeds": -prompt, "negative_pooled_prompt_embeds": -prompt[:, 0]}

@@ -103,8 +103,7 @@ class WrongInitialScale(EulerDiscreteScheduler):
 
 
 class _Noise(EulerAncestralDiscreteScheduler):
-    def changed(self, noise):
-        raise NotImplementedError
+    """`changed(noise)` in the place of the noise of one step."""
 
     def step(self, model_output, timestep, sample, generator=None, **kwargs):
         if not here(self, timestep):

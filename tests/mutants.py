@@ -1,11 +1,11 @@
 """Changes one place of a copied file at a time, and runs the tests that reach it: which changes do no tests notice?
 
     uv run tests/mutants.py --map     # once: which test reaches which line, about ten minutes
-    uv run tests/mutants.py           # 200 mutants, an hour or more; continues where it was stopped
+    uv run tests/mutants.py           # 200 mutants, some hours; continues where it was stopped
     uv run tests/mutants.py --report  # the share, and the mutants that survived
 
-The sample is seeded. A mutant of the shared block changes all files that have it. The working tree stays as it is: each
-mutant runs in a forked process that imports the changed text. Results are in `tests/.mutants`.
+The sample is seeded. A mutant of the shared block changes all files that have it. The working tree stays as it is: the
+tests run in a copy. Results are in `tests/.mutants`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import importlib.machinery
-import importlib.util
 import itertools
 import json
 import os
 import random
-import signal
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -69,19 +69,14 @@ def changes(node: ast.AST) -> list[ast.AST]:
     return found
 
 
-def annotations(tree: ast.AST) -> set[ast.AST]:
-    """All nodes within type annotations, which have no effect."""
-    found = [getattr(node, field, None) for node in ast.walk(tree) for field in ("annotation", "returns")]
-    return {inner for one in found if one for inner in ast.walk(one)}
-
-
 def mutants(name: str) -> list[tuple[str, int, str, str]]:
     """(file, line, the change, the changed text) of all mutants of a file, without those of a copied block."""
     text = (ROOT / name).read_text()
     starts = [*itertools.accumulate((len(line.encode()) for line in text.splitlines(keepends=True)), initial=0)]
     block = range(0) if name not in blocks.OTHERS else range(*(text.index(mark) for mark in (blocks.BEGIN, blocks.END)))
     found, tree = [], ast.parse(text)
-    skipped = annotations(tree)
+    hints = [getattr(node, field, None) for node in ast.walk(tree) for field in ("annotation", "returns")]
+    skipped = {inner for hint in hints if hint for inner in ast.walk(hint)}  # type annotations have no effect
     for node in ast.walk(tree):
         text_alone = isinstance(node, ast.Constant) and isinstance(node.value, str)
         if not hasattr(node, "lineno") or text_alone or node in skipped:
@@ -107,19 +102,17 @@ def mutants(name: str) -> list[tuple[str, int, str, str]]:
 
 
 def texts(name: str, changed: str) -> dict[str, str]:
-    """The texts of all files, by module, with this one changed, and with its block in the others."""
-    found = {file.removesuffix(".py"): (ROOT / file).read_text() for file in FILES}
-    found[name.removesuffix(".py")] = changed
+    """The texts of all files with this one changed, and with its block in the others."""
+    found = {file: (ROOT / file).read_text() for file in FILES} | {name: changed}
     if name == blocks.FIRST:
         block = changed[changed.index(blocks.BEGIN) : changed.index(blocks.END)]
         for other in blocks.OTHERS:
             before, _, after = blocks.parts(other)
-            found[other.removesuffix(".py")] = before + blocks.expected(other, block) + after
+            found[other] = before + blocks.expected(other, block) + after
     return found
 
 
-def pytest_sessionstart(session: Any) -> None:
-    session.reached = {}
+REACHED: dict[str, list] = {}  # of the tests that ran in this process
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -138,12 +131,12 @@ def pytest_runtest_protocol(item: Any):
     yield
     sys.settrace(None)
     found = {Path(name).name: sorted(reached) for name, reached in lines.items() if reached}
-    item.session.reached[item.nodeid] = [time.process_time() - began, found]
+    REACHED[item.nodeid] = [time.process_time() - began, found]
 
 
 def pytest_sessionfinish(session: Any) -> None:
-    if reached := getattr(session, "reached", None):
-        (WORK / f"map-{os.getpid()}.json").write_text(json.dumps(reached))
+    if REACHED:
+        (WORK / f"map-{os.getpid()}.json").write_text(json.dumps(REACHED))
 
 
 def tests_of(name: str, line: int, reached: dict[str, list]) -> list[str]:
@@ -161,59 +154,24 @@ def tests_of(name: str, line: int, reached: dict[str, list]) -> list[str]:
     for test in sorted(hits, key=lambda test: reached[test][0]):
         functions[test.split("[")[0]].append(test)
     chosen, total = list[str](), 0.0
-    for rank in range(max(map(len, functions.values()), default=0)):
-        for tests in functions.values():
-            if rank < len(tests) and total + reached[tests[rank]][0] < SECONDS:
-                chosen.append(tests[rank])
-                total += reached[tests[rank]][0]
+    for test in itertools.chain.from_iterable(itertools.zip_longest(*functions.values())):
+        if test and total + reached[test][0] < SECONDS:
+            chosen.append(test)
+            total += reached[test][0]
     return chosen
 
 
-class Changed(importlib.machinery.SourceFileLoader):
-    """Finds and loads the files from texts instead of the folder."""
-
-    texts: dict[str, str] = {}
-
-    def get_code(self, fullname: str) -> Any:
-        return compile(self.texts[fullname], self.path, "exec", dont_inherit=True)
-
-    @classmethod
-    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname not in cls.texts:
-            return None
-        file = str(ROOT / f"{fullname}.py")
-        return importlib.util.spec_from_file_location(fullname, file, loader=cls(fullname, file))
-
-
-class Killer:
-    """Notes the first test that fails."""
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed:
-            (WORK / "killer").write_text(report.nodeid)
-
-
-def survives(changed: dict[str, str], tests: list[str]) -> str:
-    """The test that kills a mutant, "time", "import" for one that can't be imported, or "" if it survives."""
-    (WORK / "killer").unlink(missing_ok=True)
-    if (child := os.fork()) == 0:
-        os.setsid()
-        for stream in (1, 2):
-            os.dup2(os.open(WORK / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        Changed.texts = changed
-        sys.meta_path.insert(0, Changed)
-        options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-W", "ignore"]
-        os._exit(int(pytest.main([*options, *tests], plugins=[Killer()])))
-    limit = time.monotonic() + 10 * SECONDS
-    while (status := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() > limit:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return "time"
-        time.sleep(0.1)
-    if os.waitstatus_to_exitcode(status[1]) == 0:
-        return ""
-    return (WORK / "killer").read_text() if (WORK / "killer").exists() else "import"
+def killed_by(changed: dict[str, str], tests: list[str], folder: str) -> str:
+    """The first test that fails, "time", "import" for a mutant that can't be imported, or "" for one that survives."""
+    for name, text in changed.items():
+        Path(folder, name).write_text(text)
+    line = [sys.executable, "-m", "pytest", "-x", "-n0", "-p", "no:cacheprovider", "-W", "ignore", *tests]
+    try:
+        run = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=10 * SECONDS)
+    except subprocess.TimeoutExpired:
+        return "time"
+    failed = re.search("^(?:FAILED|ERROR) (tests/.+?)(?: - |$)", run.stdout, re.MULTILINE)
+    return "" if run.returncode == 0 else failed.group(1) if failed else "import"
 
 
 def main() -> None:
@@ -225,7 +183,7 @@ def main() -> None:
     args = parser.parse_args()
     WORK.mkdir(exist_ok=True)
     results = WORK / "results.jsonl"
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if args.map:
         for old in WORK.glob("map-*.json"):
             old.unlink()
@@ -237,21 +195,18 @@ def main() -> None:
     done = {one["mutant"]: one for one in map(json.loads, results.read_text().splitlines())} if results.exists() else {}
     names = [f"{name}:{line}: {what}" for name, line, what, _ in chosen]
     if not args.report:
-        import diffusers
-        import torch
-
-        torch.set_num_threads(1)
-        diffusers.FluxPipeline, diffusers.StableDiffusionXLPipeline  # noqa: B018, imported before the forks
         reached = {test: at for path in WORK.glob("map-*.json") for test, at in json.loads(path.read_text()).items()}
-        for title, (name, line, _, changed) in zip(names, chosen):
-            if title in done:
-                continue
-            tests = tests_of(name, line, reached)
-            killer = survives(texts(name, changed), tests) if tests else ""
-            done[title] = {"mutant": title, "killer": killer, "tests": len(tests)}
-            with results.open("a") as file:
-                file.write(json.dumps(done[title]) + "\n")
-            print(f"{'survives' if not killer else 'killed  '} {title}  {killer}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__"), dirs_exist_ok=True)
+            for title, (name, line, _, changed) in zip(names, chosen):
+                if title in done:
+                    continue
+                tests = tests_of(name, line, reached)
+                killer = killed_by(texts(name, changed), tests, folder) if tests else ""
+                done[title] = {"mutant": title, "killer": killer, "tests": len(tests)}
+                with results.open("a") as file:
+                    file.write(json.dumps(done[title]) + "\n")
+                print(f"{'survives' if not killer else 'killed  '} {title}  {killer}", flush=True)
     here = [done[title] for title in names if title in done]
     survivors = [one for one in here if not one["killer"]]
     print(f"{len(every)} mutants, {len(here)} tried, {len(here) - len(survivors)} killed; survivors:")

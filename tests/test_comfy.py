@@ -331,10 +331,7 @@ def test_what_a_callback_gets_of_two_evaluations_per_step(pipes, model, reported
 
 
 def test_post_cfg_functions(pipes):
-    """They get the network's input and replace the guided prediction.
-
-    The references of `euler_cfg_pp` at cfg 7 hold the values that these functions get.
-    """
+    """They get the network's input and replace the guided prediction. What they get: `euler_cfg_pp`'s references."""
     pipe = pipes["sdxl"]
 
     def zero(model, x, sigmas, extra_args=None, callback=None, disable=None):

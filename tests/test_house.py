@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import ROOT
 
 COPIED = ["sdxl_comfy_pipeline", "flux_comfy_pipeline", "scheduling_k_diffusion", "comfy_ksampler"]
 LINES = dict(zip([f"{name}.py" for name in COPIED], (600, 565, 605, 450)))
-LINES |= {"gallery/*.py": 1800, "parity/*.py": 2750, "tests/*.py": 9000, "benchmarks/*.py": 1500, "README.md": 220}
+LINES |= {"gallery/*.py": 1800, "parity/*.py": 2750, "tests/**/*.py": 9000, "benchmarks/*.py": 1500, "README.md": 220}
 LINES["CONTRIBUTING.md"] = 50
 # who may import whom of this project, besides neighbours in the same folder
 MAY = {"parity": ["gallery", *COPIED], "gallery": COPIED}
@@ -55,7 +56,4 @@ def test_no_circle():
             f"{folder}.{path.stem}": {module for module, _ in imported(path) if module.startswith(folder)}
             for path in ROOT.glob(f"{folder}/*.py")
         }
-        while leaves := [name for name, used in uses.items() if not used & uses.keys()]:
-            for name in leaves:
-                del uses[name]
-        assert not uses, f"in a circle, or behind one: {sorted(uses)}"
+        graphlib.TopologicalSorter(uses).prepare()  # CycleError names a circle

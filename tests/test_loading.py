@@ -83,10 +83,7 @@ def test_from_single_file(name, sdxl, flux, tmp_path):
 
 @FAMILIES
 def test_lora(name, tmp_path):
-    """Load, scale in the call, weigh, disable, fuse and unload: each as in the parent.
-
-    The LoRA is one of the network and the first text encoder.
-    """
+    """Of the network and the first text encoder: load, scale, weigh, disable, fuse and unload, as in the parent."""
     child = load(CHILDREN[name], name)
     file = addons.lora_file(child, tmp_path)
     scaled = {"cross_attention_kwargs" if name == "sdxl" else "joint_attention_kwargs": {"scale": 0.4}}

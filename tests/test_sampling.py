@@ -150,12 +150,9 @@ def test_one_step_gives_denoised(name):
     torch.testing.assert_close(y, gaussian(noise(), SIGMAS[:1].expand(2)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in THIRTEEN if name != "dpm_adaptive"])
+@pytest.mark.parametrize("name", [name for name in THIRTEEN if name != "dpm_adaptive"])  # looks at its error
 def test_sampler_runs_on_gpu_tensors_without_waiting(name, monkeypatch):
-    """A stand-in for CUDA tensors: it raises where a device meets another, and where the CPU waits for a value.
-
-    (dpm_adaptive has to look at its error.)
-    """
+    """A stand-in for CUDA tensors: it raises where a device meets another, and where the CPU waits for a value."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         x, step_noise = torch.empty(2, 4, 8, 8, device="cuda"), torch.empty(2, 4, 8, 8, device="cuda")

@@ -28,6 +28,7 @@ from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 EULER = diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading")
 EDM = diffusers.EDMEulerScheduler()
+MULTISTEP = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
 HEUN = {EULER: diffusers.HeunDiscreteScheduler, FLOW: diffusers.FlowMatchHeunDiscreteScheduler}
 
 
@@ -45,10 +46,6 @@ def levels_of(base: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     return stock.sigmas.double()
 
 
-def half(x: torch.Tensor) -> torch.Tensor:
-    return 0.5 * x
-
-
 def loop(scheduler: Any, steps: int = 6, start: int = 0, named: bool = True, **options: Any):
     """The samples that a network saw in a pipeline's loop, and the last sample. `options`: as of `samples_of`."""
     scheduler.set_timesteps(steps)
@@ -58,7 +55,7 @@ def loop(scheduler: Any, steps: int = 6, start: int = 0, named: bool = True, **o
     return seen, last
 
 
-def samples_of(scheduler: Any, x: Any = None, start: int = 0, predict: Any = half, change: Any = None, generator=None):
+def samples_of(scheduler: Any, x=None, start=0, predict=lambda x: 0.5 * x, change: Any = None, generator=None):
     """The samples of a loop, one by one, over a network that returns `predict(x)`."""
     x = random(1, 2, 4, 4) * float(getattr(scheduler, "init_noise_sigma", 1.0)) if x is None else x
     yield x
@@ -179,10 +176,7 @@ def test_heun_begins_with_a_step_and_not_within_one():
 
 @pytest.mark.parametrize("sampler, steps, within", [("dpm_2", 6, (1, 3, 5)), ("dpm_fast", 9, (1, 2, 4, 5, 7))])
 def test_a_run_that_begins_within_a_step_goes_on_by_euler(sampler, steps, within):
-    """dpm_2's second evaluation is in the middle of a step, by log sigma; dpm_fast's steps have 3, 3, 2 and 1.
-
-    Over the steps after it, it is k-diffusion's function: test_scheduler_bases.py.
-    """
+    """dpm_2's second evaluation is in the middle of a step, by log sigma; dpm_fast's steps have 3, 3, 2 and 1."""
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
     for start in within:
         seen, _ = loop(scheduler, steps=steps, start=start)
@@ -230,16 +224,14 @@ def test_churn_of_a_flow_model_begins_with_noise_of_its_level():
 @pytest.mark.parametrize("base", [EULER, FLOW], ids=["sdxl", "flow"])
 def test_changed_samples_are_the_state(base, sampler):
     """As inpainting and callbacks change them, in place or not."""
-    stock = stock_of(base, sampler)
-    places = (0, 2)  # between steps of both
 
     def change(i, x):
-        return x * 0.5 + 1 if i in places else x
+        return x * 0.5 + 1 if i in (0, 2) else x  # between steps of both
 
     def in_place(i, x):
-        return x.mul_(0.5).add_(1) if i in places else x
+        return x.copy_(change(i, x))
 
-    expected = loop(stock, change=change)[1]
+    expected = loop(stock_of(base, sampler), change=change)[1]
     for each in (change, in_place):
         scheduler = KDiffusionScheduler.from_scheduler(base, sampler=sampler)
         assert relative(loop(scheduler, change=each)[1], expected) < CLOSE
@@ -315,7 +307,7 @@ def test_ltx_gives_a_timestep_for_each_token():
 def test_a_predicted_variance_is_left_out():
     """DiT's and PixArt's networks return it in a second half of the channels."""
     x, variance, scheduler = random(1, 2, 4, 4), random(1, 2, 4, 4, seed=2), KDiffusionScheduler.from_scheduler(FLOW)
-    found = loop(scheduler, x=x, predict=lambda x: torch.cat([half(x), variance], 1))[1]
+    found = loop(scheduler, x=x, predict=lambda x: torch.cat([0.5 * x, variance], 1))[1]
     assert torch.equal(found, loop(scheduler, x=x)[1])
 
 
@@ -529,15 +521,7 @@ def test_what_the_base_does_to_x0_is_ignored_with_a_warning():
         KDiffusionScheduler.from_scheduler(diffusers.EulerDiscreteScheduler.from_config(config))
 
 
-@pytest.mark.parametrize(
-    "base",
-    [
-        diffusers.EulerDiscreteScheduler(**BETAS),
-        FLOW,
-        EDM,
-        diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    ],
-)
+@pytest.mark.parametrize("base", [EULER, FLOW, EDM, MULTISTEP])
 def test_a_configuration_makes_one(base):
     """Also one of a scheduler made in code, which does not name its class."""
     assert "_class_name" not in base.config
@@ -650,8 +634,7 @@ STOCHASTIC |= {"dpm_fast": {"eta": 1.0}} | {name: {"s_churn": 5.0} for name in (
 def test_distribution(sampler):
     """1024 samples of a mixture that the network knows exactly, one a patch, in the stock FLUX pipeline.
 
-    Two true sets of them are 0.034 to 0.054 apart; noise in flow coordinates leaves 0.2 or more. SDXL's samples are
-    those of the pipeline (test_scheduler.py), whose distribution is tested in test_closed_form.py.
+    Two true sets are 0.034 to 0.054 apart; noise in flow coordinates leaves 0.2 or more. SDXL: test_closed_form.py.
     """
     pipe = parent_of(flux_pipeline(KNOWN), "flux")
     base, options = pipe.scheduler, STOCHASTIC[sampler]

@@ -345,23 +345,6 @@ def test_pictures_without_settings(tmp_path):
             import_settings(path)
 
 
-def test_the_web_uis_text(tmp_path):
-    text = (
-        "a fox <lora:fur:0.8> in snow,\n(sharp:1.2)\nNegative prompt: blurry\n"
-        "Steps: 30, Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale: 6.5, Seed: 4, Size: 832x1216,"
-        ' Model hash: 31e35c80fc, Model: "sdxl, a: b", Denoising strength: 0.4, Hires upscale: 2, Version: v1.10.1'
-    )
-    assert import_settings(picture(tmp_path / "picture.png", parameters=text)) == Settings(
-        {
-            **{"prompt": "a fox in snow,\n(sharp:1.2)", "negative_prompt": "blurry", "model": "sdxl, a: b"},
-            **{"sampler_name": "dpmpp_2m_sde", "scheduler": "karras", "seed": 4, "steps": 30, "cfg": 6.5},
-            **{"width": 832, "height": 1216},  # and no denoise, which belongs to the second pass
-        },
-        "sdxl",
-        ["<lora:fur:0.8>", "Hires upscale"],
-    )
-
-
 WEB = "a fox\nNegative prompt: ice\nSteps: 30, Sampler: {}CFG scale: 5, Seed: 4, Size: 64x96"
 TEXTS = [  # the sampler's entry, the entries at the end, and what differs from euler over normal levels
     ("DPM++ 2M SDE Heun, ", "", {"sampler_name": "dpmpp_2m_sde_heun"}),
@@ -378,18 +361,24 @@ TEXTS = [  # the sampler's entry, the entries at the end, and what differs from 
     ("Euler, Schedule type: Simple, ", ", Distilled CFG Scale: 3.5", {"scheduler": "simple", "guidance": 3.5}),
     ("Euler, Schedule type: Simple, ", ", Denoising strength: 0.5", {"scheduler": "simple", "denoise": 0.5}),
     ("Euler, ", ", Model: \"Anna's", {"model": "\"Anna's"}),
+    (
+        "DPM++ 2M SDE, Schedule type: Karras, ",  # the denoise below belongs to the second pass
+        ', Model hash: 31e35c80fc, Model: "sdxl, a: b", Denoising strength: 0.4, Hires upscale: 2, Version: v1.10.1',
+        {"sampler_name": "dpmpp_2m_sde", "scheduler": "karras", "model": "sdxl, a: b"},
+    ),
 ]
 
 
 @pytest.mark.parametrize("sampler, end, differs", TEXTS, ids=lambda value: str(value)[:40])
 def test_texts_of_web_uis(tmp_path, sampler, end, differs):
-    text = WEB.format(sampler) + end
-    plain = {"prompt": "a fox", "negative_prompt": "ice", "sampler_name": "euler", "scheduler": "normal", "steps": 30}
-    plain |= {"seed": 4, "cfg": 5.0, "width": 64, "height": 96}
+    text = WEB.format(sampler).replace("a fox", "a fox <lora:fur:0.8> in snow,\n(sharp:1.2)") + end
+    plain = {"prompt": "a fox in snow,\n(sharp:1.2)", "negative_prompt": "ice", "sampler_name": "euler"}
+    plain |= {"scheduler": "normal", "steps": 30, "seed": 4, "cfg": 5.0, "width": 64, "height": 96}
     found = import_settings(picture(tmp_path / "a.png", parameters=text))
     assert found.values == plain | differs
     assert found.comfy == ("Version: Comfy" in end) and (found.family == "flux") == ("guidance" in differs)
-    assert all(name in end for name in found.unused)
+    assert ("sdxl" in end) == (found.family == "sdxl") and found.unused[0] == "<lora:fur:0.8>"
+    assert all(name in end for name in found.unused[1:]) and ("Hires" in end) == ("Hires" in str(found.unused))
 
 
 def test_a_text_beside_a_graph_that_cannot_be_read(tmp_path):
