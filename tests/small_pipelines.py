@@ -224,6 +224,7 @@ class Relay:
     noise: LevelNoise
     skipped = 0  # so many steps are left out (`strength`)
     unused = 0  # so many timesteps does the pipeline cut off
+    quantize = False
 
     def plan(self, *args: Any, **kwargs: Any) -> None:
         """Its `set_timesteps`."""
@@ -242,7 +243,7 @@ class Relay:
         else:
             levels = 1 - me.sigmas.double() if self.inverted else me.sigmas.double()
             levels = levels.unique_consecutive()[: len(stock)]
-        self.known = dict(zip(levels.tolist(), stock.tolist()))
+        self.known = {} if self.quantize else dict(zip(levels.tolist(), stock.tolist()))
         # a flow model's t as "ve", for functions that add noise or place levels: sigma = t / (1 - t), at first finite
         asks = inspect.signature(getattr(sampling, f"sample_{self.sampler}")).parameters
         self.ve = self.flow and ("noise_sampler" in asks or "sigma_min" in asks)
@@ -330,6 +331,9 @@ class Relay:
             return math.atan(level) * 2 / math.pi
         if self.data or config.get("timestep_type") == "continuous":
             return math.log(level) / 4
+        distances = np.abs(np.log(self.table) - math.log(level))
+        if self.quantize:
+            return float(distances.argmin())
         return float(np.interp(math.log(level), np.log(self.table), np.arange(len(self.table))))
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
