@@ -16,7 +16,6 @@ import importlib.util
 import inspect
 import math
 import re
-import statistics
 import sys
 import threading
 import warnings
@@ -151,10 +150,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         # a flow pipeline that passes timesteps, as CogView4's, gives its network t before the shift to the level s
         before = times / self._count if self._kind == "flow" and kwargs.get("timesteps") is not None else times[:0]
         pairs = [(s, t) for s, t in zip(levels.tolist(), before.tolist()) if 0 < s * t < s < 1]
-        self._unshift = statistics.median(s * (1 - t) / (t * (1 - s)) for s, t in pairs) if pairs else 1.0
-        if (
-            not passed or len(levels) == n
-        ):  # the base's own, if they list the last twice or end above zero, get the zero
+        self._unshift = numpy.median([s * (1 - t) / (t * (1 - s)) for s, t in pairs]).item() if pairs else 1.0
+        if not passed or len(levels) == n:  # the base's own, that list the last twice or end above zero, get the zero
             levels = torch.cat([levels[:n], levels.new_zeros(1)])
         if self.schedule is not None:
             levels = self._named_levels(n, kwargs.get("mu")) if isinstance(self.schedule, str) else self.schedule
