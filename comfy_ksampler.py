@@ -131,7 +131,10 @@ def levels(
         if scheduler in SCHEDULERS:
             falling = torch.nn.functional.pad(SCHEDULERS[scheduler](count, sampling).unique_consecutive(), (0, 1))
         else:
-            falling = _comfyui().samplers.calculate_sigmas(sampling, scheduler, count).float().cpu()
+            comfy = _comfyui()
+            if isinstance(sampling, (Discrete, Flow)):
+                sampling = _base_model(comfy.model_base.BaseModel, sampling, "cpu").model_sampling
+            falling = comfy.samplers.calculate_sigmas(sampling, scheduler, count).float().cpu()
         falling = torch.cat([falling[:-2], falling[-1:]]) if skipping else falling
     return falling[-steps - 1 :] if part else falling
 
@@ -159,32 +162,29 @@ def load_custom_nodes(*nodes: str | Path) -> None:
         if not source.exists():
             there = ", ".join(sorted(path.name for path in folder.iterdir()))
             raise ValueError(f"custom node {node!r} is no path, and not in {folder}, which has {there}")
-        name = f"custom_nodes.{source.name.removesuffix('.py').replace('.', '_x_')}"  # as ComfyUI names it
-        if name in sys.modules:
-            continue
-        file = Path(scratch.name, "custom_nodes", source.name)
+        name = source.name.removesuffix(".py").replace(".", "_x_")  # as ComfyUI names it
+        copy = Path(scratch.name, "custom_nodes", name)
         if source.is_dir():
-            ignored = shutil.ignore_patterns(".git", "__pycache__")
-            file = shutil.copytree(source, file, ignore=ignored, dirs_exist_ok=True) / "__init__.py"
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns(".git", "__pycache__"), dirs_exist_ok=True)
         else:
-            shutil.copy(source, file)
-        spec: Any = importlib.util.spec_from_file_location(name, file)
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+            copy.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, copy / "__init__.py")
+        importlib.invalidate_caches()
         try:
-            spec.loader.exec_module(module)
+            importlib.import_module(f"custom_nodes.{name}")
         except Exception as error:
-            del sys.modules[name]
             lacks = f"; it needs the package {error.name!r}" if isinstance(error, ModuleNotFoundError) else ""
             raise ImportError(f"custom node {node!r}: {type(error).__name__}: {error}{lacks}") from error
 
 
 @functools.cache
 def _folders() -> tuple[Path, Any]:
-    """ComfyUI's folder of custom nodes, and a temporary folder for all that ComfyUI and they write."""
+    """ComfyUI's folder of custom nodes, and a temporary folder for their copies and all that ComfyUI and they write."""
     args, scratch = _comfyui().cli_args.args, tempfile.TemporaryDirectory(prefix="comfy_ksampler-")
     folder = Path(args.base_directory or Path(_comfyui().samplers.__file__).parents[1], "custom_nodes")
     args.base_directory = args.front_end_root = scratch.name
-    Path(scratch.name, "custom_nodes").mkdir()
+    sys.modules["custom_nodes"] = package = ModuleType("custom_nodes")
+    package.__path__ = [str(Path(scratch.name, "custom_nodes"))]
     if importlib.util.find_spec("server"):  # nodes register with the server, which does not run
         server = importlib.import_module("server").PromptServer
         server.instance = getattr(server, "instance", None) or server(None)
@@ -273,7 +273,6 @@ class _Model:
 
 def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -> tuple[Any, dict[str, Any]]:
     """`model` made of ComfyUI's classes, and its part of `extra_args`. The pipeline guides, and no model is moved."""
-    sampling, flow = ours.sampling, isinstance(ours.sampling, Flow)
 
     class Model(comfy.model_base.BaseModel):
         def _apply_model(self, x, t, concat, context, control, transformer_options, **kwargs):
@@ -290,18 +289,10 @@ def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -
             ours.last = timestep[0], super().predict_noise(x, timestep, model_options, seed)
             return ours.last[-1]
 
-    config = comfy.supported_models.Flux if flow else comfy.supported_models.SDXL
-    with torch.device("cpu"):
-        config = config({**config.unet_config, "disable_unet_model_creation": True})
-        kind = "FLUX" if flow else "V_PREDICTION" if sampling.prediction_type == "v_prediction" else "EPS"
-        base = Model(config, comfy.model_base.ModelType[kind], x.device)
-        if flow:
-            base.model_sampling.set_parameters(math.log(sampling.shift), len(sampling.sigmas))
-        else:
-            base.model_sampling.set_sigmas(sampling.exact)
+    base = _base_model(Model, ours.sampling, x.device)
     base.diffusion_model, base.memory_usage_factor = torch.nn.Identity(), 0  # so that both sides fit into one call
     base.diffusion_model.dtype = torch.float32
-    patcher = comfy.model_patcher.ModelPatcher(base.to(x.device), x.device, x.device)
+    patcher = comfy.model_patcher.ModelPatcher(base, x.device, x.device)
     patcher.pre_run()
     guider, prompt = Guider(patcher), [[torch.zeros(1, 1, 1, device=x.device), {}]]
     guider.set_conds(prompt, prompt)
@@ -310,6 +301,21 @@ def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -
     model.latent_image, model.noise = torch.zeros_like(x), x / sigmas[0]
     options = {**patcher.model_options, "transformer_options": {"sample_sigmas": sigmas}}
     return model, {"model_options": options, "denoise_mask": None}
+
+
+def _base_model(kind: Callable, sampling: Any, device: Any) -> Any:
+    """ComfyUI's `BaseModel`, or this kind of it, with these levels and without a network."""
+    comfy, flow = _comfyui(), isinstance(sampling, Flow)
+    with torch.device("cpu"):
+        config = comfy.supported_models.Flux if flow else comfy.supported_models.SDXL
+        config = config({**config.unet_config, "disable_unet_model_creation": True})
+        name = "FLUX" if flow else "V_PREDICTION" if sampling.prediction_type == "v_prediction" else "EPS"
+        base = kind(config, comfy.model_base.ModelType[name], device)
+        if flow:
+            base.model_sampling.set_parameters(math.log(sampling.shift), len(sampling.sigmas))
+        else:
+            base.model_sampling.set_sigmas(sampling.exact)
+    return base.to(device)
 
 
 def _comfyui() -> Any:
