@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import hashlib
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -34,7 +34,7 @@ ROOT, WORK = blocks.ROOT, Path(__file__).parent / ".mutants"
 FILES = (blocks.FIRST, *blocks.OTHERS, "comfy_ksampler.py")
 MAPPED = """brownian callbacks closed_form comfy comfyui files flux loading member models modes recipes sampling
     scheduler scheduler_bases scheduler_traps sdxl settings side_by_side""".split()
-SECONDS = 25  # of the tests that run for a mutant, as they took for the map
+SECONDS = (25, 250)  # of the tests that run for a mutant, as they took for the map: first, and for those that survive
 OTHER: dict[type, type] = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}
 OTHER |= {ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 OTHER |= {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div}
@@ -96,7 +96,8 @@ def mutants(name: str) -> list[tuple[str, int, str, str]]:
                 ast.parse(changed)
             except SyntaxError:  # a part of an f-string
                 continue
-            what = f"{ast.unparse(node).splitlines()[0]}  ->  {new.splitlines()[0]}"
+            place = f"{text.splitlines()[node.lineno - 1].strip()} [{node.col_offset}]"
+            what = f"{place}: {ast.unparse(node).splitlines()[0]}  ->  {new.splitlines()[0]}"
             found.append((name, node.lineno, what, changed))
     return found
 
@@ -139,8 +140,8 @@ def pytest_sessionfinish(session: Any) -> None:
         (WORK / f"map-{os.getpid()}.json").write_text(json.dumps(REACHED))
 
 
-def tests_of(name: str, line: int, reached: dict[str, list]) -> list[str]:
-    """The tests that reach a line, one of each function in turn, for `SECONDS`. Of an unreached line: of its file."""
+def tests_of(name: str, line: int, reached: dict[str, list], seconds: float) -> list[str]:
+    """Tests that reach a line, one of each function in turn. Of a line that only an import reaches: any tests."""
     text = (ROOT / name).read_text().splitlines()
     places = {name: line}
     if name == blocks.FIRST:  # the same line of the block in the other files
@@ -149,13 +150,12 @@ def tests_of(name: str, line: int, reached: dict[str, list]) -> list[str]:
             same = [i for i, one in enumerate(theirs, 1) if one == text[line - 1] and theirs[i - 2] == text[line - 2]]
             places |= {other: same[0]} if same and line > text.index(next(t for t in text if blocks.BEGIN in t)) else {}
     hits = [test for test, (_, at) in reached.items() if any(n in at.get(file, ()) for file, n in places.items())]
-    hits = hits or [test for test, (_, at) in reached.items() if any(file in at for file in places)]
     functions = defaultdict(list)
-    for test in sorted(hits, key=lambda test: reached[test][0]):
+    for test in sorted(hits or reached, key=lambda test: reached[test][0]):
         functions[test.split("[")[0]].append(test)
     chosen, total = list[str](), 0.0
     for test in itertools.chain.from_iterable(itertools.zip_longest(*functions.values())):
-        if test and total + reached[test][0] < SECONDS:
+        if test and total + reached[test][0] < seconds:
             chosen.append(test)
             total += reached[test][0]
     return chosen
@@ -167,7 +167,7 @@ def killed_by(changed: dict[str, str], tests: list[str], folder: str) -> str:
         Path(folder, name).write_text(text)
     line = [sys.executable, "-m", "pytest", "-x", "-n0", "-p", "no:cacheprovider", "-W", "ignore", *tests]
     try:
-        run = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=10 * SECONDS)
+        run = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired:
         return "time"
     failed = re.search("^(?:FAILED|ERROR) (tests/.+?)(?: - |$)", run.stdout, re.MULTILINE)
@@ -191,23 +191,27 @@ def main() -> None:
         line = [sys.executable, "-m", "pytest", "-p", "mutants", "-W", "ignore", *tests]
         sys.exit(subprocess.run(line, cwd=ROOT, env={**os.environ, "PYTHONPATH": "tests"}).returncode)
     every = [mutant for name in FILES for mutant in mutants(name)]
-    chosen = random.Random(args.seed).sample(every, args.count)
+    # by a hash of the change, so that most of a sample stays the same when the files change
+    chosen = sorted(every, key=lambda one: hashlib.sha256(f"{args.seed} {one[0]} {one[2]}".encode()).digest())
+    chosen = chosen[: args.count]
     done = {one["mutant"]: one for one in map(json.loads, results.read_text().splitlines())} if results.exists() else {}
-    names = [f"{name}:{line}: {what}" for name, line, what, _ in chosen]
+    titles = [f"{name}: {what}" for name, _, what, _ in chosen]
     if not args.report:
         reached = {test: at for path in WORK.glob("map-*.json") for test, at in json.loads(path.read_text()).items()}
         with tempfile.TemporaryDirectory() as folder:
             shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__"), dirs_exist_ok=True)
-            for title, (name, line, _, changed) in zip(names, chosen):
+            for title, (name, line, _, changed) in zip(titles, chosen):
                 if title in done:
                     continue
-                tests = tests_of(name, line, reached)
-                killer = killed_by(texts(name, changed), tests, folder) if tests else ""
+                for seconds in SECONDS:
+                    tests = tests_of(name, line, reached, seconds)
+                    if killer := killed_by(texts(name, changed), tests, folder):
+                        break
                 done[title] = {"mutant": title, "killer": killer, "tests": len(tests)}
                 with results.open("a") as file:
                     file.write(json.dumps(done[title]) + "\n")
                 print(f"{'survives' if not killer else 'killed  '} {title}  {killer}", flush=True)
-    here = [done[title] for title in names if title in done]
+    here = [done[title] for title in titles if title in done]
     survivors = [one for one in here if not one["killer"]]
     print(f"{len(every)} mutants, {len(here)} tried, {len(here) - len(survivors)} killed; survivors:")
     print("\n".join(one["mutant"] for one in survivors))
