@@ -87,7 +87,7 @@ def ksampler(
     if sampler_name in SAME:
         positive = sigmas[sigmas > 0]
         if sampler_name in ("dpm_fast", "dpm_adaptive") and len(positive) > 1:  # their ends and number count
-            call["schedule"] = torch.linspace(positive[0], positive[-1], len(sigmas), device="cpu")
+            call["schedule"] = torch.linspace(*positive[[0, -1]], len(sigmas), dtype=torch.float32, device="cpu")
         return call | {"sampler": {"ddim": "euler", "lms": _lms}.get(sampler_name, sampler_name)}
     brownian, on_cpu = sampler_name.startswith("dpmpp") and "_sde" in sampler_name, device.type == "cpu"
     if flow or sampler_name not in FLUX_APART:
@@ -129,7 +129,8 @@ def levels(
     count = skipping + (int(steps / denoise) if part else steps)
     with torch.device("cpu"):
         if scheduler in SCHEDULERS:
-            falling = torch.nn.functional.pad(SCHEDULERS[scheduler](count, sampling).unique_consecutive(), (0, 1))
+            falling = SCHEDULERS[scheduler](count, sampling).float().unique_consecutive()
+            falling = torch.nn.functional.pad(falling, (0, 1))
         else:
             comfy = _comfyui()
             if isinstance(sampling, (Discrete, Flow)):
@@ -350,7 +351,7 @@ def _brownian_noise(shape: tuple[int, ...], device: Any, there: bool, sigmas: to
     """k-diffusion's, of one tree from the lowest to the highest level, which draws on the device if `there`."""
     positive, on = sigmas[sigmas > 0], device if there else "cpu"
     ends = positive[-1].to(on), positive[0].to(on)
-    tree = k_diffusion().BrownianTreeNoiseSampler(torch.zeros(shape, device=on), *ends, seed)
+    tree = k_diffusion().BrownianTreeNoiseSampler(torch.zeros(shape, dtype=torch.float32, device=on), *ends, seed)
     low, high = (round(end.item(), 6) for end in ends)  # as torchsde does, which warns of times beyond
 
     def noise_sampler(*of_step: torch.Tensor) -> torch.Tensor:
@@ -400,9 +401,9 @@ class Discrete:
 class Flow:
     """ComfyUI's `model_sampling` for a flow: float32 levels in t. `shift` is exp(mu) of diffusers."""
 
-    def __init__(self, shift: float, rows: int = 0, columns: int = 0, count: int = 10_000):
+    def __init__(self, shift: float, rows: int, columns: int, count: int):
         self.shift, self.rows, self.columns = shift, rows, columns
-        self.sigmas = self.sigma(torch.arange(1, count + 1) / count)
+        self.sigmas = self.sigma(torch.arange(1, count + 1, dtype=torch.float32) / count)
         self.sigma_min, self.sigma_max = self.sigmas[0], self.sigmas[-1]
 
     timestep = staticmethod(lambda sigma: sigma)
@@ -469,7 +470,9 @@ def _linear_quadratic(n: int, m: Any) -> torch.Tensor:
 
 
 def _kl_optimal(n: int, m: Any) -> torch.Tensor:
-    share = torch.arange(n) / max(n - 1, 1)  # one step is NaN in ComfyUI; here it begins at the highest level
+    share = torch.arange(n, dtype=torch.float32) / max(
+        n - 1, 1
+    )  # one step is NaN in ComfyUI; here it begins at the highest level
     return (share * math.atan(m.sigma_min) + (1 - share) * math.atan(m.sigma_max)).tan()
 
 

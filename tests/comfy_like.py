@@ -7,6 +7,7 @@ def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None,
     assert sampling is model.inner_model.model_patcher.get_model_object("model_sampling")
     assert float(sampling.sigma_min) < float(sigmas[0]) <= float(sampling.sigma_max) * 1.001
     assert abs(float(sampling.sigma(sampling.timestep(sigmas[0]))) / float(sigmas[0]) - 1) < 0.01
+    assert model.inner_model.model_options == {}
     assert set(extra_args) >= {"seed", "model_options"} and (x.ndim == 4 or x.numel() == 1)
     assert sampling.percent_to_sigma(0.0) >= sampling.sigma_max
     assert sampling.percent_to_sigma(0.2) > sampling.percent_to_sigma(0.8) > sampling.percent_to_sigma(1.0) == 0

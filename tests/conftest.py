@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
@@ -44,6 +45,15 @@ def sdxl():
 @pytest.fixture(scope="session")
 def flux():
     return load(FluxComfyPipeline, "flux")
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def family64(name: str):

@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from conftest import default_dtype
 from diffusers import modular_pipelines
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from PIL import Image
@@ -287,11 +288,8 @@ class Relay:
         function = getattr(sampling, f"sample_{self.sampler}")
         noise = {"noise_sampler": self.noise} if "noise_sampler" in inspect.signature(function).parameters else {}
         self.noise.like = start
-        torch.set_default_dtype(torch.float64)  # in which dpm_fast makes its levels
-        try:
+        with default_dtype(torch.float64):  # in which dpm_fast makes its levels
             return self.call(function, model, start.clone(), noise)
-        finally:
-            torch.set_default_dtype(torch.float32)
 
     def call(self, function: Any, model: Any, start: torch.Tensor, noise: dict[str, Any]) -> torch.Tensor:
         if self.sampler != "dpm_fast":

@@ -18,7 +18,7 @@ import small_pipelines
 import torch
 from comfy_references import LATENTS, SHIFT, SIGMAS, SIZE, draw, draw_anywhere, mixture, pipelines, references, settings
 from comfy_samplers import ON_BOTH, ON_FLUX
-from conftest import ROOT, parent_of, relative, seeded
+from conftest import ROOT, default_dtype, parent_of, relative, seeded
 from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -135,7 +135,8 @@ def test_a_float64_network_gets_the_same_noise(pipes, model, sampler_name):
     """It is drawn in float32 and then converted, so that a comparison in float64 is of the same picture."""
     exact = sdxl_pipeline(mixture(4)) if model == "sdxl" else flux_pipeline(mixture(16), mu=SHIFT, channels=64)
     fields = settings(f"{model}/{sampler_name}/simple/8/4")
-    latents = draw(exact, **ksampler(exact, **fields))
+    with default_dtype(torch.float64):
+        latents = draw(exact, **ksampler(exact, **fields))
     assert latents.dtype == torch.float64
     assert relative(draw(pipes[model], **ksampler(pipes[model], **fields)), latents) < 1e-5  # float32
 
@@ -359,16 +360,18 @@ def test_uncond_denoised_needs_guidance(pipes, model):
         draw(pipe, **call | {"sampler": comfy_sampler(cfg_pp, pipe, **SIZE)})
 
 
-def test_levels_are_a_copy_and_the_last_one_counts(pipes):
+@pytest.mark.parametrize("model, scale", [("sdxl", 1.0), ("flux", 1 / 0.999)])
+def test_levels_are_a_copy_and_the_last_one_counts(pipes, model, scale):
     """uni_pc writes 0.001 into its levels; ComfyUI then divides FLUX's latents by 1 - 0.001."""
+    pipe = pipes[model]
 
     def writes(model, x, sigmas, extra_args=None, callback=None, disable=None):
         sigmas[-1] = 0.001
         return torch.ones_like(x)
 
-    call = ksampler(pipes["flux"], **settings("flux/euler/simple/4/0"))
-    latents = draw(pipes["flux"], **call | {"sampler": comfy_sampler(writes, pipes["flux"], **SIZE)})
-    torch.testing.assert_close(latents, torch.full_like(latents, 1 / 0.999))
+    call = ksampler(pipe, **settings(f"{model}/euler/simple/4/0"))
+    latents = draw(pipe, **call | {"sampler": comfy_sampler(writes, pipe, **SIZE)})
+    torch.testing.assert_close(latents, torch.full_like(latents, scale))
     assert call["schedule"][-1] == 0
 
 
@@ -376,6 +379,8 @@ def test_flux_needs_the_pictures_size(pipes):
     call = ksampler(pipes["flux"], **settings("flux/euler/simple/4/0"))
     with pytest.raises(ValueError, match="give comfy_sampler the picture's `width` and `height`"):
         draw(pipes["flux"], **call | {"sampler": comfy_sampler(comfy_like.sample_euler, pipes["flux"], 256, 128)})
+    sizes = dict.fromkeys(SIZE, 0)  # as without them: FLUX.1's own, since this pipeline has no VAE to ask
+    assert ksampler(pipes["flux"], **settings("flux/euler/simple/4/0") | sizes)["width"] == 1024
 
 
 def test_the_names_are_comfyuis():
@@ -441,6 +446,7 @@ def test_levels_by_share(pipes):
         )
         shift, t = math.exp(SHIFT), 1 - percent
         assert flux.percent_to_sigma(percent) == pytest.approx(shift * t / (1 + (shift - 1) * t))
+    assert sdxl.sigma(torch.tensor(2000.0)).isclose(sdxl.sigma_max)  # as ComfyUI's, beyond the last timestep
     assert sdxl.percent_to_sigma(0.0) > 1e6 and flux.percent_to_sigma(0.0) == 1
     assert sdxl.percent_to_sigma(1.0) == flux.percent_to_sigma(1.0) == 0
 
@@ -540,12 +546,13 @@ def test_the_shift_is_the_pictures(flux):
 def test_levels_fall_at_every_step_count(pipes, scheduler):
     """Strictly, to zero, from 1 step to more than there are trained levels; where levels coincide there are fewer.
 
-    On the CPU whatever the default device is: meta stands in for a GPU, since its tensors have no numbers.
+    In float32 on the CPU, whatever the defaults are: meta stands in for a GPU, since its tensors have no numbers.
     """
     for pipe in (pipes["sdxl"], pipes["flux"]):
         for steps in (1, 2, 3, 9, 100, 1001):
-            with torch.device("meta"):
+            with torch.device("meta"), default_dtype(torch.float64):
                 sigmas = levels(pipe, scheduler, steps)
+            torch.testing.assert_close(sigmas, levels(pipe, scheduler, steps), rtol=2e-6, atol=0)
             assert sigmas[-1] == 0 and (sigmas.diff() < 0).all() and sigmas.isfinite().all(), steps
             assert len(sigmas) == steps + 1 or scheduler in ("beta", "ddim_uniform") or steps > 1000
 
@@ -569,6 +576,8 @@ def test_levels_of_any_pipeline(kind):
         many = 32 * getattr(pipe, "vae_scale_factor", 8)  # 256 tokens of 2x2
         found, shift = levels(pipe, "simple", 2, width=many, height=many), SHIFTS[kind]
         assert found.tolist() == pytest.approx([1, shift / (1 + shift), 0], rel=1e-4)
+        lowest = shift / (shift + (9999 if kind in ("chroma", "qwen_text", "ltx") else 999))  # as in ComfyUI
+        assert levels(pipe, "karras", 2, width=many, height=many)[1].item() == pytest.approx(lowest, rel=1e-4)
     else:
         config, schedules = pipe.scheduler.config, ["exponential"]
         if config.get("sigma_min"):

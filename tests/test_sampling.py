@@ -81,8 +81,8 @@ def test_an_option_that_a_callable_needs():
 
 
 @pytest.mark.parametrize("name", THIRTEEN)
-def test_sampler_is_k_diffusions_own(name):
-    """Called by hand with the same noise, the function gives the same numbers, to the bit."""
+def test_sampler_is_k_diffusions_own(name, capsys):
+    """Called by hand with the same noise, the function gives the same numbers, to the bit, and prints no progress."""
     x, function = noise(), function_of(name)
 
     def draws():
@@ -99,6 +99,7 @@ def test_sampler_is_k_diffusions_own(name):
         expected = function(gaussian, x, SIGMAS, disable=True, **options)
     options = {"noise_sampler": draws()} if stochastic else {}
     assert run_sampler(functools.partial(function, **options), gaussian, x, SIGMAS)[0].equal(expected)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", THIRTEEN)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, PROMPT, parent_of, relative, seeded, stock_of, with_scheduler
+from conftest import FAMILIES, PROMPT, default_dtype, parent_of, relative, seeded, stock_of, with_scheduler
 from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from sdxl_comfy_pipeline import SCHEDULES
@@ -105,15 +104,6 @@ def test_levels_whatever_the_scheduler(sdxl):
     assert pipe.noise_levels(schedule=[10.0, 3.0, 0.0]).tolist() == [10, 3, 0]
     exponential, poly = (pipe.noise_levels(8, schedule=name) for name in ("exponential", "polyexponential"))
     torch.testing.assert_close(poly, exponential)  # rho is 1
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 MODES = {

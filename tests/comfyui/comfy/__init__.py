@@ -52,7 +52,7 @@ class ModelSamplingFlux(Flow):
     def __init__(self): ...
 
     def set_parameters(self, shift, timesteps):
-        super().__init__(math.exp(shift), count=timesteps)
+        super().__init__(math.exp(shift), 0, 0, timesteps)
 
 
 class BaseModel(torch.nn.Module):
