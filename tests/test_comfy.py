@@ -218,6 +218,16 @@ def test_custom_nodes(comfyui, pipes, tmp_path):
             load_custom_nodes(str(tmp_path / "broken"))
 
 
+def test_a_schedule_sees_the_class_of_the_prediction(comfyui, pipes):
+    load_custom_nodes("stand_in")
+    comfy, seen = sys.modules["comfy"], []
+    comfy.SCHEDULER_HANDLERS["look"] = lambda sampling, steps: seen.append(sampling) or torch.tensor([1.0, 0.0])
+    kinds = {"sdxl": comfy.EPS, "sdxl_v_prediction_zsnr": comfy.V_PREDICTION, "flux": comfy.CONST}
+    for name in kinds:
+        levels(pipes[name], "look", 1, **SIZE)
+    assert [type(sampling).__bases__[1] for sampling in seen] == [*kinds.values()]
+
+
 def test_custom_nodes_need_comfyui():
     with pytest.raises(ImportError, match="custom nodes need ComfyUI, .*PYTHONPATH"):
         load_custom_nodes("stand_in")
@@ -285,16 +295,16 @@ def test_callbacks_see_its_steps(comfyui, pipes, model):
 
     def look(pipe, step, timestep, tensors):
         seen.append((step, float(timestep), tensors["latents"], tensors["denoised"].shape))
-        return {"latents": tensors["latents"] / 2} if halve and step == 2 else {}
+        return {"latents": tensors["latents"] * 1.01} if change and step == 2 else {}
 
-    halve = False
+    change = False
     call |= {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": ["latents", "denoised"]}
     draw(pipe, **call)
     steps, timesteps, states, shapes = zip(*seen)
     assert steps == (*range(6),) and sorted(timesteps, reverse=True) == [*timesteps]
     assert {*shapes} == {call["latents"].shape} and not any(a.equal(b) for a, b in zip(states, states[1:]))
     torch.testing.assert_close(states[0], call["latents"])
-    halve = True
+    change = True
     with pytest.raises(ValueError, match="callback can't change the latents"):
         draw(pipe, **call)
 
