@@ -351,13 +351,15 @@ def _brownian_noise(shape: tuple[int, ...], device: Any, there: bool, sigmas: to
     """k-diffusion's, of one tree from the lowest to the highest level, which draws on the device if `there`."""
     positive, on = sigmas[sigmas > 0], device if there else "cpu"
     ends = positive[-1].to(on), positive[0].to(on)
-    tree = k_diffusion().BrownianTreeNoiseSampler(torch.zeros(shape, dtype=torch.float32, device=on), *ends, seed)
+    with torch.device(on):
+        tree = k_diffusion().BrownianTreeNoiseSampler(torch.zeros(shape, dtype=torch.float32), *ends, seed)
     low, high = (round(end.item(), 6) for end in ends)  # as torchsde does, which warns of times beyond
 
     def noise_sampler(*of_step: torch.Tensor) -> torch.Tensor:
         # dpmpp_sde asks for exp(log(sigma)), ComfyUI's for sigma: the tree gives other noise for other last digits
         times = (next((s for s in positive if abs(s - sigma) < 1e-6 * s), sigma) for sigma in of_step)
-        return tree(*(torch.as_tensor(time).cpu().double().clamp(low, high) for time in times)).to(device)
+        with torch.device(on):
+            return tree(*(torch.as_tensor(time).cpu().double().clamp(low, high) for time in times)).to(device)
 
     return noise_sampler
 
