@@ -119,7 +119,7 @@ def times_of(whole=1.0, **outside):
     return {name: [(2 * (whole + one), 2 * one, 2) for one in rounds] for name, rounds in outside.items()}
 
 
-def test_ratios_of_what_is_outside_and_goals_missed(capsys):
+def test_goals_missed():
     """A goal is missed by more than the spread: heun's whole times are 1.001, 1.006 and 1.011 of the stock loop's."""
     met = {"ours": [0.044] * 3, "stock": [0.04] * 3, "k-diffusion": [0.04] * 3, "scheduler": [0.045] * 3}
     met["bare"] = [0.0] * 3
@@ -129,14 +129,8 @@ def test_ratios_of_what_is_outside_and_goals_missed(capsys):
 
     rows = {"euler": times_of(**met), **heun(0.001, 0.006, 0.011)}
     assert overhead.table("sdxl, demo", rows, "cpu") == []
-    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-2].strip("|").split("|")]
-    assert cells[:3] == ["euler", "2", "1044.00 (0.00)"] and cells[7] == "44.00, 40.00, 40.00, 45.00"
-    assert cells[8:] == ["1.004 (0.000)", "1.005 (0.000)", "1.100 (0.000)", "1.023 (0.000)"]
     missed = "sdxl, demo, heun: ours / stock is 1.009, the goal 1.005"
     assert overhead.table("sdxl, demo", rows | heun(0.0065, 0.009, 0.0115), "cpu") == [missed]
-    # a GPU's times are whole: outside is not known there
-    cuda = {name: [(seconds, math.nan, 1)] for name, seconds in {"ours": 1.0, "stock": 1.25, "bare": 1.0}.items()}
-    assert overhead.ratios(cuda) == {"ours / stock": (pytest.approx(0.8), pytest.approx(0))}
 
 
 def test_what_a_gpu_runs_runs_on_a_cpu(monkeypatch, capsys):
@@ -170,22 +164,10 @@ def test_gpu_sh_runs_each_part_and_goes_on_after_one_that_fails(tmp_path):
     assert run("nope").returncode == 2
 
 
-def test_bad_options_are_reported_in_one_line(capsys):
-    with pytest.raises(SystemExit):
-        overhead.main(["--samplers", "nope"])
-    assert "argument --samplers: " in capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_gpu_is_reported_in_one_line():
     with pytest.raises(SystemExit, match="there is no CUDA device here"):
         overhead.main(["--size", "full"])
-
-
-def test_step_noise_has_the_same_numbers_in_every_dtype():
-    draw = precision.float32_noise(3), precision.float32_noise(3)
-    single, half = draw[0]((4, 4), dtype=torch.float64), draw[1]((4, 4), dtype=torch.float16)
-    torch.testing.assert_close(half.double(), single, rtol=2**-10, atol=1e-4)
 
 
 def test_precision_compares_image_by_image():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import itertools
 import math
@@ -426,14 +425,6 @@ def test_what_is_refused(pipes, changes, message):
     for model in ("sdxl", "flux"):
         with pytest.raises(ValueError, match=message):
             ksampler(pipes[model], **settings(f"{model}/euler/simple/4/0", **changes))
-
-
-def test_the_file_works_alone():
-    """It imports the standard library, torch and scipy; k-diffusion and ComfyUI only when they are needed."""
-    tree = ast.parse((ROOT / "comfy_ksampler.py").read_text())
-    imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported - sys.stdlib_module_names == {"torch", "scipy"}
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
