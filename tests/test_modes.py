@@ -94,13 +94,14 @@ NETWORK_MODES = {
     # the network's dtype is the one that it computes in
     "layerwise casting": lambda pipe: network(pipe).enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
     "FreeU": lambda pipe: pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.1, b2=1.2),  # Si et al. 2023
+    "a VAE's mean": lambda pipe: pipe.vae.register_to_config(latents_mean=[0.5, 0, -0.5, 0], latents_std=[0.9] * 4),
 }
-CHANGING = ("layerwise casting", "FreeU")
+CHANGING, ON_BOTH = ("layerwise casting", "FreeU", "a VAE's mean"), [*NETWORK_MODES][:-2]
 
 
-@pytest.mark.parametrize("name, mode", [(n, m) for n in CHILDREN for m in NETWORK_MODES if (n, m) != ("flux", "FreeU")])
+@pytest.mark.parametrize("name, mode", [("sdxl", m) for m in NETWORK_MODES] + [("flux", m) for m in ON_BOTH])
 def test_modes_of_the_network(name, mode):
-    """What the parent draws with the same network; two modes change the picture."""
+    """What the parent draws with the same network; three modes change the picture."""
     pipe = load(CHILDREN[name], name)
     plain = draw(pipe, name)
     NETWORK_MODES[mode](pipe)
