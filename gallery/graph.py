@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
-# Nodes that are understood, or change no setting. Any other node before the picture is reported as unused.
-PLAIN = set(
+# Nodes whose settings are read, or which have none. Any other node before the picture is reported as unused.
+UNDERSTOOD = set(
     """CheckpointLoaderSimple CheckpointLoader UNETLoader VAELoader CLIPLoader DualCLIPLoader VAEDecode CLIPTextEncode
     CLIPTextEncodeSDXL CLIPTextEncodeFlux ConditioningZeroOut FluxGuidance ModelSamplingFlux KSamplerSelect
     BasicScheduler RandomNoise CFGGuider BasicGuider EmptyLatentImage EmptySD3LatentImage PrimitiveNode PrimitiveInt
     PrimitiveFloat PrimitiveString PrimitiveStringMultiline Note MarkdownNote Reroute""".split()
 ) | {*SAMPLERS}
 LATENT = ("latent_image", "latent", "samples", "images", "image", "pixels")
-# The inputs by which nodes pass a kind of thing on, the preferred ones first. Other kinds have an input of that name.
+# The inputs by which nodes pass latents and conditioning on, the preferred first. Others have an input of that name.
 PASSED = {"latent": LATENT, "conditioning": ("conditioning", "positive", "conditioning_to", "conditioning_1")}
 TEXTS = ("populated_text", "text", "text_g", "text_l", "prompt", "t5xxl", "clip_l", "clip_g")  # of encoders
 SETTINGS = {*"noise_seed seed steps cfg sampler_name scheduler denoise width height batch_size guidance".split()}
-DRAWS = re.compile("model|guider|latent|samples|pipe|tuple|context|ctx")  # a sampler is linked to one of them
-# A text or a number passes a node with one input beside these, unless the node's name says that it changes it.
+DRAWS = re.compile("model|guider|latent|samples|pipe|tuple|context|ctx")  # a sampler has a link of such a name
+# A node with only one input beside these passes a text or number unchanged, unless the node's name matches CHANGES.
 KNOB = re.compile("control_(after|before)_generate|Update inputs|preview|decode")
 CHANGES = re.compile(
     "(?i)random|shuffl|replac|regex|split|substr|trim|strip|clean|truncat|case|format|extract|remov|pars|translat"
@@ -59,28 +59,28 @@ def links_of(inputs: dict[str, Any]) -> dict[str, Any]:
 @dataclass
 class Graph:
     nodes: dict[str, tuple[str, dict[str, Any]]]
-    read: set[str] = field(default_factory=set)  # the nodes on the way to values
+    read: set[str] = field(default_factory=set)  # the nodes between settings and their values
     joined: dict[str, Any] = field(default_factory=dict)  # the texts of the nodes that join texts
 
-    def way(self, value: Any, kind: str, preferred: str = "") -> Iterator[str]:
-        """The nodes from a link up, each once, along `preferred`, the kind's inputs in `PASSED`, or the only link."""
-        met: set[str] = set()
-        while (name := linked(value)) in self.nodes and name not in met:
-            met.add(name)
+    def upstream(self, value: Any, kind: str, preferred: str = "") -> Iterator[str]:
+        """The nodes upstream of a link, each once: by `preferred`, the kind's inputs in `PASSED`, or the only link."""
+        visited: set[str] = set()
+        while (name := linked(value)) in self.nodes and name not in visited:
+            visited.add(name)
             yield name
             kind_of_node, inputs = self.nodes[name]
             links = {key: link for key, link in links_of(inputs).items() if linked(link) in self.nodes}
-            only = [*links] if len(links) == 1 and kind_of_node not in PLAIN - {"Reroute"} else []
+            only = [*links] if len(links) == 1 and kind_of_node not in UNDERSTOOD - {"Reroute"} else []
             keys = (preferred, *PASSED.get(kind, (kind,)), *only)
             value = next((links[key] for key in keys if key in links), None)
 
     def value(self, given: Any, setting: str) -> Any:
         """An input's value, along its link; None if that leads nowhere. Raises `Unread` where a node may change it."""
-        met: list[str] = []
+        visited: list[str] = []
         while name := linked(given):
-            if name not in self.nodes or name in met:
+            if name not in self.nodes or name in visited:
                 return None
-            met.append(name)
+            visited.append(name)
             kind, inputs = self.nodes[name]
             plain = {key: value for key, value in inputs.items() if not KNOB.search(key)}
             own = {key: value for key, value in plain.items() if not idle(value)} or dict([*plain.items()][:1])
@@ -96,7 +96,7 @@ class Graph:
                     raise Unread(kind)
             else:
                 raise Unread(kind)
-        self.read.update(met)
+        self.read.update(visited)
         return given
 
     def _joined(self, name: str, kind: str, inputs: dict[str, Any]) -> Any:
@@ -124,7 +124,7 @@ class Graph:
         return joined
 
     def typed(self, given: Any, setting: str, kind: type) -> Any:
-        """The value of an input as text, or as a number, which may be written as text. None if it is no such thing."""
+        """The value of an input as text, or as a number, which may be written as text. None for any other value."""
         value = self.value(given, setting)
         if kind is str:
             return value if isinstance(value, str) else None
@@ -132,7 +132,7 @@ class Graph:
             raise Unread(self.nodes[name][0])
         return number
 
-    def before(self, names: list[str]) -> list[str]:
+    def ancestors(self, names: list[str]) -> list[str]:
         """The ids of these nodes and of all nodes that lead to them, the nearest first."""
         found, new = dict.fromkeys(names), names
         while new:

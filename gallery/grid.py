@@ -74,7 +74,7 @@ def _run(family: Family, options: Namespace) -> int:
     units = units_of(name, module, samplers, options)
     own = [(column, unit) for share, column, unit in units if share % state.num_processes == state.process_index]
 
-    @functools.lru_cache(options.batch)  # the latest prompts: all samplers draw them
+    @functools.lru_cache(options.batch)  # all samplers draw the latest prompts
     def encoded(prompt: str, guidance: float, dtype: str | None) -> dict[str, Any]:
         with refusing(Exception, text=reason):
             return encode(family, pipe, prompt, column)
@@ -87,8 +87,8 @@ def _run(family: Family, options: Namespace) -> int:
             column = columns[number]
             bar.set_postfix_str(unit[0].name)
             wanted = [{**settings[number][one.row], "prompt": one.prompt, "seed": str(one.seed)} for one in unit]
-            its = [_kept(*one) if options.resume else Drawn(one[0], None) for one in zip(unit, wanted)]
-            missing = [one for one in its if one.path is None]
+            results = [_kept(*one) if options.resume else Drawn(one[0], None) for one in zip(unit, wanted)]
+            missing = [one for one in results if one.path is None]
             if column.dtype != dtype and missing:
                 dtype, pipe = column.dtype, None
                 gc.collect()  # the weights of only one dtype are in memory
@@ -103,10 +103,10 @@ def _run(family: Family, options: Namespace) -> int:
             elif missing:
                 each = [encoded(one.prompt, column.guidance, column.dtype) for one in unit]
                 tensors = [key for key, value in each[0].items() if torch.is_tensor(value)]
-                _draw(pipe, its, wanted, each[0] | {key: torch.cat([one[key] for one in each]) for key in tensors})
-            drawn += its
+                _draw(pipe, results, wanted, each[0] | {key: torch.cat([one[key] for one in each]) for key in tensors})
+            drawn += results
             bar.update(len(unit))
-            for one in () if interactive else its:
+            for one in () if interactive else results:
                 print(f"{one.picture.path.name}: {outcome(one)}", file=sys.stderr, flush=True)
 
     order = {one: i for i, one in enumerate(one for _, _, unit in units for one in unit)}
@@ -126,7 +126,7 @@ def units_of(name: str, module: Any, samplers: list[str], options: Namespace) ->
     """In the order of drawing: the process (modulo their number), the column, the pictures of one batch.
 
     A picture depends on its batch by rounding, so batches do not depend on the pictures that are there already or on
-    the number of processes. A sampler that chooses its steps by their error draws alone, and so does ComfyUI's noise.
+    the number of processes. dpm_adaptive, whose steps depend on the batch, and --comfy draw one picture at a time.
     """
     seeds = range(options.seed, options.seed + options.seeds)
     places: list[tuple[str, str, int]] = []
@@ -143,7 +143,7 @@ def units_of(name: str, module: Any, samplers: list[str], options: Namespace) ->
         alone = options.comfy or "rtol" in module.find_sampler(VARIANTS.get(sampler, [sampler])[0]).arguments
         share = number + block + column  # so that all processes draw the slow samplers
         units += [(share, column, unit) for unit in ([[one] for one in pictures] if alone else [pictures])]
-    # each dtype's network is loaded once
+    # so that each dtype's network is loaded only once
     return sorted(units, key=lambda unit: unit[1]) if options.axis == "dtype" else units
 
 
@@ -185,7 +185,7 @@ def _check_names(module: Any, options: Namespace, columns: list[Namespace]) -> l
 
 def _runnable(pipe: Any, samplers: list[str], settings: list[dict[str, dict[str, str]]]) -> list[str]:
     """The samplers of ComfyUI that run here with all columns' settings. Prints how many are left out, and why."""
-    runs, why = [], set[str]()
+    runs, reasons = [], set[str]()
     for name in samplers:
         try:
             for column in settings:
@@ -194,14 +194,14 @@ def _runnable(pipe: Any, samplers: list[str], settings: list[dict[str, dict[str,
                 _arguments(pipe, column[name])
             runs.append(name)
         except ImportError as error:
-            why.add(str(error).split(", and ", 1)[-1])
-    if why:
-        print(f"{len(samplers) - len(runs)} of ComfyUI's samplers are left out: {'; '.join(sorted(why))}.")
+            reasons.add(str(error).split(", and ", 1)[-1])
+    if reasons:
+        print(f"{len(samplers) - len(runs)} of ComfyUI's samplers are left out: {'; '.join(sorted(reasons))}.")
     return runs
 
 
 def _settings(family: Family, pipe: Any, module: Any, model: str, options: Namespace, sampler: str) -> dict[str, str]:
-    """What a picture depends on, as text for the PNG. `sigmas` are t on FLUX. ValueError: such a picture can't be."""
+    """What a picture depends on, as text for the PNG. `sigmas` are t on FLUX. ValueError: they can't be drawn."""
     flux = family.name == "flux"
     steps = options.steps or (4 if flux and not pipe.transformer.config.guidance_embeds else family.steps)
     if given := listed(options.schedule):
@@ -290,7 +290,7 @@ def _arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
 def _kept(picture: Picture, wanted: dict[str, str]) -> Drawn:
     """The picture, if it is there already, complete and with these settings."""
     try:
-        found = {"comfy": "False", **(read_settings(picture.path) or {})}  # older plain pictures do not name it
+        found = {"comfy": "False", **(read_settings(picture.path) or {})}  # older pictures without --comfy lack it
     except ValueError:
         found = {}
     if any(found.get(key) != value for key, value in wanted.items()):

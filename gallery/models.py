@@ -118,7 +118,7 @@ def _check_file(family: Family, source: str) -> None:
     tensors = _tensors(Path(source))
     if any(re.search(r"lora_(up|down|A|B|unet|te)|\.lora\.|hada_w1|lokr_w", name) for name in tensors):
         example = f'pipe.load_lora_weights("{source}")'
-        raise Refused(f"--model: {source} is a LoRA, which goes on top of a model: in Python, {example}")
+        raise Refused(f"--model: {source} is a LoRA, which is loaded on top of a model: in Python, {example}")
     try:
         kind = infer_diffusers_model_type(tensors)
     except Exception:

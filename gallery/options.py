@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
 OFFLOAD = ("auto", "none", "model", "sequential")
 TRUE_CFG = 2.0
-OFFLOAD_HELP = "keep the model in main memory, for small GPUs; auto does where the free memory is too small"
+OFFLOAD_HELP = "keep the model in main memory, for small GPUs; auto does so where too little GPU memory is free"
 SCHEDULES = """karras, exponential, polyexponential, ComfyUI's simple, normal, sgm_uniform, ddim_uniform, beta,
-    linear_quadratic and kl_optimal, 'scheduler' for its own"""
+    linear_quadratic and kl_optimal, or 'scheduler' for the scheduler's own"""
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 AXES = ("steps", "schedule", "guidance", "dtype")  # one of them may have several values, the columns of a sheet
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator.manual_seed takes
-STEPS, SIDE, BATCH, PICTURES = 1000, 4096, 256, 100_000  # at most
+STEPS, SIDE, BATCH, PICTURES = 1000, 4096, 256, 100_000  # the largest allowed values
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ FLUX = Family(
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in one line. --help has the usage."""
+    """Reports an error in one line. --help has the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -72,7 +72,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     """The options of a grid. Raises SystemExit(2), with one line, for values that can't be right."""
     parser = Parser(
         description=f"Draws every sampler of k-diffusion with {family.name.upper()}, from the same noise, into a grid.",
-        epilog="Without --model: the real model on a machine with CUDA, the demo model of this folder on any other."
+        epilog="Without --model: the real model on a machine with CUDA, the demo model of this repository elsewhere."
         " --steps, --schedule, --guidance or --dtype may have several values, which are the columns of a sheet.",
     )
     add, flux = parser.add_argument, family is FLUX
@@ -81,7 +81,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--steps", type=steps, nargs="+", metavar="N", help=f"(default: {family.steps}{', schnell: 4' * flux})")
     schedules = f"noise levels (default: {family.schedule or 'scheduler'}): {SCHEDULES}"
     add("--schedule", type=text, nargs="+", metavar="NAME", help=schedules)
-    discard = "drop the last level but one, as the web UI does for DPM2, DPM2 a and DPM++ 3M SDE"
+    discard = "drop the second-to-last level, as the web UI does for DPM2, DPM2 a and DPM++ 3M SDE"
     add("--discard-penultimate", dest="discard", action="store_true", help=discard)
     add("--width", type=side, help="pixels (default: the model's)")
     add("--height", type=side, help="pixels (default: the model's)")
@@ -93,9 +93,9 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     add("--prompts", type=Path, metavar="FILE", help="draw every line of a text file instead of --prompt")
     add("--seed", type=seed, default=2, help="of the noise, the same for every sampler (default: %(default)s)")
     add("--seeds", type=_seeds, default=1, metavar="N", help="draw N seeds, from --seed on (default: 1)")
-    batch = "draw N prompts and seeds at once (default: 1); changes only their rounding, so --resume keeps any"
+    batch = "draw N prompts and seeds at once (default: 1); pictures differ by rounding, and --resume ignores it"
     add("--batch", type=_batch, default=1, metavar="N", help=batch)
-    comfy = f"draw what ComfyUI's KSampler draws, with all of its samplers that run (levels: {family.comfy_schedule})"
+    comfy = f"draw what ComfyUI's KSampler draws, by default with all of its samplers (levels: {family.comfy_schedule})"
     add("--comfy", action="store_true", help=comfy)
     nodes = "packs of ComfyUI's custom nodes, by name or path, whose samplers and schedules can then be named"
     add("--custom-nodes", nargs="+", default=[], metavar="NAME", help=nodes)
@@ -112,15 +112,15 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
         defaults, unread = _of_picture(parser, family, options)
         parser.set_defaults(**defaults)
         options = parser.parse_args(arguments)
-        for name, why in unread.items():  # of the command line, or not at all
+        for name, why in unread.items():  # the command line has to set these
             if getattr(options, name) is None and not (name == "prompt" and options.prompts):
                 option = f"--{name.replace('_', '-')}"
                 parser.error(f"argument --from: {options.picture}: the {why}; name it with {option}")
     if options.discard and options.comfy:
-        parser.error("argument --discard-penultimate: goes without --comfy, whose samplers drop the level themselves")
+        parser.error("argument --discard-penultimate: not with --comfy, whose samplers drop the level themselves")
     check_size(parser, family, options)
     if options.prompt is not None and options.prompts is not None:
-        parser.error("argument --prompts: goes without --prompt, its lines are the prompts")
+        parser.error("argument --prompts: not with --prompt; the file's lines are the prompts")
     options.prompt = PROMPT if options.prompt is None else options.prompt
     if flux:
         if not options.comfy:  # ComfyUI guides away from an empty text too
@@ -144,7 +144,7 @@ def parse(family: Family, arguments: list[str] | None = None) -> argparse.Namesp
     if options.comfy and options.seed < 0:
         parser.error(f"argument --seed: ComfyUI's seeds begin at 0, but this is {options.seed}")
     if (last := options.seed + options.seeds - 1) not in SEEDS:
-        parser.error(f"argument --seeds: the last of them would be {last}, but there are none past {SEEDS[-1]}")
+        parser.error(f"argument --seeds: the last seed would be {last}, but the largest is {SEEDS[-1]}")
     if options.samplers is not None:
         options.samplers = [name.strip() for names in options.samplers for name in names.split(",") if name.strip()]
         if not options.samplers:
@@ -166,7 +166,7 @@ def _split_columns(parser: argparse.ArgumentParser, options: argparse.Namespace)
 
 
 def number(kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """A `type` for argparse that refuses in words."""
+    """A `type` for argparse whose error says what is wanted."""
 
     def read(text: str) -> Any:
         with contextlib.suppress(ValueError):

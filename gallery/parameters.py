@@ -4,9 +4,9 @@
     Negative prompt: what not to draw
     Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5.0, Seed: 2, Size: 1024x1024, Model: ...
 
-A value with a comma, a colon or a line break is quoted as JSON. Names that the web UI lacks stand unchanged. What the
-text can't express has a second entry: `ComfyUI sampler` for a sampler that the web UI spells like another one, and
-`Exact prompt` for a prompt that would be read as something else.
+A value with a comma, a colon or a line break is quoted as JSON. Names that the web UI lacks stand unchanged. An entry
+of our own follows where the text is ambiguous: `ComfyUI sampler` for a sampler that the web UI spells like another
+one, and `Exact prompt` for a prompt that would be read differently.
 """
 
 import json
@@ -35,7 +35,7 @@ ALIASES = {"ddim": "DDIM"} | {f"dpmpp_{sde}_gpu": SAMPLERS[f"dpmpp_{sde}"] for s
 # samplers of k-diffusion with an option, by ComfyUI's names; the web UI has labels for them
 VARIANTS = {"dpmpp_2m_sde_heun": ("dpmpp_2m_sde", {"solver_type": "heun"})}
 LABELS = SAMPLERS | ALIASES | {"dpmpp_2m_sde_heun": "DPM++ 2M SDE Heun"}
-# For these the web UI makes one more level and drops the last but one. ComfyUI does so for the first two.
+# For these the web UI makes one more level and drops the second-to-last. ComfyUI does so for the first two.
 DISCARDING = ("dpm_2", "dpm_2_ancestral", "dpmpp_3m_sde")
 # The web UI's "Automatic" is the sampler's own schedule. Other samplers, and samplers without a schedule before version
 # 1.9, have levels even in the trained timesteps: the web UI's "Uniform", ComfyUI's "normal".
@@ -52,7 +52,7 @@ _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 def write_parameters(settings: dict[str, str]) -> str:
     """The text of a picture's settings. FLUX's guidance is its `Distilled CFG Scale`, and true CFG its `CFG scale`.
 
-    Where the web UI drops a level with which this picture was drawn, or the reverse, the text says so.
+    The text says whether a level was dropped, if the web UI would do the opposite for this sampler.
     """
     values = dict(settings)
     sampler = values.get("sampler", "")
@@ -79,7 +79,7 @@ def write_parameters(settings: dict[str, str]) -> str:
 def read_parameters(text: str) -> dict[str, str]:
     """The settings in a text of `write_parameters` or of the web UI.
 
-    Unknown samplers and schedules keep their names. `discard` is "True" where the last level but one was dropped.
+    Unknown samplers and schedules keep their names. `discard` is "True" where the second-to-last level was dropped.
     """
     lines, found = read_pairs(text)
     settings = dict(zip(("prompt", "negative_prompt"), _prompts(lines)))
@@ -96,8 +96,8 @@ def read_parameters(text: str) -> dict[str, str]:
         if found["Sampler"] == "DDIM" and not {"comfy", "alias"} & settings.keys() and "App" not in found:
             settings["schedule"] = "ddim_uniform"  # the web UI's, whatever the schedule type
     settings |= {"sampler": settings.pop("alias")} if "alias" in settings else {}
-    there = "App" not in found and settings.get("sampler") in DISCARDING  # SD.Next's samplers are diffusers'
-    if "comfy" in settings or settings.setdefault("discard", str(there)) != "True":
+    drops = "App" not in found and settings.get("sampler") in DISCARDING  # SD.Next's samplers are diffusers'
+    if "comfy" in settings or settings.setdefault("discard", str(drops)) != "True":
         settings.pop("discard", None)
     if "distilled" in settings:
         settings["true_cfg"], settings["guidance"] = settings.get("guidance", "1.0"), settings.pop("distilled")
@@ -112,7 +112,7 @@ def read_pairs(text: str) -> tuple[list[str], dict[str, str]]:
     for last in [i for i in reversed(range(len(lines))) if lines[i].startswith("Steps: ")] + [len(lines) - 1]:
         if len(found := dict(_PAIR.findall(lines[last]))) >= 3:
             return lines[:last], found
-    return lines, {}  # as in the web UI: then the last line belongs to the prompt
+    return lines, {}  # without pairs the last line belongs to the prompt, as in the web UI
 
 
 def _prompts(lines: list[str]) -> tuple[str, str]:
@@ -123,7 +123,7 @@ def _prompts(lines: list[str]) -> tuple[str, str]:
     return "\n".join(stripped[:first]).strip(), "\n".join(negative).strip()
 
 
-def _form(name: str) -> str:
+def _key(name: str) -> str:
     """A common form of a name's spellings: "DPM++ 2S a", "dpmpp_2s_a" and "k_dpmpp_2s_a" are the same."""
     return re.sub(r"[\s_-]", "", name.strip().lower().removeprefix("sample_").removeprefix("k_").replace("++", "pp"))
 
@@ -134,16 +134,16 @@ def split_sampler(label: str) -> tuple[str, str]:
     An unknown sampler keeps its name, without a folder before it, as in RES4LYF's.
     """
     label = label.strip().rpartition("/")[2]
-    names = {_form(name): name for name in LABELS} | {_form(LABELS[name]): name for name in (*SAMPLERS, *VARIANTS)}
+    names = {_key(name): name for name in LABELS} | {_key(LABELS[name]): name for name in (*SAMPLERS, *VARIANTS)}
     names["ddim"] = "euler"  # the same without eta
-    known = _form(label) not in names and re.fullmatch(_IN_ONE, label, re.IGNORECASE)
+    known = _key(label) not in names and re.fullmatch(_IN_ONE, label, re.IGNORECASE)
     alone, schedule = known.groups() if known else (label, "")
-    return names.get(_form(alone), alone), schedule_name(schedule)
+    return names.get(_key(alone), alone), schedule_name(schedule)
 
 
 def schedule_name(label: str, sampler: str = "") -> str:
-    names = {_form(text): name for name, text in SCHEDULES.items() for text in (name, text)}
-    return {"uniform": EVEN, "automatic": AUTOMATIC.get(sampler, EVEN), **names}.get(_form(label), label)
+    names = {_key(text): name for name, text in SCHEDULES.items() for text in (name, text)}
+    return {"uniform": EVEN, "automatic": AUTOMATIC.get(sampler, EVEN), **names}.get(_key(label), label)
 
 
 def listed(schedule: str | None) -> list[float] | None:

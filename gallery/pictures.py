@@ -74,7 +74,7 @@ def difference(one: Path, other: Path) -> float:
 
 
 def _comment(comment: bytes | str) -> str:
-    """EXIF's UserComment: eight bytes that name its encoding, then the text. The zeros tell UTF-16's byte order."""
+    """EXIF's UserComment: eight bytes that name its encoding, then the text. The zeros show UTF-16's byte order."""
     if isinstance(comment, str):
         return comment
     code, text = comment[:8], comment[8:]
@@ -92,7 +92,7 @@ def contact_sheet(
 
     Args:
         title: texts above the grid, the first one larger. A long text ends in an ellipsis.
-        entries: row by row. The note is a line above its picture, in a table lines below it, or why it failed.
+        entries: row by row. A note is above its picture, in a table below it, or says why the picture failed.
         cell: pixels of a picture's longer side; in a table at most, and at most twice the picture's own.
         top, left: labels of a table's columns and rows.
     """

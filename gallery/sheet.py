@@ -1,4 +1,4 @@
-"""What became of the pictures: a table of numbers, and for each prompt and seed a sheet, as a PNG and as a page."""
+"""The results of a grid: a table of numbers, and for each prompt and seed a sheet, as a PNG and as a page."""
 
 import base64
 from argparse import Namespace
@@ -78,9 +78,9 @@ def finish(
     else:
         print(f"\n{'':{wide}}{'pictures':>10}{'kept':>6}{'evaluations':>12}{'seconds':>10}")
         for name in dict.fromkeys(one.picture.name for one in drawn):
-            there = [one for one in drawn if one.picture.name == name and one.path]
-            kept, evaluations = sum(bool(one.note) for one in there), sum(one.evaluations for one in there)
-            print(f"{name:{wide}}{len(there):10}{kept:6}{evaluations:12}{sum(one.seconds for one in there):10.1f}")
+            done = [one for one in drawn if one.picture.name == name and one.path]
+            kept, evaluations = sum(bool(one.note) for one in done), sum(one.evaluations for one in done)
+            print(f"{name:{wide}}{len(done):10}{kept:6}{evaluations:12}{sum(one.seconds for one in done):10.1f}")
         lost = [*(f"FAILED: {one.picture.path}: {one.error}" for one in failed), *lost]
         summary += f", {len(sheets)} sheets" + "".join(f" like {path}" for path in sheets[:1])
     print(*lost, summary, sep="\n")
@@ -92,7 +92,7 @@ def write_sheet(
 ) -> None:
     """Writes the pictures of one prompt and seed as a sheet, and with `html` as a page. The longer side goes down.
 
-    `distances`: how far each picture is from the last one of its row stands under the picture.
+    `distances`: under each picture stands its distance from the last picture of its sampler.
     """
     at = {(one.picture.row, one.picture.column): one for one in drawn}
     rows, columns = ([*dict.fromkeys(names)] for names in zip(*at))

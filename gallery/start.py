@@ -1,4 +1,4 @@
-"""Start and end of a script: if it is refused or interrupted, it prints at most one line, and no traceback."""
+"""Start and end of a script: after a refusal or Ctrl-C it prints at most one line, and no traceback."""
 
 import argparse
 import contextlib
@@ -64,7 +64,7 @@ def set_wait_policy(options: argparse.Namespace) -> None:
 
 
 def _running_processes() -> int:
-    """The threads on this machine that run or are ready to run, with this one: the median of five moments.
+    """The threads on this machine that run or are ready to run, this one included: the median of five readings.
 
     The load average follows only after a minute. 0 on other systems than Linux.
     """

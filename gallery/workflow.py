@@ -2,7 +2,7 @@
 
 ComfyUI writes its graph into `prompt`: {id: {"class_type": ..., "inputs": {name: value or [id, output]}}}. The settings
 are found along the links, from a node that saves, up to the first sampler, and on to the sampler's inputs. A node's
-kind is known by its inputs. The output of a node that may change it is not guessed: it is left out and reported.
+kind is known by its inputs. If a node may change a value, that value is not guessed, but left out and reported.
 """
 
 import inspect
@@ -28,8 +28,8 @@ class Settings:
     """The settings of a picture.
 
     `values` may have `prompt`, `negative_prompt`, `seed`, `steps`, `cfg`, `sampler_name`, `scheduler`, `denoise`,
-    `width`, `height`, `guidance` (FLUX's distilled guidance), `model` (a file's name) and `discard` (True: the last
-    level but one is dropped). A `scheduler` may be levels, "14.6, 3, 0". `family` is "sdxl", "flux", or None: unknown.
+    `width`, `height`, `guidance` (FLUX's distilled guidance), `model` (a file's name) and `discard` (True: the
+    second-to-last level is dropped). A `scheduler` may be levels, "14.6, 3, 0". `family` is "sdxl", "flux" or None.
     `unused` names everything else that the picture depends on, and `unread` the node of each setting that can't be
     known. `comfy`: ComfyUI drew the picture, or this project with `--comfy`.
     """
@@ -92,19 +92,19 @@ def _read_graph(graph: Graph, settings: Settings) -> None:
     sources = {linked(value) for _, inputs in nodes.values() for value in inputs.values()}
     ends = [name for name in nodes if name not in sources and {*nodes[name][1]} & {*graphs.LATENT}]
     ends.sort(key=lambda name: ("preview" in nodes[name][0].lower(), "save" not in nodes[name][0].lower()))
-    used = graph.before(ends)
+    used = graph.ancestors(ends)
     passes = [name for name in used if name in samplers] or sorted(samplers)
     if not passes:
         return
-    ways = ([name for name in graph.way([end, 0], "latent") if name in samplers] for end in [*ends, *passes])
-    *later, first = next(filter(None, ways))  # no other pass made the latent of the last one on the way up
+    chains = ([name for name in graph.upstream([end, 0], "latent") if name in samplers] for end in [*ends, *passes])
+    *later, first = next(filter(None, chains))  # the farthest upstream is the first pass
     settings.unused += [f"a later {nodes[name][0]}" for name in later]
     settings.unused += [f"another {nodes[name][0]}" for name in passes if name not in (first, *later)]
     _read_sampler(graph, first, settings)
     unread = settings.unread.items()
     settings.unused += [f"the {setting.replace('_', ' ')} could not be read ({node})" for setting, node in unread]
-    known, plain = samplers | graph.read | {*ends}, graphs.PLAIN | {*settings.unread.values()}
-    for name in graph.before([first]) + used:
+    known, plain = samplers | graph.read | {*ends}, graphs.UNDERSTOOD | {*settings.unread.values()}
+    for name in graph.ancestors([first]) + used:
         kind, inputs = nodes[name]
         files = [value for key, value in inputs.items() if key.endswith("_name") and isinstance(value, str)]
         if kind not in plain and name not in known:
@@ -124,7 +124,7 @@ def _read_sampler(graph: Graph, name: str, settings: Settings) -> None:
     kind, own = graph.nodes[name]
     values, links, fields = settings.values, graphs.links_of(own), own
     for part in ("guider", "noise", "sampler"):
-        for node in graph.way(own.get(part), part):
+        for node in graph.upstream(own.get(part), part):
             fields = graph.nodes[node][1] | fields
 
     def read(setting: str, value: Callable[..., Any], *given: Any) -> None:
@@ -135,8 +135,8 @@ def _read_sampler(graph: Graph, name: str, settings: Settings) -> None:
             settings.unread[setting] = str(error) if isinstance(error, Unread) else kind
 
     if "sigmas" in links:
-        way = [graph.nodes[node] for node in graph.way(links["sigmas"], "sigmas")]
-        source, levels = next((node for node in way if not linked(node[1].get("sigmas"))), (kind, {}))
+        chain = [graph.nodes[node] for node in graph.upstream(links["sigmas"], "sigmas")]
+        source, levels = next((node for node in chain if not linked(node[1].get("sigmas"))), (kind, {}))
         fields |= {key: levels.get(key) for key in ("scheduler", "steps", "denoise")}
         if "scheduler" not in levels:
             read("scheduler", _levels, graph, source, levels)
@@ -163,16 +163,16 @@ def _read_sampler(graph: Graph, name: str, settings: Settings) -> None:
         settings.unused.append(f"steps {start or 0} to {end} alone")
     for setting, side in (("prompt", "positive"), ("negative_prompt", "negative")):
         read(setting, _read_prompt, graph, fields.get(side), side, settings)
-    for node in graph.way(fields.get("positive"), "conditioning", "positive"):
-        if "guidance" not in {*values, *settings.unread}:  # of FLUX, on the way to the text
+    for node in graph.upstream(fields.get("positive"), "conditioning", "positive"):
+        if "guidance" not in {*values, *settings.unread}:  # FLUX's, between the sampler and the text
             read("guidance", graph.typed, graph.nodes[node][1].get("guidance"), "guidance", float)
-    for node in graph.way(fields.get("latent_image"), "latent"):
+    for node in graph.upstream(fields.get("latent_image"), "latent"):
         for key, value in graph.nodes[node][1].items():
             side = key.removeprefix("empty_latent_")
             if side in {"width", "height"} - {*values, *settings.unread}:
                 read(side, graph.typed, value, side, int)
             settings.unused += [f"batch_size {value}"] * (key == "batch_size" and value not in (0, 1))
-    for node in graph.way(fields.get("model"), "model"):
+    for node in graph.upstream(fields.get("model"), "model"):
         inputs = graph.nodes[node][1]
         if isinstance(file := inputs.get("ckpt_name", inputs.get("unet_name")), str):
             values["model"] = file
@@ -202,7 +202,7 @@ def _read_prompt(graph: Graph, link: Any, side: str, settings: Settings) -> str 
     if isinstance(link, str):  # the sampler's node encodes, too
         return link
     kind = node = ""
-    for node in graph.way(link, "conditioning", side):
+    for node in graph.upstream(link, "conditioning", side):
         kind, inputs = graph.nodes[node]
         if kind == "ConditioningZeroOut":
             return ""
@@ -218,8 +218,8 @@ def _read_prompt(graph: Graph, link: Any, side: str, settings: Settings) -> str 
     return graph.typed([node, 0], "prompt", str) if node else None
 
 
-def _read_parameters(text: str, settings: Settings, whole: bool = False) -> None:
-    """`whole`: an older version of this project drew the picture. It dropped no level and did not say so."""
+def _read_parameters(text: str, settings: Settings, older: bool = False) -> None:
+    """`older`: an older version of this project drew the picture, dropped no level and wrote no `discard`."""
     found, others, values = read_parameters(text), read_pairs(text)[1], settings.values
     settings.comfy = "comfy" in found
     names = {"sampler": "sampler_name", "schedule": "scheduler"}
@@ -227,7 +227,7 @@ def _read_parameters(text: str, settings: Settings, whole: bool = False) -> None
     values |= {names.get(name, name): found[name] for name in kept & found.keys()}
     if values.get("scheduler") == "scheduler":
         del values["scheduler"]  # the pipeline's own schedule
-    if "discard" in found and not (whole and "Discard penultimate sigma" not in others):
+    if "discard" in found and not (older and "Discard penultimate sigma" not in others):
         values["discard"] = True
     flux = "true_cfg" in found
     settings.family = "flux" if flux else _family_of(found.get("model", ""))

@@ -118,7 +118,7 @@ FLUX_KEY = "double_blocks.0.img_attn.norm.key_norm.scale"
 @pytest.mark.parametrize(
     "family, names, message",
     [
-        (SDXL, ["lora_unet_input_blocks_4_1_proj_in.lora_down.weight"], "is a LoRA, which goes on top of a model"),
+        (SDXL, ["lora_unet_input_blocks_4_1_proj_in.lora_down.weight"], "is a LoRA, which is loaded on top of a model"),
         (FLUX, ["transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight"], "is a LoRA"),
         (FLUX, [UNET_KEY, SDXL_KEY], "is a checkpoint of SDXL, not of FLUX; test.py draws it"),
         (SDXL, [FLUX_KEY], "is a checkpoint of FLUX, not of SDXL; test_flux.py draws it"),
