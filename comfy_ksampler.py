@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from scipy.special import betaincinv
 
-# k-diffusion's samplers that give ComfyUI's latents on both models ("ddim" is ComfyUI's name for Euler's method)
+# k-diffusion's samplers that give ComfyUI's latents on both models ("ddim" is ComfyUI's second name for "euler")
 SAME = ("euler", "ddim", "heun", "dpm_2", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2m")
-# ... and on SDXL only. On FLUX: ||k-diffusion's latents - ComfyUI's|| / ||ComfyUI's||. Above 1 is another picture.
-FLUX_APART = {"euler_ancestral": 1.2, "dpm_2_ancestral": 0.04, "dpmpp_2s_ancestral": 1.2}
-FLUX_APART |= {f"dpmpp_{sde}{gpu}": 0.004 for sde in ("sde", "2m_sde", "3m_sde") for gpu in ("", "_gpu")}
+# those that do so on SDXL only, and on FLUX ||k-diffusion's latents - ComfyUI's|| / ||ComfyUI's||
+FLUX_DISTANCES = {"euler_ancestral": 1.2, "dpm_2_ancestral": 0.04, "dpmpp_2s_ancestral": 1.2}
+FLUX_DISTANCES |= {f"dpmpp_{sde}{gpu}": 0.004 for sde in ("sde", "2m_sde", "3m_sde") for gpu in ("", "_gpu")}
 OWN = """euler_cfg_pp euler_ancestral_cfg_pp heunpp2 exp_heun_2_x0 exp_heun_2_x0_sde dpmpp_2s_ancestral_cfg_pp
     dpmpp_2m_cfg_pp dpmpp_2m_sde_heun dpmpp_2m_sde_heun_gpu ddpm lcm ipndm ipndm_v deis res_multistep
     res_multistep_cfg_pp res_multistep_ancestral res_multistep_ancestral_cfg_pp gradient_estimation
     gradient_estimation_cfg_pp er_sde seeds_2 seeds_3 sa_solver sa_solver_pece uni_pc uni_pc_bh2""".split()
-SAMPLERS = (*SAME, *FLUX_APART, *OWN)
+SAMPLERS = (*SAME, *FLUX_DISTANCES, *OWN)
 SKIPPING = ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2")  # these make one more level and skip the last but one
 
 
@@ -82,15 +82,15 @@ def ksampler(
     call = {"schedule": sigmas, "num_inference_steps": len(sigmas) - 1, "num_images_per_prompt": len(latents)}
     call |= {"latents": sampling.packed(latents), "generator": generator, "width": width, "height": height}
     call |= {"parameterization": "flow"} if flow else {"quantize_timesteps": True}
-    # the cfg_pp samplers look at the negative prompt at 1, too
+    # the cfg_pp samplers use the negative prompt even at cfg 1
     call["true_cfg_scale" if flow else "guidance_scale"] = max(cfg, 1 + 2**-23) if "cfg_pp" in sampler_name else cfg
     if sampler_name in SAME:
         positive = sigmas[sigmas > 0]
-        if sampler_name in ("dpm_fast", "dpm_adaptive") and len(positive) > 1:  # their ends and number count
+        if sampler_name in ("dpm_fast", "dpm_adaptive") and len(positive) > 1:  # they use only the ends and the number
             call["schedule"] = torch.linspace(*positive[[0, -1]], len(sigmas), dtype=torch.float32, device="cpu")
         return call | {"sampler": {"ddim": "euler", "lms": _lms}.get(sampler_name, sampler_name)}
     brownian, on_cpu = sampler_name.startswith("dpmpp") and "_sde" in sampler_name, device.type == "cpu"
-    if flow or sampler_name not in FLUX_APART:
+    if flow or sampler_name not in FLUX_DISTANCES:
         if not isinstance(comfy := _comfyui(), ImportError):
             theirs = comfy.samplers.sampler_object(sampler_name)
             function = functools.partial(theirs.sampler_function, **theirs.extra_options)
@@ -98,7 +98,7 @@ def ksampler(
             return call | {"sampler": comfy_sampler(function, pipe, width, height, seed - before, cfg)}
         if sampler_name in OWN:
             raise ImportError(f"`sampler_name`: {sampler_name!r} is ComfyUI's own, and {comfy}")
-        warnings.warn(f"{sampler_name} is k-diffusion's, {FLUX_APART[sampler_name]} off, as {comfy}", stacklevel=2)
+        warnings.warn(f"{sampler_name} is k-diffusion's, {FLUX_DISTANCES[sampler_name]} off, as {comfy}", stacklevel=2)
     generator_of_steps = torch.Generator(device).manual_seed((seed + (on_cpu and noise == "today")) % 2**64)
     white = functools.partial(torch.randn, latents.shape, generator=generator_of_steps, device=device)
     tree = brownian and _brownian_noise(latents.shape, device, sampler_name.endswith("_gpu"), sigmas, seed)
@@ -198,8 +198,8 @@ def comfy_sampler(
     """A sampler for `pipe(sampler=...)` from a function written for ComfyUI, its own or a custom node's, unmodified.
 
     On FLUX the function sees t, and latents unpacked to this width and height: call with parameterization="flow".
-    With a seed it makes its own noise; without one its `noise_sampler` is the pipeline's. `cfg`, the call's guidance,
-    is for functions that ask for the prediction without guidance.
+    With a seed the function makes its own noise; else its `noise_sampler` is the pipeline's. `cfg`, the call's
+    guidance, is for functions that ask for the prediction without guidance.
     """
     comfy, sampling = _comfyui(), model_sampling(pipe, width, height)
     flow, loaded = isinstance(sampling, Flow), sys.modules.get("comfy.model_sampling")
@@ -209,7 +209,7 @@ def comfy_sampler(
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         ours = _Model(model, sampling, cfg or (None if flow else getattr(pipe, "_guidance_scale", None)))
         x, at = sampling.unpacked(x), sigmas.to(x.device, copy=True)  # uni_pc writes into the levels
-        surface, given = (ours, {}) if isinstance(comfy, ImportError) else _comfyuis(comfy, ours, x, at)
+        surface, given = (ours, {}) if isinstance(comfy, ImportError) else _comfy_model(comfy, ours, x, at)
         if draw := options.get("noise_sampler"):
             options["noise_sampler"] = lambda *sigmas: sampling.unpacked(draw(*sigmas))
         options["callback"] = callback and functools.partial(ours.call_back, callback)
@@ -219,7 +219,7 @@ def comfy_sampler(
                 torch.randn(x.numel(), generator=torch.manual_seed(seed), dtype=torch.float32, device="cpu")
             end = function(surface, x, at, extra_args=given, disable=disable, **options)
         if not isinstance(end, torch.Tensor):
-            return end  # which the pipeline refuses
+            return end  # the pipeline raises the error
         whole = flow and sigmas[-1] == 0  # uni_pc has set the last level to 0.001: ComfyUI divides by 0.999 then
         return sampling.packed(end.to(x.dtype) / (1 - at[-1]) if whole else end.to(x.dtype))
 
@@ -255,7 +255,7 @@ class _Model:
         self.packed = packed = self.sampling.packed(x)
         found = self.model(packed, sigma, with_uncond=True) if both else [self.model(packed, sigma)]
         if packed is not x:
-            x.copy_(self.sampling.unpacked(packed))  # which the pipeline may have changed
+            x.copy_(self.sampling.unpacked(packed))  # a callback may have changed the latents
         guided, *negative = map(self.sampling.unpacked, found)
         return [guided, *(one + (guided - one) / self.cfg for one in negative), *negative]
 
@@ -272,7 +272,7 @@ class _Model:
         callback({"sigma": sigma, "sigma_hat": sigma, **info, "x": x, "denoised": pack(info["denoised"])})
 
 
-def _comfyuis(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+def _comfy_model(comfy: Any, ours: _Model, x: torch.Tensor, sigmas: torch.Tensor) -> tuple[Any, dict[str, Any]]:
     """`model` made of ComfyUI's classes, and its part of `extra_args`. The pipeline guides, and no model is moved."""
 
     class Model(comfy.model_base.BaseModel):
@@ -331,7 +331,7 @@ def _comfyui() -> Any:
 
 
 def _lms(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """k-diffusion's, with x0 for the step to zero, as ComfyUI's."""
+    """k-diffusion's lms, but with x0 for the step to zero, as in ComfyUI."""
     last = int((sigmas > 0).sum()) - 1
     x = k_diffusion().sample_lms(model, x, sigmas[: last + 1], extra_args, callback, disable)
     return k_diffusion().sample_euler(model, x, sigmas[last:], extra_args, callback, disable)
@@ -452,8 +452,8 @@ def model_sampling(pipe: Any, width: int = 0, height: int = 0) -> Any:
                 low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
                 mu = low + (rows * columns // 4 - few) * (high - low) / (many - few)
                 shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-            kin = re.search(r"\b(Flux|Chroma|LTX|Qwen|LongCat)\w*'", str(type(pipe).__mro__))
-            return Flow(shift, rows, columns, 10_000 if kin else 1000)
+            of_flux = re.search(r"\b(Flux|Chroma|LTX|Qwen|LongCat)\w*'", str(type(pipe).__mro__))
+            return Flow(shift, rows, columns, 10_000 if of_flux else 1000)
         if config.get("sigma_min") and ("sigma_data" in config or config.get("timestep_type") == "continuous"):
             table = torch.linspace(math.log(config["sigma_min"]), math.log(config["sigma_max"]), 1000).exp()
             time = {"timestep": lambda sigma: 0.25 * sigma.log(), "sigma": lambda timestep: (timestep / 0.25).exp()}

@@ -73,10 +73,10 @@ def stand_in(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def without_hub() -> Iterator[None]:
-    """What tests load from the hub is made here, for as long as this lasts."""
+    """While this is open, small local objects replace what tests load from the hub."""
     names = "PreTrainedTokenizerBase PreTrainedModel AutoConfig AutoTokenizer ProcessorMixin AutoProcessor"
     with contextlib.ExitStack() as stack:
-        # its decorators stand above tests, none of which runs here
+        # these packages only decorate tests, none of which runs here
         stack.enter_context(
             mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in ("parameterized", "requests_mock")})
         )
@@ -115,9 +115,9 @@ def testers(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def stock_schedulers(scheduler: Any) -> Iterator[Any]:
-    """Euler's method as schedulers of diffusers, for what this one was made for; the first that runs is taken.
+    """Schedulers of diffusers that take Euler's steps, in place of this one; the first that runs is used.
 
-    The last is none: what only a scheduler that draws noise can run has nothing to be equal to.
+    The last is None: a pipeline that runs only with schedulers that draw noise has no counterpart.
     """
     config = scheduler.config
     if "final_sigmas_type" in config:  # Cosmos' end at the lowest positive level: KDiffusionScheduler goes on to zero
@@ -147,13 +147,13 @@ def call(method: Any, *arguments: Any) -> Any:
     return method(*arguments[: sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)])
 
 
-def late(*_: Any) -> None:
+def time_out(*_: Any) -> None:
     raise TimeoutError(f"more than {SECONDS} s")
 
 
 def draw(tester: Any, pipe: Any, scheduler: Any, steps: int, **options: Any) -> torch.Tensor:
-    """All that a call of this pipeline returns, as one vector. The options go before the tester's inputs."""
-    getattr(pipe, "decoder_pipe", pipe).scheduler = scheduler  # Kandinsky's combined ones hand it on when they are made
+    """All that a call of this pipeline returns, as one vector. The options take precedence over the tester's inputs."""
+    getattr(pipe, "decoder_pipe", pipe).scheduler = scheduler  # Kandinsky's combined pipelines have their own copy
     torch.manual_seed(0)
     inputs = {**call(tester.get_dummy_inputs, "cpu"), **options}
     if "num_inference_steps" in inputs:
@@ -217,7 +217,7 @@ def measure(tester_class: type, samplers: list[str], config: dict[str, Any] | No
         )
         row["stock"] = None if expected is None else type(stock).__name__
         row["difference"] = None if expected is None else ((found - expected).norm() / expected.norm()).item()
-        row["seen"] = ((found - other).norm() / found.norm()).item() > CLOSE  # what is returned shows the sampler
+        row["seen"] = ((found - other).norm() / found.norm()).item() > CLOSE  # the output depends on the sampler
     except Exception as error:
         return {**row, "stage": stage, "reason": reason(error)}
     row["samplers"], row["failed"], row["rounded"], row["right"] = 0, {}, [], {}
@@ -275,7 +275,7 @@ def grid(path: Path, steps: int = 20) -> None:
     prompt, entries = "Astronaut in a jungle, cold color palette", []
     with tempfile.TemporaryDirectory() as folder:
         for name in ("", *(one for one in sampler_names() if one != "dpm_adaptive")):
-            image, note = start, "the picture that the others begin with"
+            image, note = start, "the picture that the others start from"
             if name:
                 pipe.scheduler = KDiffusionScheduler.from_scheduler(own, sampler=name)
                 image = pipe(prompt, image=start, strength=0.8, **scene, generator=seed(0)).images[0]
@@ -292,17 +292,17 @@ def main() -> None:
     parser.add_argument("--diffusers", type=Path, metavar="FOLDER", help="a checkout of diffusers")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="only draw image to image with every sampler")
     parser.add_argument("--only", default="", metavar="TEXT", help="pipelines with this in their test's name")
-    parser.add_argument("--base", type=json.loads, metavar="JSON", help="the config of another scheduler for all")
+    parser.add_argument("--base", type=json.loads, metavar="JSON", help="the config of a scheduler for all pipelines")
     known = [name for name in sampler_names() if name != "dpm_adaptive"]
     parser.add_argument("--samplers", nargs="*", default=known, help="names; default: all but dpm_adaptive")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep rows in this JSON file, and go on from it")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep rows in this JSON file, and continue from it")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "any-pipeline.md", help="whose table is replaced")
     options = parser.parse_args()
     if options.grid:
         return grid(options.grid)
     if not options.diffusers:
         parser.error("pass --diffusers FOLDER or --grid FILE")
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGALRM, time_out)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     diffusers.utils.logging.set_verbosity(logging.CRITICAL)
@@ -324,7 +324,7 @@ def main() -> None:
     ran = [row for row in rows if "difference" in row]
     every = sum(row["samplers"] == len(options.samplers) for row in ran)
     head = f"diffusers {diffusers.__version__}: {len(rows)} pipelines, {len(ran)} ran, {close} equal to {CLOSE:.0e}."
-    head += f" With {every} of them every sampler was k-diffusion's to {CLOSE:.0e}."
+    head += f" In {every} of them every sampler agreed with k-diffusion's to {CLOSE:.0e}."
     print(head)
     if not (options.only or options.base):
         page = options.page.read_text() if options.page.exists() else "<!-- table -->\n"

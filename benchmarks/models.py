@@ -33,7 +33,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "flux": (FluxComfyPipeline, diffusers.FluxPipeline),
 }
 DPM_SOLVER = {"algorithm_type": "dpmsolver", "solver_order": 3, "final_sigmas_type": "sigma_min"}
-# the scheduler of the same method; lms takes its order from the step, dpm_fast mixes orders 3, 2 and 1
+# the scheduler of the same method; lms starts at order 1, dpm_fast mixes orders 3, 2 and 1
 SDXL_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
@@ -168,7 +168,7 @@ def function(sampler: str) -> Callable[..., torch.Tensor]:
 
 
 def stochastic(sampler: str) -> bool:
-    """Whether it adds noise by default: dpm_fast and dpm_adaptive do not."""
+    """Whether a sampler adds noise by default. dpm_fast and dpm_adaptive do not."""
     parameters = inspect.signature(function(sampler)).parameters
     return "noise_sampler" in parameters and "sigma_min" not in parameters
 

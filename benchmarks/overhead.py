@@ -95,7 +95,7 @@ def bare(bench: Bench) -> Callable[[int], None]:
 def alone(bench: Bench) -> Callable[[int, str], torch.Tensor]:
     """k-diffusion alone: its sampler and its own wrapper of the network, with nothing from this project.
 
-    It has no wrapper for FLUX, for which `flow` returns x - t v and sigma is t. The step noise is k-diffusion's own.
+    For FLUX, which it has no wrapper for, `flow` returns x - t v and sigma is t. The step noise is k-diffusion's own.
     Samplers that place their own levels end at the lowest positive one.
     """
     args, kwargs = inputs(bench)
@@ -220,8 +220,8 @@ def table(title: str, rows: dict[str, Times], generator: str) -> list[str]:
         cells += ["{:.3f} ({:.3f})".format(*found[name]) if name in found else "none" for name in shown]
         print(f"| {sampler} | {times['ours'][0][2]} | {' | '.join(cells)} |", flush=True)
         limit = goal(sampler, generator)
-        for name, (ratio, around) in found.items():
-            if "stock" in name and round(ratio - around, 3) > limit:
+        for name, (ratio, half_range) in found.items():
+            if "stock" in name and round(ratio - half_range, 3) > limit:
                 missed.append(f"{title}, {sampler}: {name} is {ratio:.3f}, the goal {limit:.3f}")
     return missed
 

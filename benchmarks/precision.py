@@ -59,7 +59,7 @@ def stock_noise(bench: Bench, scheduler: Any, seed: int) -> Iterator[None]:
 
 
 def our_noise(bench: Bench, sampler: str, seed: int, shape: torch.Size) -> dict[str, Any]:
-    """`sampler_kwargs` with the step noise that the sampler would get, with the same numbers for every dtype."""
+    """`sampler_kwargs` with the sampler's usual step noise, with the same numbers for every dtype."""
     if "noise_sampler" not in inspect.signature(function(sampler)).parameters:
         return {}
     state = torch.promote_types(bench.network.dtype, torch.float32)

@@ -1,13 +1,13 @@
 """Plots every sampler's error against its evaluations of the network, and prints FLUX's table.
 
     uv run benchmarks/work_precision.py                        # all four models
-    uv run benchmarks/work_precision.py --model closed-form    # the one whose answer is known, a few minutes
+    uv run benchmarks/work_precision.py --model closed-form    # a mixture with a known exact solution, a few minutes
 
 Deterministic samplers: the distance from the converged sample of the same noise, ||x - ref|| / ||ref||. Where there are
 many samples, the median: a few that end in another mode would dominate a mean.
 Stochastic samplers: the sliced Wasserstein distance between their samples and true ones (closed form) or converged ones
 (demo models, over 2x2 patches of latents). Measurements are kept in work_precision.json in `--output` and are not
-repeated, also not with other versions of the dependencies. Delete that file to measure again.
+repeated, even with other versions of the dependencies. Delete that file to measure again.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def flux_table(results: Results) -> None:
     def distance(sampler: str, column: str, steps: int) -> float | None:
         drawing, parameterization = columns[column]
         if column == "velocity" and takes(sampler, "rtol"):
-            return None  # its error control may not end
+            return None  # its error control might never end
         return drawing.distance(drawing.draw(sampler, steps, parameterization=parameterization)[1])
 
     print(f"\nFLUX, closed form: distance at 20 and 50 steps (two sets of true samples: {model.floor():.3f})\n")

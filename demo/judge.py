@@ -15,7 +15,7 @@ PARTS = {"subject": list(SUBJECTS), "place": list(PLACES), "palette": list(PALET
 Judge = Callable[[Sequence[Image.Image]], torch.Tensor]
 
 
-def known(scene: Scene) -> list[int]:
+def labels(scene: Scene) -> list[int]:
     """The positions of a scene's parts in `PARTS`."""
     return [names.index(getattr(scene, part)) for part, names in PARTS.items()]
 
@@ -28,7 +28,7 @@ def _pixels(image: Image.Image) -> torch.Tensor:
 def train_judge(count: int = 5000, steps: int = 700) -> tuple[Judge, torch.Tensor]:
     """The judge, and for each part how often it is right for 500 unseen drawings.
 
-    A third of its training drawings are blurred, so that sharpness is no cue. The judge maps pictures to positions in
+    Half of its training drawings are blurred, so that sharpness is no cue. The judge maps pictures to positions in
     `PARTS`, shape (pictures, 4).
     """
     with torch.random.fork_rng(devices=[]):
@@ -41,7 +41,7 @@ def _train(count: int, steps: int) -> tuple[Judge, torch.Tensor]:
     scenes = [random_scene(rng) for _ in range(count + 500)]
     blur = [ImageFilter.GaussianBlur(rng.choice((0, 0, 0.7, 1.5))) for _ in scenes]
     x = torch.stack([_pixels(draw(scene).filter(b)) for scene, b in zip(scenes, blur)])
-    y = torch.tensor([known(scene) for scene in scenes])
+    y = torch.tensor([labels(scene) for scene in scenes])
     sizes = [len(names) for names in PARTS.values()]
 
     def block(a: int, b: int) -> list[nn.Module]:
@@ -63,8 +63,8 @@ def _train(count: int, steps: int) -> tuple[Judge, torch.Tensor]:
     model.eval()
 
     @torch.no_grad()
-    def names(batch: torch.Tensor) -> torch.Tensor:
+    def classify(batch: torch.Tensor) -> torch.Tensor:
         return torch.stack([part.argmax(1) for part in model(batch).split(sizes, dim=1)], dim=1)
 
-    right = (names(x[count:]) == y[count:]).float().mean(0)
-    return lambda images: names(torch.stack([_pixels(image) for image in images])), right
+    accuracy = (classify(x[count:]) == y[count:]).float().mean(0)
+    return lambda images: classify(torch.stack([_pixels(image) for image in images])), accuracy

@@ -98,7 +98,7 @@ def make_vae(stage: str, **config: float) -> AutoencoderKL:
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64),  # the cost sits at full resolution: a narrow first level
+        block_out_channels=(16, 32, 64, 64),  # full resolution costs most, so the first level is narrow
         layers_per_block=1,
         latent_channels=16 if flux else 4,
         norm_num_groups=8,
@@ -114,11 +114,11 @@ def train_vae(stage: str, plan: Plan, work: Path, device: torch.device) -> None:
     """Encoder and decoder. In the stages named "more" the latents stay near those that the networks know."""
     pictures = drawings(work, indices(stage))
     vae = make_vae(stage)
-    known = None
+    old_vae = None
     if stage.endswith("more"):
         before = stage.replace("vae", "decoder").removesuffix("-more")
-        known = load_average(work / f"{before}.pt", {"vae": vae}, device)["vae"]
-        vae = copy.deepcopy(known).requires_grad_(True)
+        old_vae = load_average(work / f"{before}.pt", {"vae": vae}, device)["vae"]
+        vae = copy.deepcopy(old_vae).requires_grad_(True)
     run = Run(stage, work, {"vae": vae}, device, plan)
     latent_channels = vae.config.latent_channels
 
@@ -130,9 +130,9 @@ def train_vae(stage: str, plan: Plan, work: Path, device: torch.device) -> None:
             y = vae.decode(posterior.mean + posterior.std * noise).sample
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         loss = difference(y, x) + 2e-4 * 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        if known is not None:
+        if old_vae is not None:
             with torch.no_grad(), run.autocast():
-                old = known.encode(x).latent_dist.mean.float()
+                old = old_vae.encode(x).latent_dist.mean.float()
             loss = loss + 0.03 * (mean - old).pow(2).mean()
         return loss
 
@@ -393,7 +393,7 @@ def flux_batch(
     factors: dict,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str], int]:
     """Packed noised latents, their noise - x0, t, captions and the number of T5 tokens."""
-    # the pipeline pads to 512 tokens or a given number: some batches do so; they cost more and are smaller
+    # pipelines pad prompts to 512 tokens or a given number; batches like these cost more, so they are smaller
     length, batch = {15: (512, run.batch // 8), 7: (64, run.batch * 3 // 4)}.get(step % 16, (CAPTION_TOKENS, run.batch))
     picked = pick(run.name, rng, batch)
     noise = torch.randn((2, batch, 16, 16, 16), generator=generator)
@@ -498,7 +498,7 @@ def save(family: str, work: Path, out: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.to(dtype=torch.float16)
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
-        encoder.float()  # transformers loads what it finds, diffusers float32: they have to fit together
+        encoder.float()  # transformers loads the saved dtype, diffusers float32: the dtypes have to agree
     pipe.save_pretrained(temporary, safe_serialization=True)
     for tokenizer in ("tokenizer", "tokenizer_2"):
         for file in ("vocab.json", "merges.txt"):  # CLIP's, for transformers before version 5
@@ -513,7 +513,7 @@ def save(family: str, work: Path, out: Path) -> None:
 def recover(work: Path, out: Path) -> None:
     """Writes checkpoints, tokenizers and factors from the saved pipelines. The stages named "more" continue from them.
 
-    Both stages of an autoencoder get the same weights, since the encoder of the second is that of the first.
+    Both stages of an autoencoder get the same weights, since both stages have the same encoder.
     """
     sdxl = StableDiffusionXLPipeline.from_pretrained(out / "sdxl")
     flux = FluxPipeline.from_pretrained(out / "flux")

@@ -40,7 +40,7 @@ def load(family: str, folder: Path):
     return pipe
 
 
-def asked(number: int) -> list[Scene]:
+def scenes_of_round(number: int) -> list[Scene]:
     """One scene for every subject (the inner loop) in every place. Palette and tone alternate."""
     pairs = [(subject, place) for place in PLACES for subject in SUBJECTS]
     colours = [(palette, tone) for palette in PALETTES for tone in TONES]
@@ -69,7 +69,7 @@ def sheet(drawn: list[Image.Image]) -> Image.Image:
 def table(rows: list[tuple[str, Scene, list[bool]]]) -> str:
     """Per cent right, in Markdown, from (sampler, prompted scene, [subject right, place, palette, tone]).
 
-    A picture is right when both its subject and its place are. Of the tones, muted and vivid count, not plain.
+    A picture is right if both its subject and its place are right. Prompts with a plain tone do not count for the tone.
     """
     lines = ["| | pictures | right | subject | place | palette | tone |", "|---|---|---|---|---|---|---|"]
 
@@ -90,16 +90,16 @@ def table(rows: list[tuple[str, Scene, list[bool]]]) -> str:
 
 
 def measure(pipe, family: str, rounds: int = ROUNDS) -> str:
-    from judge import known, train_judge
+    from judge import labels, train_judge
 
-    judge, alone = train_judge()
-    print("the judge on drawings:", ", ".join(f"{100 * share:.1f}" for share in alone.tolist()), flush=True)
+    judge, accuracy = train_judge()
+    print("the judge on drawings:", ", ".join(f"{100 * share:.1f}" for share in accuracy.tolist()), flush=True)
     rows = []
     for number in range(rounds):
         for sampler in SAMPLERS:
-            scenes = asked(number)
-            named = judge(pictures(pipe, family, scenes, 1000 * number, sampler)).tolist()
-            rows += [(sampler, s, [a == b for a, b in zip(known(s), n)]) for s, n in zip(scenes, named)]
+            scenes = scenes_of_round(number)
+            judged = judge(pictures(pipe, family, scenes, 1000 * number, sampler)).tolist()
+            rows += [(sampler, s, [a == b for a, b in zip(labels(s), j)]) for s, j in zip(scenes, judged)]
     return table(rows)
 
 
@@ -108,10 +108,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("family", choices=list(SETTINGS))
     parser.add_argument("--folder", type=Path, help="the pipeline (default: the demo model)")
     parser.add_argument("--sheet", type=Path, help="write the 48 pictures to this file, PNG or JPEG")
-    parser.add_argument("--sampler", default=SAMPLERS[0], help="the sheet's (default: %(default)s)")
+    parser.add_argument("--sampler", default=SAMPLERS[0], help="of the sheet (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="print the table")
     parser.add_argument(
-        "--rounds", type=int, default=ROUNDS, help="of 96 pictures, for the table (default: %(default)s)"
+        "--rounds", type=int, default=ROUNDS, help="rounds of 96 pictures for the table (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     if not (options.sheet or options.table):

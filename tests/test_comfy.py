@@ -40,7 +40,7 @@ def pipes():
 
 @pytest.fixture(autouse=True)
 def no_comfyui(monkeypatch):
-    """Wherever the tests run."""
+    """ComfyUI can't be imported, even if it is installed."""
     monkeypatch.setitem(sys.modules, "comfy", None)
 
 
@@ -48,7 +48,7 @@ def no_comfyui(monkeypatch):
     "model, sampler_name",
     [
         *itertools.product(["sdxl", "flux"], comfy_ksampler.SAME),
-        *(("sdxl", name) for name in comfy_ksampler.FLUX_APART),
+        *(("sdxl", name) for name in comfy_ksampler.FLUX_DISTANCES),
     ],
 )
 @pytest.mark.filterwarnings("error::UserWarning")  # torchsde's, of times beyond its ends
@@ -65,10 +65,10 @@ def test_latents_are_comfyuis(pipes, record_property, model, sampler_name):
     assert worst < {"sdxl": 1e-6, "flux": 5e-7}[model]
 
 
-@pytest.mark.parametrize("sampler_name", comfy_ksampler.FLUX_APART)
+@pytest.mark.parametrize("sampler_name", comfy_ksampler.FLUX_DISTANCES)
 def test_flux_samplers_that_comfyui_rewrites(pipes, record_property, sampler_name):
     """Without ComfyUI, k-diffusion's samplers run, with one warning that gives at least their distance."""
-    worst, apart = 0.0, comfy_ksampler.FLUX_APART[sampler_name]
+    worst, apart = 0.0, comfy_ksampler.FLUX_DISTANCES[sampler_name]
     for key in references("flux", sampler_name):
         with pytest.warns(UserWarning, match=f"{sampler_name} is k-diffusion's, {apart} off") as caught:
             call = ksampler(pipes["flux"], **settings(key))
@@ -274,7 +274,7 @@ def test_a_function_written_for_comfyui(pipes, model):
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
-def test_its_noise_is_the_pipelines_or_the_seeds(pipes, model):
+def test_noise_of_a_function_follows_the_generator_or_the_seed(pipes, model):
     """Without a seed, `noise_sampler` draws from the caller's generator; with a seed the function makes its noise."""
     pipe = pipes[model]
     call = ksampler(pipe, **settings(f"{model}/euler/simple/6/0"))
@@ -290,7 +290,7 @@ def test_its_noise_is_the_pipelines_or_the_seeds(pipes, model):
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
-def test_callbacks_see_its_steps(comfyui, pipes, model):
+def test_callbacks_see_the_steps_of_a_function(comfyui, pipes, model):
     """They see the state of each evaluation, packed on FLUX, also of ipndm, which always reports its first x."""
     pipe, call, seen = pipes[model], ksampler(pipes[model], **settings(f"{model}/ipndm/simple/6/0")), []
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import vocabulary
 from conftest import FAMILIES, seeded
-from judge import PARTS, known, train_judge
+from judge import PARTS, labels, train_judge
 from PIL import Image
 from scenes import PALETTES, PLACES, SUBJECTS, TONES, Scene, caption
 
@@ -22,15 +22,15 @@ def judge():
 
 
 def prompts(count: int) -> tuple[list[str], torch.Tensor]:
-    """Prompts in the vocabulary, every subject and place in turn, with what they ask for."""
+    """Prompts in the vocabulary, every subject in turn in random places, with their labels."""
     rng = random.Random(7)
-    texts, asked = [], []
+    texts, expected = [], []
     for i in range(count):
         subject, place = list(SUBJECTS)[i % len(SUBJECTS)], rng.choice(list(PLACES))
         scene = Scene(subject, place, rng.choice(("cold", "warm", "neutral")), rng.choice(("muted", "plain")))
         texts.append(caption(scene, rng, partial=0))
-        asked.append(known(scene))
-    return texts, torch.tensor(asked)
+        expected.append(labels(scene))
+    return texts, torch.tensor(expected)
 
 
 CALLS = {"sdxl": {"schedule": "karras"}, "flux": {"max_sequence_length": 64}}
@@ -47,10 +47,10 @@ def pictures(pipe, family: str, texts: list[str], **call) -> list[Image.Image]:
 
 
 @FAMILIES
-def test_thirty_pictures_show_what_was_asked(name, request, judge):
-    texts, asked = prompts(30)
+def test_thirty_pictures_show_their_prompts(name, request, judge):
+    texts, expected = prompts(30)
     drawn = pictures(request.getfixturevalue(name), name, texts)
-    right = dict(zip(PARTS, (judge(drawn) == asked).float().mean(0).tolist()))
+    right = dict(zip(PARTS, (judge(drawn) == expected).float().mean(0).tolist()))
     assert min(right["subject"], right["place"]) >= 0.9, right
 
 
@@ -62,8 +62,8 @@ def blueness(pipe, family: str, texts: list[str], **call) -> float:
 
 @pytest.mark.parametrize("family, scale", [("sdxl", {"guidance_scale": 5.0}), ("flux", {"true_cfg_scale": 2.0})])
 def test_palette(family, scale, request):
-    """Cold prompts give bluer pictures than warm ones. As the negative prompt of one that leaves the palette open,
-    they steer away from it."""
+    """Cold prompts give bluer pictures than warm ones. As negative prompts of a prompt
+    without a palette, they steer away from their palette."""
     pipe, places = request.getfixturevalue(family), ("jungle", "desert", "city")
     blue, without = {}, {}
     for palette in ("cold", "warm"):
@@ -73,9 +73,9 @@ def test_palette(family, scale, request):
     assert blue["cold"] > 1.1 > 0.9 > blue["warm"] and without["warm"] > 1.15 * without["cold"]
 
 
-def test_the_vocabulary_is_asked_for_whole():
+def test_a_round_has_the_whole_vocabulary():
     """Each subject in each place once a round, and each pair of palette and tone; another order in another round."""
-    rounds = [vocabulary.asked(number) for number in range(3)]
+    rounds = [vocabulary.scenes_of_round(number) for number in range(3)]
     for scenes in rounds:
         assert {(s.subject, s.place) for s in scenes} == {(a, b) for a in SUBJECTS for b in PLACES}
         assert {(s.palette, s.tone) for s in scenes} == {(a, b) for a in PALETTES for b in TONES}
@@ -84,7 +84,7 @@ def test_the_vocabulary_is_asked_for_whole():
 
 def test_the_table_counts_what_is_right():
     """One picture of 96 has the wrong place and tone."""
-    scenes = vocabulary.asked(0)
+    scenes = vocabulary.scenes_of_round(0)
     rows = [(sampler, s, [True] * 4) for s in scenes for sampler in vocabulary.SAMPLERS]
     wrong = next(i for i, (_, s, _) in enumerate(rows) if s.tone == "muted" and s.place == "sea")
     rows[wrong] = (*rows[wrong][:2], [True, False, True, False])
