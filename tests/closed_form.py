@@ -1,4 +1,4 @@
-"""Calls of the pipelines on the model whose answer is known, for tests and benchmarks."""
+"""Calls of the pipelines on the model with a known exact solution, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from parity.exact import Mixture, Transformer, UNet, patched, solve
 
 
 class PassesVelocity(Transformer):
-    """Made so that the pipeline's `denoised` is the velocity."""
+    """A planted fault: the pipeline's `denoised` becomes the velocity."""
 
     def velocity(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return (x - super().velocity(x, t)) / t

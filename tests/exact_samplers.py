@@ -9,7 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 
-def asked(model, x, sigmas, i, callback, at=None):
+def predict(model, x, sigmas, i, callback, at=None):
     """The prediction at step i, with the callback that belongs to it."""
     at = sigmas[i] if at is None else at
     denoised = model(x, at * x.new_ones([len(x)]))
@@ -39,7 +39,7 @@ def euler(model, x, sigmas, extra_args=None, callback=None, disable=None, factor
 def multistep(model, x, sigmas, extra_args=None, callback=None, disable=None, sign=1.0, weight=1.0, history=""):
     old = torch.zeros_like(x) if history == "zeros" else None
     for i in range(len(sigmas) - 1):
-        denoised = asked(model, x, sigmas, i, callback)
+        denoised = predict(model, x, sigmas, i, callback)
         if sigmas[i + 1] == 0:
             return denoised
         h, better = (sigmas[i] / sigmas[i + 1]).log(), denoised
@@ -56,7 +56,7 @@ def rk4(model, x, sigmas, extra_args=None, callback=None, disable=None):
         def slope(x, sigma):
             return (x - model(x, sigma * x.new_ones([len(x)]))) / sigma
 
-        s, h, k1 = sigmas[i], sigmas[i + 1] - sigmas[i], (x - asked(model, x, sigmas, i, callback)) / sigmas[i]
+        s, h, k1 = sigmas[i], sigmas[i + 1] - sigmas[i], (x - predict(model, x, sigmas, i, callback)) / sigmas[i]
         if sigmas[i + 1] == 0:
             return x + h * k1
         k2 = slope(x + h / 2 * k1, s + h / 2)
@@ -74,7 +74,7 @@ def ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, no
         "": lambda i: noise_sampler(sigmas[i], sigmas[i + 1]),
     }
     for i in range(len(sigmas) - 1):
-        high, low, denoised = sigmas[i], sigmas[i + 1], asked(model, x, sigmas, i, callback)
+        high, low, denoised = sigmas[i], sigmas[i + 1], predict(model, x, sigmas, i, callback)
         up = (low**2 * (high**2 - low**2) / high**2) ** 0.5
         x = denoised + (low**2 - up**2) ** 0.5 / high * (x - denoised)
         noise = sources[draws](i).to(x)
@@ -89,7 +89,7 @@ def churn(model, x, sigmas, extra_args=None, callback=None, disable=None, strong
     for i in range(len(sigmas) - 1):
         high = sigmas[i] * (1 + min(20 / (len(sigmas) - 1), 0.4))
         x = x + strong * torch.randn_like(x) * (high**2 - sigmas[i] ** 2) ** 0.5
-        denoised = asked(model, x, sigmas, i, callback, at=high)
+        denoised = predict(model, x, sigmas, i, callback, at=high)
         slope, h = (x - denoised) / high, sigmas[i + 1] - high
         if sigmas[i + 1] > 0:
             ahead = x + h * slope

@@ -1,4 +1,4 @@
-"""A device that has no float64, as Apple's GPU: a stand-in, whose numbers are computed by the CPU."""
+"""A stand-in for Apple's GPU, a device without float64. The CPU computes its numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEAVES = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.__array__}
 
 
 class OnMps(torch.Tensor):
-    """A tensor there. RuntimeError for another's tensor with dimensions, TypeError for float64."""
+    """A tensor on the device. RuntimeError: an operand with dimensions from another device. TypeError: float64."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -223,8 +223,8 @@ class Relay:
     base: Any  # a scheduler of the same kind, for its levels and timesteps
     sampler: str
     noise: LevelNoise
-    skipped = 0  # so many steps are left out (`strength`)
-    unused = 0  # so many timesteps does the pipeline cut off
+    skipped = 0  # steps that are left out (`strength`)
+    unused = 0  # timesteps that the pipeline cuts off
     quantize = False
 
     def plan(self, *args: Any, **kwargs: Any) -> None:
@@ -363,7 +363,7 @@ class Relay:
         if model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output.chunk(2, dim=1)[0]
         output = model_output.to(torch.promote_types(model_output.dtype, torch.float32))
-        # a pipeline that hands on what it got gives no news of the state, and what it got is rounded
+        # a sample that comes back unchanged is the rounded state: the unrounded one is kept
         same = i > 0 and sample.equal(self.given)
         y = self.state if same else sample.to(output.dtype) / self.share(i)
         self.start = y if i == 0 else self.start
@@ -419,7 +419,7 @@ def run_over_k_diffusion(run: Callable[[Any], Any], base: Any, sampler: str, noi
     """
     run(first := over_k_diffusion(base, "euler", noise, **options))
     skipped = unused = first.begun
-    for _ in range(4):  # by how many timesteps there are, some pipelines cut off another number
+    for _ in range(4):  # the number that some pipelines cut off depends on the number of timesteps
         found = run(scheduler := over_k_diffusion(base, sampler, noise, skipped=skipped, unused=unused, **options))
         if scheduler.begun == unused:
             return found

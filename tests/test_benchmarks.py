@@ -1,4 +1,4 @@
-"""What the benchmarks build and how they count; the timings themselves are no test's matter."""
+"""What the benchmarks build and how they count; the timings themselves are not tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step noise of the `*_sde` samplers: one Brownian path for each seed, whatever is asked of it and in what order."""
+"""Step noise of the `*_sde` samplers: one Brownian path for each seed, whatever levels are drawn first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def noise(seed: int = 0, x: torch.Tensor | None = None):
     return brownian_noise(torch.empty(SHAPE) if x is None else x, [seed] * (1 if x is None else len(x)), "cpu")
 
 
-def asked(noise_sampler, sigma: float, sigma_next: float) -> torch.Tensor:
+def step_noise(noise_sampler, sigma: float, sigma_next: float) -> torch.Tensor:
     return noise_sampler(torch.tensor(sigma), torch.tensor(sigma_next))
 
 
@@ -42,7 +42,7 @@ def test_noise_is_that_of_a_brownian_motion(sigmas):
     4.5 standard errors: with about 500 comparisons, one false alarm in 300 sets of seeds. These seeds are fixed.
     """
     bound = 4.5 / math.sqrt(N)
-    drawn = [asked(noise(seed), a, b).flatten() for seed in (0, 1) for a, b in zip(sigmas, sigmas[1:])]
+    drawn = [step_noise(noise(seed), a, b).flatten() for seed in (0, 1) for a, b in zip(sigmas, sigmas[1:])]
     for one in drawn:
         assert abs(one.mean()) < bound
         assert abs(one.var() - 1) < bound * math.sqrt(2)  # the variance of z^2 is 2
@@ -53,40 +53,40 @@ def test_noise_is_that_of_a_brownian_motion(sigmas):
     assert stats.kstest(torch.cat(drawn).numpy(), "norm").pvalue > 1e-3
 
 
-def test_law_is_k_diffusions():
-    """dpmpp_sde asks for (t, s) and (t, t_next). How the two hang together is as in k-diffusion's own tree."""
+def test_overlapping_intervals_correlate_as_in_k_diffusion():
+    """dpmpp_sde asks for (t, s) and (t, t_next). Their correlation is that of k-diffusion's own tree."""
     t, s, t_next = 4.0, 2.0, 1.0
     expected = math.sqrt((t - s) / (t - t_next))
     tree = sampling.BrownianTreeNoiseSampler(torch.empty(SHAPE), 0.02, 15.0, seed=[3])
     for noise_sampler in (noise(3), tree):
-        correlation = (asked(noise_sampler, t, s) * asked(noise_sampler, t, t_next)).mean()
+        correlation = (step_noise(noise_sampler, t, s) * step_noise(noise_sampler, t, t_next)).mean()
         assert correlation == pytest.approx(expected, abs=4.5 * math.sqrt(2 / N))
 
 
 def test_increments_add_up():
     """W(a, b) + W(b, c) = W(a, c), to float32's rounding of a sum of 22 terms as large as sqrt(a)."""
     one, a, b, c = noise(), 9.0, 5.0, 2.5
-    parts = asked(one, a, b) * math.sqrt(a - b) + asked(one, b, c) * math.sqrt(b - c)
-    whole = asked(one, a, c) * math.sqrt(a - c)
+    parts = step_noise(one, a, b) * math.sqrt(a - b) + step_noise(one, b, c) * math.sqrt(b - c)
+    whole = step_noise(one, a, c) * math.sqrt(a - c)
     torch.testing.assert_close(parts, whole, rtol=0, atol=22 * 2**-24 * 5 * math.sqrt(a))
 
 
-def test_path_does_not_depend_on_what_else_is_asked():
+def test_path_does_not_depend_on_other_draws():
     """Bit for bit: the noise between two levels is the same at any number of steps, in any order, and backwards."""
-    fresh = asked(noise(), 3.0, 0.7)
+    fresh = step_noise(noise(), 3.0, 0.7)
     for steps in (10, 20, 57):
         walked = noise()
         sigmas = levels(steps)
         for a, b in zip(sigmas, sigmas[1:]):
-            asked(walked, a, b)
+            step_noise(walked, a, b)
             if a > 3.0 > b:
-                assert asked(walked, 3.0, 0.7).equal(fresh)
-        assert asked(walked, 3.0, 0.7).equal(fresh)
-        assert asked(walked, 0.7, 3.0).equal(-fresh)
+                assert step_noise(walked, 3.0, 0.7).equal(fresh)
+        assert step_noise(walked, 3.0, 0.7).equal(fresh)
+        assert step_noise(walked, 0.7, 3.0).equal(-fresh)
 
 
 def test_a_step_begins_where_another_ended(monkeypatch):
-    """So that a step draws the normals of one level, of which the upper ones are there: 346 in all, else 681."""
+    """A step then draws only the normals of one level that are not cached yet: 346 in all, else 681."""
     draws, normal_ = [], torch.Tensor.normal_
     monkeypatch.setattr(torch.Tensor, "normal_", lambda x, **options: draws.append(x) or normal_(x, **options))
     draw, sigmas = noise(x=torch.empty(1, 2)), named_sigmas("karras", 25, 0.0292, 14.6146)[:-1]
@@ -99,8 +99,8 @@ def test_each_image_has_its_own_path():
     x = torch.empty(3, *SHAPE[1:])
     together = brownian_noise(x, [5, 6, 2**63 - 2], "cpu")
     for i, seed in enumerate([5, 6, 2**63 - 2]):
-        assert asked(together, 3.0, 2.0)[i].equal(asked(noise(seed), 3.0, 2.0)[0])
-    assert asked(noise(5, x.double()[:1]), 3.0, 2.0).dtype == torch.float64
+        assert step_noise(together, 3.0, 2.0)[i].equal(step_noise(noise(seed), 3.0, 2.0)[0])
+    assert step_noise(noise(5, x.double()[:1]), 3.0, 2.0).dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"])

@@ -90,7 +90,7 @@ def less_guidance(pipe, i, timestep, tensors):
     [scaled, scaled_in_place, other_prompt, everything, stop_before_the_last, less_guidance],
     ids=lambda callback: callback.__name__,
 )
-def test_what_it_returns_does_what_it_does_in_the_parent(family, callback):
+def test_returned_values_act_as_in_the_parent(family, callback):
     name, pipe = family
     parent = parent_of(pipe, name)
     expected = draw(parent, name, callback, PARENTS_INPUTS[name])

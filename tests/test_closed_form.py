@@ -1,6 +1,6 @@
-"""Every sampler against a model whose answer is known, through both pipelines, and each of these tests seen to fail.
+"""Every sampler, through both pipelines, against a model with a known exact solution.
 
-What is tested are checks: they pass for the pipelines as they are, and have to fail for a pipeline with a fault.
+The checks have to pass for the pipelines as they are, and to fail for pipelines with planted faults.
 """
 
 from __future__ import annotations
@@ -173,14 +173,14 @@ def test_adaptive(process):
 
 
 class PassesEpsilon(UNet):
-    """Made so that the pipeline's `denoised` is what the network of epsilon predicts."""
+    """A planted fault: the pipeline's `denoised` becomes the predicted epsilon."""
 
     def prediction(self, y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return (y - super().prediction(y, sigma)) / sigma
 
 
-def endless(function: Callable, most: int = 2000) -> Callable:
-    """The denoiser, but an AssertionError where a sampler finds no end."""
+def limited(function: Callable, most: int = 2000) -> Callable:
+    """The denoiser. AssertionError if a sampler calls it more than `most` times."""
     count = itertools.count()
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **extra: Any) -> torch.Tensor:
@@ -191,7 +191,7 @@ def endless(function: Callable, most: int = 2000) -> Callable:
 
 
 def counted(sampler: Callable) -> Callable:
-    return functools.wraps(sampler)(lambda model, *levels, **options: sampler(endless(model), *levels, **options))
+    return functools.wraps(sampler)(lambda model, *levels, **options: sampler(limited(model), *levels, **options))
 
 
 def one_step_late(sampler: Callable) -> Callable:
@@ -205,7 +205,7 @@ def one_step_late(sampler: Callable) -> Callable:
             below = sigmas[(sigmas < sigma[0] * 0.999) & (sigmas > 0)] if levels else [sigma[0] / 2]
             return model(x, sigma.new_full(sigma.shape, below[0] if len(below) else sigma[0] / 2), **extra)
 
-        return sampler(endless(late), x, *levels, **options)
+        return sampler(limited(late), x, *levels, **options)
 
     return run
 
@@ -270,8 +270,8 @@ def test_adaptive_shows_a_fault(process, fault):
 
 
 STEP_COUNTS = [{"num_inference_steps": n} for n in (1, 2, 3, 20)]
-USERS = [[1.0, 0.5, 0.2], [0.9, 0.5, 0.0], [1.0], [0.5], [1.0, 0.999, 0.998, 0.01], [1.0, 1e-4]]
-GRIDS = [{"sigmas": t} for t in USERS]
+SIGMA_LISTS = [[1.0, 0.5, 0.2], [0.9, 0.5, 0.0], [1.0], [0.5], [1.0, 0.999, 0.998, 0.01], [1.0, 1e-4]]
+GRIDS = [{"sigmas": t} for t in SIGMA_LISTS]
 GRIDS += [{"schedule": name, "num_inference_steps": n} for name in SCHEDULES for n in (1, 20)]
 
 

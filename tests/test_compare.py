@@ -187,7 +187,7 @@ def test_of_several_causes_each_is_named(family, ours, theirs, kinds):
         assert cause.what[1:] in result.verdict and marked
 
 
-def test_drift_by_rounding_is_told_from_a_difference():
+def test_drift_by_rounding_is_not_a_difference():
     """A tolerance that the whole run misses and each step by itself keeps: the verdict is the steps'."""
     largest = compared("dpm_2", "KDPM2DiscreteScheduler").largest
     result = compared("dpm_2", "KDPM2DiscreteScheduler", tolerance=0.8 * largest)
@@ -258,7 +258,7 @@ def test_k_diffusions_own_file_can_be_named():
         ("Raises", r"object has no attribute 'nothing' \(.*broken.py, line 25\)"),
     ],
 )
-def test_what_a_side_does_wrong_is_told(tmp_path, name, message):
+def test_an_error_of_a_side_is_reported(tmp_path, name, message):
     (tmp_path / "broken.py").write_text(BROKEN)
     with pytest.raises(Refused, match=message):
         compared("euler", f"{tmp_path}/broken.py:{name}")
@@ -267,7 +267,7 @@ def test_what_a_side_does_wrong_is_told(tmp_path, name, message):
             compared(f"{tmp_path}/broken.py:{name}", "euler")
 
 
-def test_samplers_that_place_their_own_levels_are_told_so():
+def test_samplers_that_place_their_own_levels_are_noted():
     """Their levels are those of their evaluations, and without eta they add no noise: the truth is the ODE's."""
     result = compared("dpm_fast", "DPMSolverMultistepScheduler", truth=True)
     assert result.cause.kind == "noise levels" and result.cause.what.startswith("ours goes to sigma")
@@ -278,7 +278,7 @@ def test_samplers_that_place_their_own_levels_are_told_so():
 
 
 def test_functions_of_a_file():
-    """They find ComfyUI's look-ups, are the same as what they repeat, and part where they don't."""
+    """They find ComfyUI's look-ups, agree with the sampler that they repeat, and diverge where they don't."""
     for family in ("sdxl", "flux"):
         assert compared("euler", f"{COMFY}:sample_euler", family).largest == 0
         assert compared(*[f"{COMFY}:sample_lcm"] * 2, family, parameterization="flow").largest == 0
@@ -313,7 +313,7 @@ def test_a_file_of_a_package_is_loaded_as_the_package_s(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family, first, last, size", [(SDXL, 14.6, 0.03, 512), (FLUX, 0.99, 1e-9, 2048)])
 def test_the_truth_is_the_exact_end(family, first, last, size, monkeypatch):
-    """To 1e-6, and within the error that is told, which only a smooth network lets be too large."""
+    """To 1e-6, and within the reported error, which only a smooth network makes too large."""
     monkeypatch.setattr(truth, "ODE_SIZES", [32, 128, 512, 2048][: 3 if size == 512 else 4])
     one = Subject(find_side("euler", importlib.import_module(family.module), ""), family).session((1, 2, 2))
     one.options.truth_seconds = 1e9
@@ -477,7 +477,7 @@ class Interrupts(io.StringIO):
 
 
 @pytest.mark.parametrize("ends, status", [("by Ctrl-C", 130), ("unread", 141)])
-def test_it_ends_at_its_first_words(monkeypatch, tmp_path, ends, status):
+def test_ctrl_c_or_a_closed_pipe_ends_the_command(monkeypatch, tmp_path, ends, status):
     """With switches still to try; no traceback."""
     read, write = os.pipe()
     os.close(read)

@@ -1,4 +1,4 @@
-"""KDiffusionScheduler and comfy_ksampler on a GPU. What else needs CUDA stands beside its tests for a CPU."""
+"""KDiffusionScheduler and comfy_ksampler on a GPU. Other tests that need CUDA are beside those for a CPU."""
 
 from __future__ import annotations
 

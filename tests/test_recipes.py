@@ -22,8 +22,8 @@ RECIPES = {
 }
 
 
-def cook(code: str, **names) -> dict:
-    """The names after the code has run, with these before it."""
+def run_recipe(code: str, **names) -> dict:
+    """The names that the code defines, run with these names."""
     names["prompt"] = PROMPT
     exec(compile(code, "docs/recipes.md", "exec"), names)
     return names
@@ -62,7 +62,7 @@ def test_image_to_image(request, kind, sampler):
         size = {"width": 128, "height": 128, "guidance_scale": 3.5}
     stock = stock_of(pipe, getattr(diffusers, f"{'StableDiffusionXL' if kind else 'Flux'}Img2ImgPipeline"))
     recipe = RECIPES["Image to image"][0 if kind else 1]
-    ours = cook(recipe, pipe=Latents(pipe, sampler=sampler), picture=picture())["image"]
+    ours = run_recipe(recipe, pipe=Latents(pipe, sampler=sampler), picture=picture())["image"]
     call = {"strength": 0.6, "num_inference_steps": 20, "generator": seeded(1), "output_type": "latent"}
     theirs = stock(PROMPT, image=picture(), **size, **call).images[0]
     assert relative(ours, theirs) < 5e-6  # float32 over 12 steps; measured 6e-7 and 9e-7, FLUX 2e-7
@@ -73,7 +73,7 @@ def test_lcm(sdxl):
     pipe, stock = (stock_of(sdxl, kind) for kind in (type(sdxl), diffusers.StableDiffusionXLPipeline))
     stock.scheduler = diffusers.LCMScheduler.from_config(sdxl.scheduler.config)
     code = "\n".join(RECIPES["A user-supplied sampler: LCM"])
-    ours = cook(code, pipe=Latents(pipe, generator=seeded(1)))["image"]
+    ours = run_recipe(code, pipe=Latents(pipe, generator=seeded(1)))["image"]
     call = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": seeded(1), "output_type": "latent"}
     assert relative(ours, stock(PROMPT, **call).images[0]) < 1e-4  # float32 over four steps
 
@@ -82,23 +82,23 @@ def test_other_levels(sdxl):
     seen = []
     call = {"callback_on_step_end": lambda *a: seen.append(float(a[3]["sigma"])) or {}}
     call["callback_on_step_end_tensor_inputs"] = ["sigma"]
-    cook(RECIPES["Karras levels with another rho, or another range"][0], pipe=Latents(sdxl, **call))
+    run_recipe(RECIPES["Karras levels with another rho, or another range"][0], pipe=Latents(sdxl, **call))
     # Karras et al. 2022, equation 5, with rho 5
     low, high = 0.05 ** (1 / 5), 14.6 ** (1 / 5)
     assert seen == pytest.approx([(high + i / 24 * (low - high)) ** 5 for i in range(25)], rel=1e-5)
 
 
-def only(title: str) -> str:
+def code_of(title: str) -> str:
     (code,) = RECIPES[title]
     return code
 
 
 def test_align_your_steps(sdxl):
     """With euler, what the stock scheduler draws over the same list."""
-    code = only("A list of levels: Align Your Steps and others").replace("levels)", "levels, **call)")
+    code = code_of("A list of levels: Align Your Steps and others").replace("levels)", "levels, **call)")
     size = {"output_type": "latent", "width": 64, "height": 64}
     names = {"pipe": sdxl, "call": {**size, "generator": seeded(3)}}
-    found = cook(code.replace("dpmpp_2m", "euler"), **names)
+    found = run_recipe(code.replace("dpmpp_2m", "euler"), **names)
     found["stock"].scheduler = EulerDiscreteScheduler.from_config(sdxl.scheduler.config)
     expected = found["stock"](PROMPT, sigmas=found["levels"], generator=seeded(3), **size).images[0]
     assert relative(found["image"], expected) < 1e-5  # float32 over ten steps
@@ -117,23 +117,23 @@ def test_a_wrapped_sampler(sdxl):
     seen = []
     hook = sdxl.unet.register_forward_pre_hook(lambda _, args: seen.append(float(torch.as_tensor(args[1]).max())))
     call = {"num_inference_steps": 8, "generator": seeded(2), "width": 64, "height": 64}
-    code = only("A wrapped sampler: more detail")
+    code = code_of("A wrapped sampler: more detail")
     with hook:
-        cook(code, pipe=Latents(sdxl, **call))
+        run_recipe(code, pipe=Latents(sdxl, **call))
     sigmas = sdxl.noise_levels(8, schedule="karras")[:-1]
     table = ((1 - sdxl.scheduler.alphas_cumprod) / sdxl.scheduler.alphas_cumprod).sqrt().log()
     shown = torch.where((sigmas > 0.5) & (sigmas < 5), 0.95 * sigmas, sigmas).log()
     assert seen == pytest.approx(np.interp(shown, table, np.arange(1000)), abs=0.02)  # float32's logarithms
     plain = sdxl(PROMPT, sampler="dpmpp_2m", schedule="karras", output_type="latent", **call | {"generator": seeded(2)})
-    same = cook(code.replace("0.95", "1.0"), pipe=Latents(sdxl, **call | {"generator": seeded(2)}))["image"]
+    same = run_recipe(code.replace("0.95", "1.0"), pipe=Latents(sdxl, **call | {"generator": seeded(2)}))["image"]
     assert relative(same, plain.images[0]) < 1e-6
 
 
 def test_a_picture_of_each_step(sdxl):
     """The last one is the picture itself."""
     call = {"num_inference_steps": 3, "generator": seeded(2), "width": 64, "height": 64}
-    code = only("A picture of each step").replace("pipe(prompt,", "pipe(prompt, **call,")
-    pictures = cook(code, pipe=sdxl, call=call)["pictures"]
+    code = code_of("A picture of each step").replace("pipe(prompt,", "pipe(prompt, **call,")
+    pictures = run_recipe(code, pipe=sdxl, call=call)["pictures"]
     drawn = sdxl(PROMPT, **call | {"generator": seeded(2)}).images[0]
     assert len(pictures) == 3 and np.abs(np.asarray(pictures[-1], int) - np.asarray(drawn, int)).max() <= 1  # rounding
 
@@ -146,8 +146,8 @@ def test_controlnet(sdxl):
     call = {"num_inference_steps": 4, "output_type": "latent", "width": 64, "height": 64}
     edges = picture().resize((64, 64))
     names = {"controlnet": network.eval(), "edges": edges, "call": {**call, "generator": seeded(2)}}
-    code = only("ControlNet").replace("edges,", "edges, **call,").replace("dpmpp_2m_sde", "euler")
-    found = cook(code, pipe=sdxl, **names)
+    code = code_of("ControlNet").replace("edges,", "edges, **call,").replace("dpmpp_2m_sde", "euler")
+    found = run_recipe(code, pipe=sdxl, **names)
     found["control"].scheduler = EulerDiscreteScheduler.from_config(sdxl.scheduler.config)
     stock = found["control"](PROMPT, image=edges, controlnet_conditioning_scale=0.5, **call, generator=seeded(2))
     assert relative(found["image"], stock.images[0]) < 1e-5  # float32 over 4 steps
@@ -156,14 +156,14 @@ def test_controlnet(sdxl):
 def test_inversion(sdxl):
     """Noise at the highest level, from which Euler's method comes back; the way up and down differ by its error."""
     x0 = sdxl(PROMPT, output_type="latent", width=64, height=64, generator=seeded(2), num_inference_steps=8).images
-    found = cook(only("Inversion"), pipe=Latents(sdxl, width=64, height=64), x0=x0)
+    found = run_recipe(code_of("Inversion"), pipe=Latents(sdxl, width=64, height=64), x0=x0)
     assert found["noise"].std() > 10  # of a highest level of 14.6
     assert relative(found["again"], x0) < 0.1
 
 
 def test_a_seed_for_each_image(sdxl):
     few = {"num_inference_steps": 6}
-    images = cook(RECIPES["A seed for each image"][0], pipe=Latents(sdxl, **few))["images"]
+    images = run_recipe(RECIPES["A seed for each image"][0], pipe=Latents(sdxl, **few))["images"]
     alone = sdxl(PROMPT, sampler="dpmpp_2m_sde", generator=seeded(12), output_type="latent", **few).images[0]
     assert relative(images[1], alone) < 1e-4  # rounding of a batch in float32
     assert relative(images[0], alone) > 0.1
@@ -171,7 +171,7 @@ def test_a_seed_for_each_image(sdxl):
 
 def test_threads(sdxl):
     """Four threads, each with a pipeline, sampler and guidance scale, draw what they draw alone."""
-    pipes = [sdxl, *(cook(only("Threads"), pipe=sdxl)["second"] for _ in range(3))]
+    pipes = [sdxl, *(run_recipe(code_of("Threads"), pipe=sdxl)["second"] for _ in range(3))]
     samplers = ("euler", "heun", "dpmpp_2m_sde", "euler_ancestral")
     names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
     embeds = dict(zip(names, sdxl.encode_prompt(PROMPT)))  # beforehand, since they share their tokenizers

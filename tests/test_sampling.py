@@ -115,7 +115,7 @@ def test_a_sampler_that_adds_no_noise_draws_none(name):
     assert drawn.shape == noise().shape
 
 
-def test_step_noise_of_an_sde_sampler_is_a_path_whatever_follows_in_its_name():
+def test_step_noise_of_sde_samplers_is_brownian_with_any_suffix():
     """ComfyUI has `sample_dpmpp_sde_gpu`. Noise over an interval is that of its halves together."""
 
     def sample_dpmpp_sde_gpu(model, x, sigmas, noise_sampler=None): ...
@@ -382,7 +382,7 @@ def test_noise_that_is_zero_may_be_written_on():
     assert run_sampler(writing, gaussian, noise(), SIGMAS)[0].isfinite().all()
 
 
-def test_what_a_callable_keeps_under_any_name_is_its_own():
+def test_a_callable_may_have_any_attributes_and_options():
     def sampler(model, x, sigmas, **options):
         return x * options.get("sigma_min", 1.0)
 

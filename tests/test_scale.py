@@ -63,8 +63,8 @@ def test_every_prompt_seed_and_sampler_has_its_picture(whole):
     assert not list(whole.glob(".*"))
 
 
-def test_several_look_at_the_folder_at_the_same_time(tmp_path):
-    """Each process asks whether it can write there, and none takes what another left for its own."""
+def test_processes_check_the_folder_at_the_same_time(tmp_path):
+    """Each process checks that it can write there, and none removes another's file."""
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(check_output, [tmp_path] * 400))
     assert not list(tmp_path.iterdir())
@@ -132,11 +132,11 @@ def test_one_option_alone_may_have_several_values(capsys):
 
 
 # with --cpu in place of --multi_gpu, which needs no GPU, accelerate would start one process
-TWO = tuple("-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1".split())
-TWO += tuple("--mixed_precision no --dynamo_backend no --main_process_port 0".split())
+TWO_PROCESSES = tuple("-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1".split())
+TWO_PROCESSES += tuple("--mixed_precision no --dynamo_backend no --main_process_port 0".split())
 
 
-def test_killed_and_resumed_it_gives_the_same_files(arguments, whole, tmp_path):
+def test_a_killed_run_resumes_to_the_same_files(arguments, whole, tmp_path):
     """Killed with five pictures or a few more drawn: what is there is whole, and --resume draws the others alone."""
     command = [sys.executable, ROOT / "test.py", *arguments, "--output", tmp_path]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -149,7 +149,7 @@ def test_killed_and_resumed_it_gives_the_same_files(arguments, whole, tmp_path):
     assert 5 <= len(before) < 24
     assert before == {name: value for name, value in pixels(whole).items() if name in before}
     times = {name: os.stat(tmp_path / name).st_mtime_ns for name in before}
-    result = run(*arguments, "--output", tmp_path, "--resume", launcher=TWO)
+    result = run(*arguments, "--output", tmp_path, "--resume", launcher=TWO_PROCESSES)
     assert result.returncode == 0, result.stderr
     assert "24 of 24 drawn with demo by 2 processes, 4 sheets" in result.stdout
     assert pixels(tmp_path) == pixels(whole)

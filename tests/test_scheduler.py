@@ -112,12 +112,12 @@ def test_a_pipeline_passes_levels():
 @pytest.mark.parametrize("options", [{"sampler": "dpm_2"}, {"sampler": "dpm_fast"}, {"schedule": "karras"}], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "exponential"])
 def test_a_pipeline_passes_timesteps_of_flow(kind, options):
-    """CogView4's and GLM-Image's networks are told t before its shift to m t / (1 + (m - 1) t) (Esser et al. 2024)."""
+    """CogView4's and GLM-Image's networks get t before its shift to m t / (1 + (m - 1) t) (Esser et al. 2024)."""
     base = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
     scheduler, m = KDiffusionScheduler.from_scheduler(base, **options), 3.25
-    told = np.linspace(1000, 1, 6)
-    scheduler.set_timesteps(timesteps=told, sigmas=told / 1000, mu=m if kind == "linear" else math.log(m))
-    if scheduler.base.timesteps[1] != pytest.approx(told[1]):
+    unshifted = np.linspace(1000, 1, 6)
+    scheduler.set_timesteps(timesteps=unshifted, sigmas=unshifted / 1000, mu=m if kind == "linear" else math.log(m))
+    if scheduler.base.timesteps[1] != pytest.approx(unshifted[1]):
         pytest.skip("this diffusers drops the timesteps that a pipeline passes beside levels")  # 0.40, 0.41
     for s, time in zip(scheduler.sigmas[:-1].tolist(), scheduler.timesteps.tolist(), strict=True):
         assert time == pytest.approx(1000 * s / (s + m * (1 - s)), rel=1e-5)  # the base's are float32

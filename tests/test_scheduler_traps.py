@@ -1,4 +1,4 @@
-"""What a pipeline's loop may do to a scheduler, and what it must not notice of the sampler in it."""
+"""What pipelines' loops do to a scheduler, and that its sampler changes nothing outside."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_heun_begins_with_a_step_and_not_within_one():
 
 
 @pytest.mark.parametrize("sampler, steps, within", [("dpm_2", 6, (1, 3, 5)), ("dpm_fast", 9, (1, 2, 4, 5, 7))])
-def test_a_run_that_begins_within_a_step_goes_on_by_euler(sampler, steps, within):
+def test_a_run_that_begins_within_a_step_continues_with_euler(sampler, steps, within):
     """dpm_2's second evaluation is in the middle of a step, by log sigma; dpm_fast's steps have 3, 3, 2 and 1."""
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
     for start in within:
@@ -186,7 +186,7 @@ def test_a_run_that_begins_within_a_step_goes_on_by_euler(sampler, steps, within
 
 
 @pytest.mark.parametrize("sampler, steps, start", [("dpm_fast", 9, 3), ("heun", 6, 6)])
-def test_a_run_goes_on_in_another(sampler, steps, start):
+def test_a_second_run_continues_the_first(sampler, steps, start):
     """`denoising_end` of one is `denoising_start` of the next: together the whole. dpm_fast keeps its grid."""
     scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
     whole, end = loop(scheduler, steps=steps)
@@ -238,7 +238,7 @@ def test_changed_samples_are_the_state(base, sampler):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_state_goes_on_unrounded(dtype):
+def test_the_state_stays_unrounded(dtype):
     """In half precision only what the network sees is rounded. With a prediction that does not depend on it, the last
     sample is that of float32, rounded once."""
     x, v = (random(1, 2, 4, 4, seed=seed).to(dtype) for seed in (1, 2))
@@ -271,8 +271,8 @@ def test_noise_is_added_at_any_timestep():
         assert relative(found, expected) < CLOSE
 
 
-def test_cosmos_asks_twice():
-    """For the x0 of both halves of guidance, then, a step back, for the next sample from the guided x0."""
+def test_cosmos_calls_step_twice():
+    """For x0 of both halves of guidance; then Cosmos goes a step back and passes the guided x0."""
 
     def run(scheduler: Any, guided: bool) -> torch.Tensor:
         scheduler.set_timesteps(4)
@@ -293,7 +293,7 @@ def test_cosmos_asks_twice():
 
 
 def test_ltx_gives_a_timestep_for_each_token():
-    """And turns the sign of its network's output, as the stock scheduler expects."""
+    """LTX also flips the sign of its network's output, as the stock scheduler expects."""
     found = []
     for scheduler in (KDiffusionScheduler.from_scheduler(FLOW), copy.deepcopy(FLOW)):
         scheduler.set_timesteps(4)
@@ -313,8 +313,8 @@ def test_a_predicted_variance_is_left_out():
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "euler_ancestral"])
 @pytest.mark.parametrize("name", ["flux_text", "flux_image", "flux_inpaint", "flux_fill", "sd3_image", "wan_video"])
-def test_noise_does_not_hang_on_the_last_bits_of_a_picture(name, sampler):
-    """Which another number of threads changes: where the pipeline gives `step` no generator, too."""
+def test_noise_does_not_depend_on_the_last_bits_of_a_picture(name, sampler):
+    """Another number of threads changes these bits. Also where the pipeline gives `step` no generator."""
     arguments = made(name)[1]
     key = next(key for key in ("video", "image", "prompt_embeds") if key in arguments)
     value = arguments[key]
@@ -335,7 +335,7 @@ def test_noise_without_a_generator_follows_from_each_images_bits():
 
 
 def entering(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """A sampler that enters all that it can and stays in there for the whole run."""
+    """A sampler that enters torch's modes and stays in them for the whole run."""
     with torch.inference_mode(), torch.device("meta"), torch.enable_grad():
         return sampling.sample_euler(model, x, sigmas, callback=callback, disable=True)
 
@@ -569,7 +569,7 @@ def test_what_is_saved_is_the_base(tmp_path, folder, name):
     assert pipe.config["scheduler"] == ("diffusers", name)
 
 
-def test_what_the_base_knows_is_there():
+def test_attributes_of_the_base_are_available():
     scheduler = KDiffusionScheduler.from_scheduler(EULER)
     assert scheduler.alphas_cumprod is scheduler.base.alphas_cumprod and scheduler.config.beta_start == 0.00085
     assert not hasattr(scheduler, "nonsense")

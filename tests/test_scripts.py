@@ -274,7 +274,7 @@ def test_ctrl_c_while_it_draws(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def unread():
+def closed_pipe():
     """The writing end of a pipe whose reader has ended, like `| head -1`."""
     read, write = os.pipe()
     os.close(read)
@@ -282,16 +282,16 @@ def unread():
         yield end
 
 
-def test_nobody_reads_the_help(unread):
+def test_help_into_a_closed_pipe(closed_pipe):
     line = [sys.executable, ROOT / "test.py", "--help"]
     environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": ""}  # argparse ignores an error of a write
-    result = subprocess.run(line, stdout=unread, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    result = subprocess.run(line, stdout=closed_pipe, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
     assert (result.returncode, result.stderr) == (141, "")
 
 
-def test_nobody_reads_the_output(tmp_path, unread, monkeypatch):
+def test_output_into_a_closed_pipe(tmp_path, closed_pipe, monkeypatch):
     with (tmp_path / "errors").open("w") as errors:
-        monkeypatch.setattr(sys, "stdout", unread)
+        monkeypatch.setattr(sys, "stdout", closed_pipe)
         monkeypatch.setattr(sys, "stderr", errors)
         assert run_here(SDXL, "--samplers", "euler", "--steps", 1, "--output", tmp_path) == 141
 

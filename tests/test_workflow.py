@@ -249,7 +249,7 @@ EVEN = {"23": node("BasicScheduler", scheduler="beta", steps=9, denoise=1.0)}
 PARTS = {"20": node("RandomNoise", noise_seed=1), "22": node("KSamplerSelect", sampler_name="euler")}
 PARTS |= {"21": node("CFGGuider", model=["4", 0], positive=["6", 0], negative=["7", 0], cfg=3.0)}
 EXPONENTIAL = "10, 3.1623, 1, 0.31623, 0.1, 0"  # even in the logarithm, like "exponential"
-DRAWN = [  # sampler nodes and their inputs, and how their settings differ from `SAMPLER`
+SAMPLER_NODES = [  # sampler nodes and their inputs, and how their settings differ from `SAMPLER`
     (node("KSampler (Efficient)", **SAMPLER, **LINKS, preview_method="auto", vae_decode="true"), {}, {}),
     (node("KSampler //Inspire", **SAMPLER, **LINKS, noise_mode="CPU"), {}, {}),
     (node("ClownsharKSampler_Beta", **SAMPLER | {"sampler_name": "exponential/res_2s", "scheduler": "bong_tangent"},
@@ -274,7 +274,7 @@ DRAWN = [  # sampler nodes and their inputs, and how their settings differ from 
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("sampler, others, differs", DRAWN, ids=node_name)
+@pytest.mark.parametrize("sampler, others, differs", SAMPLER_NODES, ids=node_name)
 def test_samplers_are_found_by_their_inputs(read, sampler, others, differs):
     graph = plain_graph() | {"3": sampler, **others}
     graph["10"] = node("KSampler", **SAMPLER | {"seed": 5}, **LINKS)  # whose result is not saved
@@ -310,7 +310,7 @@ def test_broken_graphs(read):
         assert "steps" not in read(plain_graph(steps=bad)).values
 
 
-def test_megabytes(read):
+def test_a_graph_of_megabytes(read):
     """Settings are found along 10,000 nodes that pass a thing on, beside as many that save nothing."""
     graph = plain_graph(positive=["r0", 0], latent_image=["l0", 0])
     count = 10_000
