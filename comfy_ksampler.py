@@ -85,9 +85,10 @@ def ksampler(
     # the cfg_pp samplers use the negative prompt even at cfg 1
     call["true_cfg_scale" if flow else "guidance_scale"] = max(cfg, 1 + 2**-23) if "cfg_pp" in sampler_name else cfg
     if sampler_name in SAME:
-        positive = sigmas[sigmas > 0]
+        positive = sigmas[sigmas > 0].tolist()
         if sampler_name in ("dpm_fast", "dpm_adaptive") and len(positive) > 1:  # they use only the ends and the number
-            call["schedule"] = torch.linspace(*positive[[0, -1]], len(sigmas), dtype=torch.float32, device="cpu")
+            ends = positive[0], positive[-1]
+            call["schedule"] = torch.linspace(*ends, len(sigmas), dtype=torch.float32, device="cpu")
         return call | {"sampler": {"ddim": "euler", "lms": _lms}.get(sampler_name, sampler_name)}
     brownian, on_cpu = sampler_name.startswith("dpmpp") and "_sde" in sampler_name, device.type == "cpu"
     if flow or sampler_name not in FLUX_DISTANCES:
