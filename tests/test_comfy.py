@@ -390,8 +390,9 @@ def test_flux_needs_the_pictures_size(pipes):
     call = ksampler(pipes["flux"], **settings("flux/euler/simple/4/0"))
     with pytest.raises(ValueError, match="give comfy_sampler the picture's `width` and `height`"):
         draw(pipes["flux"], **call | {"sampler": comfy_sampler(comfy_like.sample_euler, pipes["flux"], 256, 128)})
-    sizes = dict.fromkeys(SIZE, 0)  # as without them: FLUX.1's own, since this pipeline has no VAE to ask
-    assert ksampler(pipes["flux"], **settings("flux/euler/simple/4/0") | sizes)["width"] == 1024
+    for model, width in (("sdxl", 8 * 16), ("flux", 1024)):  # the network's; FLUX.1's, without a VAE to ask
+        fields = settings(f"{model}/euler/simple/4/0", width=0, height=0)
+        assert ksampler(pipes[model], **fields)["width"] == width
 
 
 def test_the_names_are_comfyuis():

@@ -90,6 +90,7 @@ def test_first_ve_sigma_continues_the_ratio(steps, shift):
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     t = shift * t / (1 + (shift - 1) * t)
     sigmas = ve_sigmas(t)
+    assert float(ve_sigmas(torch.tensor([1.0, 0.9]))[0]) == pytest.approx(36)  # one step: four times
     torch.testing.assert_close(sigmas[1:] / (1 + sigmas[1:]), t[1:])
     ratio = sigmas[1] ** 2 / sigmas[2] if steps > 2 else torch.zeros(())
     assert float(sigmas[0]) == pytest.approx(max(float(ratio), 15)) and sigmas[0] > sigmas[1]

@@ -48,7 +48,7 @@ def loop(scheduler: Any, **given: Any) -> torch.Tensor:
     x = random(1, 2, 3, 3).double() * float(getattr(scheduler, "init_noise_sigma", 1.0))
     for t in scheduler.timesteps:
         output = (scheduler.scale_model_input(x, t) * 1.3 + (t.double() / 97).sin()).sin()
-        x = scheduler.step(output, t, x, generator=seeded()).prev_sample
+        x = scheduler.step(output, float(t), x, generator=seeded()).prev_sample  # a number will do
     return x
 
 
