@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -85,8 +84,9 @@ class Session:
         """The level of a timestep, interpolated in log sigma as k-diffusion does."""
         if self.flux:
             return timestep / 1000
-        logs = self.trained().log().numpy()
-        return math.exp(np.interp(timestep, np.arange(len(logs)), logs))
+        logs = self.trained().log()
+        low = min(max(int(timestep), 0), len(logs) - 2)  # beyond the last trained one the line goes on
+        return torch.lerp(logs[low], logs[low + 1], timestep - low).exp().item()
 
     def timestep_of(self, level: float) -> float:
         """The timestep of a level: the inverse of `level_of`, k-diffusion's."""
