@@ -13,18 +13,23 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 from gallery import options as grids
 from gallery.options import FLUX, SDXL, Family, finite, number, text, unknown
-from gallery.refused import Refused
+from gallery.refused import Refused, refusing
 from gallery.start import raise_on_ctrl_c
 
+Answered = tuple[dict[str, Any], Callable[[], str], int]  # data for --json, the page for --html, exit status
 above_zero = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 OF_PAIRS = ("sampler", "against", "schedule", "parameterization", "guidance", "json", "html")
 OF_MODELS = ("model", "steps", "width", "height", "prompt", "guidance", "seed", "dtype", "device", "tolerance")
-Answered = tuple[dict[str, Any], Callable[[], str], int]  # data for --json, the page for --html, exit status
+SAMPLER = "a k-diffusion sampler, or a function; with --against exact also a scheduler (default: %(default)s)"
+AGAINST = """'exact' (is --sampler right? no model is loaded), a scheduler class of diffusers, in the stock pipeline,
+another sampler of k-diffusion, or a user-supplied function or scheduler class: path/to/file.py:name or
+package.module:name (its code is run)"""
+TOLERANCE = "of relative differences (default: 1e-6 in float64, 1e-4 in float32, 0.02 in half precision)"
+TRUTH_SECONDS = "CPU seconds for that (with --device cuda: seconds); what is found by then is reported (default: 15)"
 
 
 def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
@@ -35,31 +40,25 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     )
     parser.set_defaults(comfy=False)  # that switch is the grids'
     add = parser.add_argument
-    words = "a k-diffusion sampler, or a function; with --against exact also a scheduler"
-    add("--sampler", type=text, default="dpmpp_2m", help=f"{words} (default: %(default)s)")
-    words = "'exact' (is --sampler right? no model is loaded), a scheduler class of diffusers, which runs in the stock"
-    words += " pipeline, another sampler of k-diffusion, or a user-supplied function or scheduler class:"
-    words += " path/to/file.py:name or package.module:name (its code is run)"
-    add("--against", type=text, metavar="SIDE", help=words)
+    add("--sampler", type=text, default="dpmpp_2m", help=SAMPLER)
+    add("--against", type=text, metavar="SIDE", help=AGAINST)
     add("--family", choices=("sdxl", "flux"), help="(default: sdxl; with --all, both)")
     add("--model", type=text, default="demo", help="hub id, folder, .safetensors file, or 'demo' (default)")
     add("--steps", type=grids.steps, default=25, help="(default: %(default)s)")
     add("--schedule", type=text, help="noise levels of the k-diffusion side by name (default: the other side's)")
     add("--parameterization", choices=("auto", "flow", "ve"), default="auto", help="FLUX: the sampler's sigma")
-    for name in ("--width", "--height"):
-        add(name, type=grids.side, help="pixels (default: the model's)")
+    add("--width", type=grids.side, help="pixels (default: the model's)")
+    add("--height", type=grids.side, help="pixels (default: the model's)")
     add("--prompt", default=grids.PROMPT, help="(default: %(default)s)")
     add("--guidance", type=finite, help="guidance scale (default: FLUX 3.5, SDXL 1: no part of a sampler)")
     add("--seed", type=grids.seed, default=2, help="of the initial and the step noise (default: %(default)s)")
     add("--dtype", choices=grids.DTYPES, help="of the network (default: float64 for the demo models, else float32)")
     add("--device", type=text, help="cuda, cuda:1, mps, cpu, ... (default: cuda where there is one, else cpu)")
     add("--offload", choices=grids.OFFLOAD, default="auto", help=f"{grids.OFFLOAD_HELP} (default: auto)")
-    words = "of relative differences (default: 1e-6 in float64, 1e-4 in float32, 0.02 in half precision)"
-    add("--tolerance", type=above_zero, help=words)
+    add("--tolerance", type=above_zero, help=TOLERANCE)
     add("--no-switches", dest="switches", action="store_false", help="don't try the known switches")
     add("--no-truth", dest="truth", action="store_false", help="don't solve the ODE or SDE finely")
-    words = "CPU seconds for that (with --device cuda: seconds); what is found by then is reported (default: 15)"
-    add("--truth-seconds", type=above_zero, default=15.0, metavar="N", help=words)
+    add("--truth-seconds", type=above_zero, default=15.0, metavar="N", help=TRUTH_SECONDS)
     add("--json", type=text, nargs="?", const="-", metavar="FILE", help="write all as JSON; without FILE to stdout")
     add("--html", type=text, metavar="FILE", help="write a report to look at, one file")
     add("--all", action="store_true", help="run every known pair, and write parity.md and parity.json")
@@ -67,23 +66,20 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     add("--output", type=Path, default=Path("output"), help="folder for --all (default: %(default)s)")
     options = parser.parse_args(arguments)
     exact = options.against == "exact" and not options.all
-    unused = dict[str, str]()
-    if exact:
-        words = "argument --against exact: goes without --{}, its model is its own"
-        unused = dict.fromkeys((*OF_MODELS, "truth_seconds"), words)
-    if options.all:
-        unused |= dict.fromkeys(OF_PAIRS, "argument --all: goes without --{}, each pair has its own settings")
-    else:
-        unused |= dict.fromkeys(("resume", "output"), "argument --{}: goes with --all alone")
-    for name, message in unused.items():
-        if getattr(options, name) != parser.get_default(name):
-            parser.error(message.format(name.replace("_", "-")))
+    for applies, names, message in (
+        (exact, (*OF_MODELS, "truth_seconds"), "--against exact: goes without --{}, its model is its own"),
+        (options.all, OF_PAIRS, "--all: goes without --{}, each pair has its own settings"),
+        (not options.all, ("resume", "output"), "--{}: goes with --all alone"),
+    ):
+        for name in names:
+            if applies and getattr(options, name) != parser.get_default(name):
+                parser.error("argument " + message.format(name.replace("_", "-")))
     if options.all and options.model != "demo" and options.family is None:
         parser.error("argument --all: needs --family to say whose pairs --model can run")
     family = {"sdxl": SDXL, "flux": FLUX}[options.family or "sdxl"]
     if exact:  # before the imports, which take seconds
         model = f"a mixture of Gaussians, whose answer is known, in the pipeline of {family.name.upper()}"
-        print(options.sampler, "on", model, file=sys.stderr if options.json == "-" else sys.stdout, flush=True)
+        print(options.sampler, "on", model, file=words_to(options), flush=True)
     grids.check_size(parser, family, options)
     options.negative_prompt, options.true_cfg = None, 1.0
     if options.guidance is None:
@@ -104,16 +100,22 @@ def run(options: argparse.Namespace, family: Family) -> int:
             raise Refused(f"can't write {path}: there is no folder {Path(path).resolve().parent}")
     if options.against is None:
         raise Refused("--against: name a scheduler, a sampler or a function, or use --all")
-    try:
+    with refusing(ImportError):
         module = importlib.import_module(family.module)
-    except ImportError as error:
-        raise Refused(str(error)) from error
+    from comfy_ksampler import SCHEDULERS
     from parity.result import write_text
     from parity.sides import find_side
 
-    show = functools.partial(print, file=sys.stderr if options.json == "-" else sys.stdout, flush=True)
-    answer = _judge if options.against == "exact" else _compare
-    found, page, status = answer(options, family, module, find_side(options.sampler, module, "--sampler"), show)
+    exact, show = options.against == "exact", functools.partial(print, file=words_to(options), flush=True)
+    ours = find_side(options.sampler, module, "--sampler")
+    theirs = None if exact else find_side(options.against, module, "--against")
+    if theirs is not None and ours.is_scheduler:
+        raise Refused("--sampler: has to be a sampler; name the scheduler with --against")
+    (theirs or ours).check_family(family, "--sampler" if exact else "--against")
+    known = [*module.SCHEDULES, *([] if exact else SCHEDULERS)]
+    if options.schedule is not None and options.schedule not in known:
+        raise Refused(f"--schedule: {unknown(options.schedule, known)}")
+    found, page, status = (_judge if exact else _compare)(options, family, (ours, theirs), show)
     text = json.dumps(found, indent=1)
     if options.json == "-":
         print(text)
@@ -125,46 +127,28 @@ def run(options: argparse.Namespace, family: Family) -> int:
     return status
 
 
-def _compare(options: argparse.Namespace, family: Family, module: ModuleType, ours: Any, show: Callable) -> Answered:
-    from comfy_ksampler import SCHEDULERS
+def words_to(options: argparse.Namespace) -> TextIO:
+    """Where words are printed: standard output has nothing but JSON with `--json` alone."""
+    return sys.stderr if options.json == "-" else sys.stdout
+
+
+def _compare(options: argparse.Namespace, family: Family, sides: tuple[Any, Any], show: Callable) -> Answered:
     from parity.diagnose import compare_sides
     from parity.follow import Session
     from parity.report import report
-    from parity.sides import find_side
 
-    theirs = find_side(options.against, module, "--against")
-    if ours.is_scheduler:
-        raise Refused("--sampler: has to be a sampler; name the scheduler with --against")
-    theirs.check_family(family)
-    _check_schedule(options, [*module.SCHEDULES, *SCHEDULERS])
     session = Session.load(family, options)
-
-    def show_part(result: Any, words: str) -> None:
-        """The table with the first words; a paragraph for the others."""
-        if words == result.parting():
-            show(f"ours    {result.ours}\ntheirs  {result.theirs}\n\n{result.table()}")
-            for note in result.notes:
-                show(f"note: {note}")
-        show(f"\n{words}")
-
-    result, a, b = compare_sides(session, ours, theirs, show=show_part)
+    result, a, b = compare_sides(session, *sides, show=show)
     return result.as_json(), lambda: report(session, result, a, b), int(result.cause is not None)
 
 
-def _judge(options: argparse.Namespace, family: Family, module: ModuleType, side: Any, show: Callable) -> Answered:
+def _judge(options: argparse.Namespace, family: Family, sides: tuple[Any, Any], show: Callable) -> Answered:
     """`--against exact`: a sampler by itself."""
     from parity.judge import judge
     from parity.report import answer_page
     from parity.subject import Subject
 
-    side.check_family(family, "--sampler")
-    if side.is_scheduler and options.schedule is not None:
+    if sides[0].is_scheduler and options.schedule is not None:
         raise Refused("--schedule: a scheduler has its own levels; name them by its options, as use_karras_sigmas=True")
-    _check_schedule(options, module.SCHEDULES)
-    answer = judge(Subject(side, family, options.schedule, options.parameterization), show)
+    answer = judge(Subject(sides[0], family, options.schedule, options.parameterization), show)
     return answer.as_json(), lambda: answer_page(answer), int(not answer.right)
-
-
-def _check_schedule(options: argparse.Namespace, known: Any) -> None:
-    if options.schedule is not None and options.schedule not in known:
-        raise Refused(f"--schedule: {unknown(options.schedule, list(known))}")

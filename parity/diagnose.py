@@ -46,13 +46,13 @@ def compare_sides(
     ours: Side,
     theirs: Side,
     tolerance: float = 0.0,
-    show: Callable[[Result, str], Any] = lambda result, words: None,
+    show: Callable[[str], Any] = lambda words: None,
 ) -> tuple[Result, Trajectory, Trajectory]:
     """The result and both trajectories.
 
     Args:
         tolerance: of relative differences; 0: the options', or rounding in the network's dtype.
-        show: called with the result and the words for what was just found: the cause, the switches, the truth.
+        show: called with what was just found: the table and the cause, the switches, the truth.
     """
     # of float64, the rounding of diffusers' float32 sigmas
     rounding = {torch.float64: 1e-6, torch.float32: 1e-4}.get(session.network.dtype, 2e-2)
@@ -61,14 +61,15 @@ def compare_sides(
     setup = pair.setup(b)
     a = session.follow_sampler(ours, setup)
     result = _compare(pair, a, b, setup)
-    show(result, result.parting())
+    show(f"ours    {result.ours}\ntheirs  {result.theirs}\n\n{result.table()}")
+    show("".join(f"note: {note}\n" for note in result.notes) + f"\n{result.parting()}")
     if result.cause is not None and session.options.switches:
         with tqdm(desc="trying switches", unit=" tried", leave=False, disable=None) as bar:
             result.switches = _try_switches(pair, result.cause, b, bar.update)
-        show(result, result.removal())
+        show(f"\n{result.removal()}")
     if result.cause is not None and session.options.truth:
         result.truth = solve(session, (ours, theirs), setup, a, b)
-        show(result, result.truth.words())
+        show(f"\n{result.truth.words()}")
     return result, a, b
 
 
@@ -85,16 +86,14 @@ def _compare(pair: Pair, a: Trajectory, b: Trajectory, setup: Ours) -> Result:
     result.cause = cause(first)
     if result.largest == math.inf:
         return result
-    alone = _alone(pair, b, setup) if alone is None else alone
-    for kind in dict.fromkeys(one.kind for one in alone or ()):
-        if not (past := [one for one in alone or () if one.kind == kind and one.size > pair.tolerance]):
-            continue
-        first = next(one for one in past if one.size > max(one.size for one in past) / 10)
+    past = [one for one in alone or _alone(pair, b, setup) or () if one.size > pair.tolerance]
+    for kind in dict.fromkeys(one.kind for one in past):
+        most = max(one.size for one in past if one.kind == kind)
+        first = next(one for one in past if one.kind == kind and one.size > most / 10)
         found, kinds = cause(first, first.size), {one.kind for one in [result.cause, *result.others]}
         # a last step that differs as the other updates do is no news
         if found.kind not in kinds and not ("update" in kinds and found.what.startswith("the update itself")):
             result.others.append(found)
-    result.others.sort(key=lambda one: one.step)
     return result
 
 
@@ -179,21 +178,17 @@ def _try_switches(pair: Pair, cause: Cause, b: Trajectory, tick: Callable[[], An
     tried, batches = dict[tuple[Option, ...], Switch](), _options(pair, cause, b)
 
     def attempt(options: tuple[Option, ...]) -> None:
-        if options not in tried:
-            tried[options] = _try(pair, options, b)
-            tick()
+        tried[options] = _try(pair, options, b)
+        tick()
 
     for batch in batches:
         for option in batch:
             attempt((option,))
         if any(switch.removes for switch in tried.values()):
             return [*tried.values()]
-    for _ in range(2 if tried else 0):  # none alone: the best with each of the others, while the sides agree for longer
-        best = max(tried, key=lambda options: tried[options].reach)
-        if tried[best].removes or tried[best].reach[0] <= cause.step:
-            break
-        names = [option[:2] for option in best]
-        for option in [option for batch in batches for option in batch if option[:2] not in names]:
+    best = max(tried, key=lambda options: tried[options].reach, default=())
+    if best and tried[best].reach[0] > cause.step:  # none alone: the one that helps, with each of the others
+        for option in [option for option in (*batches[0], *batches[1]) if option[:2] != best[0][:2]]:
             attempt((*best, option))
     return [*tried.values()]
 

@@ -189,17 +189,21 @@ def flux_pipeline(
     return pipe
 
 
-def solve(known: Mixture, x: torch.Tensor, t: float, ends: Sequence[float]) -> list[torch.Tensor]:
-    """x = (1 - t) x0 + t noise at each of the falling `ends` by dx/dt = noise - x0, to ten digits; x of (..., d)."""
+def solve(known: Mixture, x: torch.Tensor, t: Any, ends: Sequence[Any]) -> list[torch.Tensor]:
+    """x = (1 - t) x0 + t noise of (..., d) at each of the falling `ends` by dx/dt = noise - x0, to ten digits.
 
-    def slope(t: float, flat: np.ndarray) -> np.ndarray:
-        x0, noise = known.split(torch.from_numpy(flat).view(x.shape), 1 - t, t)
-        return (noise - x0).flatten().numpy()
+    Numbers; or tensors of shape (..., 1), of which there is one end.
+    """
+    span = ends[-1] - t
 
-    span, first = (t, min(t, *ends)), x.double().flatten().numpy()
-    if span[0] == span[1]:
-        return [x.double()] * len(ends)
-    solution = solve_ivp(slope, span, first, method="DOP853", t_eval=ends, rtol=1e-10, atol=1e-11)
+    def slope(share: float, flat: np.ndarray) -> np.ndarray:
+        at = t + share * span
+        x0, noise = known.split(torch.from_numpy(flat).view(x.shape), 1 - at, at)
+        return ((noise - x0) * span).flatten().numpy()
+
+    shares = [1.0] if len(ends) == 1 else [(end - t) / (span or 1.0) for end in ends]
+    first = x.double().flatten().numpy()
+    solution = solve_ivp(slope, (0, 1), first, method="DOP853", t_eval=shares, rtol=1e-10, atol=1e-11)
     return [torch.from_numpy(column.copy()).view(x.shape) for column in solution.y.T]
 
 

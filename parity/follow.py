@@ -22,7 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from comfy_ksampler import comfy_sampler, levels
 from gallery.models import device_of, encode, load, reason, size_of
 from gallery.options import FLUX, Family
-from gallery.refused import Refused
+from gallery.refused import Refused, refusing
 from parity.result import Evaluation, Ours, Trajectory
 from parity.sides import Side, levels_of, prepared
 
@@ -62,12 +62,14 @@ class Session:
         pipe = load(family, importlib.import_module(family.module), options.model, device_of(options), options)
         pipe.set_progress_bar_config(disable=True)
         width, height = size_of(family, pipe, options)
-        try:
+        with refusing(Exception, text=reason):
             pipe.check_inputs(options.prompt, None, height, width, *(() if family is FLUX else (None,)))
-            length = _enough_tokens(pipe, options.prompt) if family is FLUX and options.model == "demo" else None
+            length = None
+            if family is FLUX and options.model == "demo":
+                # FLUX pads to 512 tokens, which is most of an evaluation's cost on the demo model
+                needed = len(pipe.tokenizer_2(options.prompt).input_ids)
+                length = next((enough for enough in (64, 128, 256) if enough >= needed), 512)
             prompt = encode(family, pipe, options.prompt, options, length)
-        except Exception as error:
-            raise Refused(reason(error)) from error
         return cls(family, options, pipe, prompt, (width, height))
 
     def trained(self) -> torch.Tensor:
@@ -83,7 +85,7 @@ class Session:
         if self.flux:
             return timestep / 1000
         logs = self.trained().log()
-        low = min(max(int(timestep), 0), len(logs) - 2)
+        low = min(max(int(timestep), 0), len(logs) - 2)  # beyond the last trained one the line goes on
         return torch.lerp(logs[low], logs[low + 1], timestep - low).exp().item()
 
     def timestep_of(self, level: float) -> float:
@@ -95,13 +97,11 @@ class Session:
 
     def named_levels(self, schedule: str | None, steps: int) -> torch.Tensor:
         """The levels of k-diffusion or of ComfyUI of this name; None: the pipeline's own."""
-        try:
+        with refusing(ValueError, text=lambda error: str(error).replace("`schedule`", "--schedule")):
             if schedule is not None and schedule not in self.module.SCHEDULES:
                 return levels(self.pipe, schedule, steps, width=self.width, height=self.height).double()
             tokens = (self.tokens,) if self.flux else ()
             return self.pipe.noise_levels(*tokens, steps, schedule=schedule)
-        except ValueError as error:
-            raise Refused(str(error).replace("`schedule`", "--schedule")) from None
 
     def affordable(self, seconds: float) -> float:
         """How many evaluations of the network take that many CPU seconds, by those made so far."""
@@ -148,12 +148,8 @@ class Session:
     def _call(self, pipe: Any, side: Side, **arguments: Any) -> Any:
         settings = {"width": self.width, "height": self.height, "guidance_scale": self.guidance}
         settings |= {"num_inference_steps": self.options.steps, "output_type": "latent"}
-        try:
+        with refusing(Exception, text=side.failure):
             return pipe(**{**self.prompt, **settings, **arguments}).images
-        except (Refused, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            raise Refused(side.failure(error)) from error
 
     def picture(self, latents: torch.Tensor) -> Any:
         """A PIL image of latents at level 0, decoded by the pipeline."""
@@ -166,10 +162,8 @@ class Session:
 
     def scheduler(self, side: Side, **changes: Any) -> Any:
         """A fresh scheduler of this class, configured as a diffusers user would: from the model's own."""
-        try:
+        with refusing(Exception, text=side.failure):
             return side.target.from_config(self.pipe.scheduler.config, **{**side.options, **changes})
-        except Exception as error:
-            raise Refused(side.failure(error)) from error
 
     def follow_scheduler(self, side: Side, scheduler: Any = None, generator: Any = None, **changes: Any) -> Trajectory:
         """One run of the stock pipeline with this scheduler, or with that fresh one.
@@ -182,22 +176,19 @@ class Session:
         extra = {} if self.flux else {"add_watermarker": False}
         pipe = self.stock_class(**{**self.pipe.components, "scheduler": scheduler}, **extra)
         pipe.set_progress_bar_config(disable=True)
-        noted, generator = generator is None, generator or self.generator.clone_state()
-        seen, after, noise, before = [], [], {}, list[torch.Generator]()
-
-        def record(x: torch.Tensor, timestep: float, prediction: torch.Tensor) -> None:
-            seen.append((x, timestep, prediction))
-            before[:] = [generator.clone_state()] if noted else []
+        before, generator = None if generator else self.generator, generator or self.generator.clone_state()
+        seen, after, noise = list[Any](), list[torch.Tensor](), dict[int, list[torch.Tensor]]()
 
         def step_end(_, i, t, tensors):
+            nonlocal before
             after.append(tensors["latents"].to(self.dtype))
-            if noted and not before[0].get_state().equal(generator.get_state()):
-                draws = _draws(before[0], generator, tensors["latents"], self.device)
-                noise[len(seen) - 1] = [draw.to(self.dtype) for draw in draws]
+            if before and not before.get_state().equal(generator.get_state()):
+                noise[len(seen) - 1] = _draws(before, generator, tensors["latents"], self)
+                before = generator.clone_state()
             return {}
 
         latents = self.noise.clone()
-        with self.watched(record):
+        with self.watched(lambda *evaluation: seen.append(evaluation)):
             self._call(pipe, side, latents=latents, generator=generator, callback_on_step_end=step_end)
         if len(seen) != len(listed):
             counts = f"the network was called {len(seen)} times, not {len(listed)} as its timesteps say"
@@ -214,9 +205,8 @@ class Session:
         ]
         final = after[-1] * (self._unscaled(step_levels[-1]) if keeps_alpha_x else 1.0)
         rounded = {i: name for i, latents in enumerate(after) if (name := _fits(latents, self.network.dtype))}
-        found = Trajectory(step_levels, evaluations, starts, final, noise, fresh, [], rounded, keeps_alpha_x, written)
-        found.notes += [f"the scheduler writes on {name} while it runs" for name in written]
-        return found
+        notes = [f"the scheduler writes on {name} while it runs" for name in written]
+        return Trajectory(step_levels, evaluations, starts, final, noise, fresh, notes, rounded, keeps_alpha_x, written)
 
     def _unscaled(self, level: float) -> float:
         """The latents in our coordinates over the network's input."""
@@ -251,14 +241,14 @@ class Session:
 
         With `denoised`, predictions that were made before, the sampler gets these, and no network runs.
         """
-        ve, found = self.uses_ve(side, ours), Trajectory([], [], [], ours.start)
+        ve, found = self.uses_ve(side, ours), Trajectory(ours.levels.tolist(), [], [], ours.start)
         timesteps = list[float]()
 
         def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
             return self._sample(side, ours, model, ve, found, callback, generator)
 
         def predict(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
-            given = denoised[min(len(found.calls), len(denoised) - 1)]
+            given = denoised[min(len(found.evaluations), len(denoised) - 1)]
             return torch.stack([given, given]) if with_uncond else given
 
         def note(x: torch.Tensor, timestep: float, prediction: torch.Tensor) -> None:
@@ -268,48 +258,43 @@ class Session:
         if denoised is not None:
             sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype)
             self.module.run_sampler(self.module.find_sampler(run), predict, ours.start, sigmas)
-            timesteps = [math.nan] * len(found.calls)
         else:
             generator = generator or self.generator.clone_state()
             way = {"parameterization": "ve" if ve else "flow"} if self.flux else {"quantize_timesteps": ours.quantize}
             with self.watched(note, ours.timesteps):  # `run` takes its own levels and not the call's
                 self._call(self.pipe, side, sampler=run, latents=ours.start, generator=generator, **way)
-        for (x, sigma, predicted), timestep in zip(found.calls, timesteps):
-            x, level = (x / (1 + sigma), sigma / (1 + sigma)) if ve else (x, sigma)
-            found.evaluations.append(Evaluation(level, timestep, x, predicted))
+        for evaluation, timestep in zip(found.evaluations, timesteps):
+            evaluation.timestep = timestep
         # a sampler that calls back once per step steps over the levels; another may have placed its own
-        found.levels = ours.levels.tolist()
         if len(found.starts) != len(found.levels) - 1:
             found.starts = list(range(len(found.evaluations)))
             at = [evaluation.level for evaluation in found.evaluations] + found.levels[-1:]
             if len(at) != len(found.levels) or any(abs(x - y) > 1e-4 * y for x, y in zip(at, found.levels)):
                 found.levels = at
                 why = "does not step over the levels given; each evaluation counts as a step"
-                found.notes.insert(0, f"the k-diffusion sampler {why}")
-        if ve and ours.levels[-1] > 0:
-            found.final = found.final * (1 - ours.levels[-1].item())
+                found.notes.append(f"the k-diffusion sampler {why}")
         return found
 
     def _sample(
         self, side: Side, ours: Ours, model: Callable, ve: bool, found: Trajectory, callback: Any, generator: Any
     ) -> torch.Tensor:
-        """Calls the sampler over our levels, and notes in `found` what it does in its own coordinates."""
+        """Calls the sampler over our levels, and notes in `found` what it does."""
         sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype, copy=True)  # the sampler may write on both
         x = ours.start.to(self.dtype, copy=True)
         if ve:  # at t = 1 the noise alone, as in the pipeline
             x = x * (sigmas[0] if ours.levels[0] == 1 else 1 + sigmas[0]).item()
 
         def recorded(x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            predicted = model(x, sigma, **kwargs)
-            denoised = predicted[0] if kwargs.get("with_uncond") else predicted
-            kept = [tensor.clone() if ours.keep else tensor.new_empty(0) for tensor in (x, denoised)]
-            found.calls.append((kept[0], sigma.flatten()[0].item(), kept[1]))
+            predicted, level = model(x, sigma, **kwargs), sigma.flatten()[0].item()
+            denoised, scale = predicted[0] if kwargs.get("with_uncond") else predicted, 1 + level if ve else 1.0
+            kept = (x / scale, denoised.clone()) if ours.keep else [x.new_empty(0)] * 2
+            found.evaluations.append(Evaluation(level / scale, math.nan, *kept))
             return predicted
 
         def noise_sampler(sigma, sigma_next) -> torch.Tensor:
             if side.eta == 0:  # some samplers draw all the same, and add it zero times
                 return torch.zeros_like(x)
-            i = len(found.calls) - 1
+            i = len(found.evaluations) - 1
             drawn, given = found.noise.setdefault(i, []), (ours.noise or {}).get(i)
             if ours.noise_sampler is not None:
                 drawn.append(ours.noise_sampler(sigma, sigma_next))
@@ -320,55 +305,25 @@ class Session:
             return drawn[-1]
 
         def called_back(info: dict[str, Any]) -> None:
-            found.starts.append(len(found.calls) - 1)
-            if ours.observe:
-                found.callbacks.append({k: v.clone() if torch.is_tensor(v) else v for k, v in info.items()})
+            found.starts.append(len(found.evaluations) - 1)
             if callback is not None:
                 callback(info)
 
         sampler, options = side.target, dict(side.options)
         parameters = inspect.signature(sampler).parameters
-        if ours.observe:
-            sampler = _observed(sampler, found)
         if side.file is not None and not ve and {"extra_args", "callback", "disable"} <= {*parameters}:
             sampler = comfy_sampler(sampler, self.pipe, self.width, self.height)  # it may look up what ComfyUI's do
         if "noise_sampler" in parameters and (ours.noise, ours.noise_sampler) != (None, None):
             options["noise_sampler"] = noise_sampler
         bound, given = self.module.find_sampler(functools.partial(sampler, **options)), {"callback": called_back}
-        final = self.module.call_sampler(bound, recorded, x, sigmas, generator, **given)
-        if not isinstance(final, torch.Tensor) or final.shape != x.shape:
-            returned = f"one of shape {tuple(final.shape)}" if torch.is_tensor(final) else type(final).__name__
+        end = self.module.call_sampler(bound, recorded, x, sigmas, generator, **given)
+        if not isinstance(end, torch.Tensor) or end.shape != x.shape:
+            returned = f"one of shape {tuple(end.shape)}" if torch.is_tensor(end) else type(end).__name__
             raise Refused(f"{side.text} has to return a tensor of shape {tuple(x.shape)}, but returned {returned}")
-        if not found.calls:
+        if not found.evaluations:
             raise Refused(f"{side.text} never calls the model")
-        if ours.noise_sampler is None and (
-            unmatched := {*found.noise} - {i for i, d in (ours.noise or {}).items() if d}
-        ):
-            steps = f"in {len(unmatched)} steps where the other side drew none"
-            found.notes.append(f"the k-diffusion sampler adds noise {steps}")
-        found.final = final
-        return final
-
-
-def _observed(function: Callable, found: Trajectory) -> Callable:
-    """The function, with notes in `found` of which of its arguments it writes on."""
-
-    @functools.wraps(function)
-    def sampler(model: Any, x: torch.Tensor, *levels: Any, **options: Any) -> torch.Tensor:
-        given = [value for value in (x, *levels) if isinstance(value, torch.Tensor)]
-        before = [value.clone() for value in given]
-        end = function(model, x, *levels, **options)
-        zipped = zip(("latents", "levels"), given, before)
-        found.written += [name for name, value, old in zipped if not value.equal(old)]
+        found.final = end * (1 - ours.levels[-1].item()) if ve else end
         return end
-
-    return sampler
-
-
-def _enough_tokens(pipe: Any, prompt: str) -> int:
-    """How many tokens the prompt needs. FLUX pads to 512, which is most of an evaluation's cost on the demo model."""
-    needed = len(pipe.tokenizer_2(prompt).input_ids)
-    return next((length for length in (64, 128, 256) if length >= needed), 512)
 
 
 def _fits(latents: torch.Tensor, dtype: torch.dtype) -> str | None:
@@ -377,12 +332,12 @@ def _fits(latents: torch.Tensor, dtype: torch.dtype) -> str | None:
     return next((str(d)[6:] for d in shorter if latents.equal(latents.to(d).to(latents))), None)
 
 
-def _draws(before: torch.Generator, after: torch.Generator, like: torch.Tensor, device: Any) -> list[torch.Tensor]:
+def _draws(before: torch.Generator, after: torch.Generator, like: torch.Tensor, session: Session) -> list[torch.Tensor]:
     """What was drawn between two states of the generator, in the dtype that leads from one to the other."""
     for dtype in dict.fromkeys((like.dtype, torch.float32, torch.float64, torch.float16, torch.bfloat16)):
         generator, draws = before.clone_state(), list[torch.Tensor]()
         for _ in range(4):
-            draws.append(randn_tensor(like.shape, generator, device, dtype))
+            draws.append(randn_tensor(like.shape, generator, session.device, dtype).to(session.dtype))
             if generator.get_state().equal(after.get_state()):
                 return draws
     return []

@@ -223,13 +223,7 @@ def _defects(states: list[State]) -> tuple[torch.Tensor, torch.Tensor]:
     t = torch.tensor([state[0] for state in states], dtype=torch.float64)[:, None, None]
     x = torch.stack([state[1][0] for state in states])
     (high, low), begin = (t[:-1], t[1:]), x[:-1]
-    exact, h = begin, (low - high) / 16
-    for i in range(16):  # Runge and Kutta's method, of order 4
-        k1 = _velocity(exact, at := high + i * h)
-        k2 = _velocity(exact + h / 2 * k1, at + h / 2)
-        k3 = _velocity(exact + h / 2 * k2, at + h / 2)
-        k4 = _velocity(exact + h * k3, at + h)
-        exact = exact + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    (exact,) = solve(KNOWN, begin, high, [low])
     x0, noise = KNOWN.split(begin, 1 - high, high)
     in_t = begin + (low - high) * (noise - x0) - exact
     left = (1 - high).clamp(min=1e-9)

@@ -166,10 +166,9 @@ def update(pair: Pair, i: int, a: Trajectory, b: Trajectory, setup: Ours, inner:
     def fits(state: Any) -> bool:
         return state is not None and relative(state, target) < min(3 * max(pair.tolerance, 1e-7), gap / 10)
 
-    for state, words, listed, bounds in _other_levels(pair, i, b, setup, inner):
-        value = _nearest(state, target, max(bounds[0], listed / 10), bounds[1])
-        if value is not None and _apart(value, listed) and fits(state(value)):
-            return "noise levels", f"the step {words} {name} {value:.6g}, where its levels say {listed:.6g}"
+    if (value := _other_end(pair, i, b, setup, inner, fits)) is not None:
+        listed = setup.levels[i + 1].item()
+        return "noise levels", f"the step ends at {name} {value:.6g}, where its levels say {listed:.6g}"
     if not inner:
         start = b.step_evaluations(i)[0]
         if fits(start.denoised + b.levels[i + 1] / level * (start.x - start.denoised)):
@@ -183,26 +182,27 @@ def update(pair: Pair, i: int, a: Trajectory, b: Trajectory, setup: Ours, inner:
     return kind, f"the update itself, from {what}"
 
 
-def _other_levels(pair: Pair, i: int, b: Trajectory, setup: Ours, inner: int) -> list[tuple]:
-    """Our step i with another level at its end or begin: (state by that level, words, the level, its bounds)."""
+def _other_end(pair: Pair, i: int, b: Trajectory, setup: Ours, inner: int, fits: Callable) -> float | None:
+    """The level to which our step i has to go for their latents, where that is another one than the levels say."""
+    above, listed, below = [*setup.levels.tolist(), 0.0][i : i + 3]
+    at = (i, inner) if inner else (i + 1, 0)
+    if listed == 0:
+        return None
 
-    def ends_at(value: float) -> torch.Tensor:
+    def state(value: float) -> torch.Tensor:
         levels = setup.levels.clone()
         levels[i + 1] = value
-        replayed = pair.replay(b, setup, levels=levels)
-        if inner:
-            return replayed.state(i, inner)
-        scale = math.hypot(1, setup.levels[i + 1].item()) / math.hypot(1, value) if b.keeps_alpha_x else 1.0
-        return replayed.state(i + 1) * scale
+        scale = math.hypot(1, listed) / math.hypot(1, value) if b.keeps_alpha_x and not inner else 1.0
+        return pair.replay(b, setup, levels=levels).state(*at) * scale
 
-    def begins_at(value: float) -> torch.Tensor | None:
-        levels = torch.cat([setup.levels[:i], setup.levels.new_tensor([value]), setup.levels[i + 1 : i + 2]])
-        return _restarted(pair, i, 0, b, replace(setup, levels=levels))
+    def away(log: float) -> float:
+        return relative(state(math.exp(log)), b.state(*at))
 
-    above, here, following, below = [4 * setup.levels[0].item(), *setup.levels.tolist(), 0.0][i : i + 4]
-    ways = [(ends_at, "ends at", following, (below, here))] if following > 0 else []
-    begins = [(begins_at, "begins at", here, (following, above))]
-    return ways + ([] if inner or b.keeps_alpha_x else begins)
+    bounds = (math.log(max(below, listed / 10)) + 1e-9, math.log(above) - 1e-9)
+    with contextlib.suppress(RuntimeError, ValueError, IndexError):
+        value = math.exp(minimize_scalar(away, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x)
+        return value if _apart(value, listed) and fits(state(value)) else None
+    return None
 
 
 def _restarted(pair: Pair, i: int, back: int, b: Trajectory, setup: Ours) -> torch.Tensor | None:
@@ -255,17 +255,3 @@ def _step_noise(pair: Pair, i: int, at: tuple[int, int], a: Trajectory, b: Traje
 def _apart(one: float, other: float) -> bool:
     """Whether two levels differ by more than float32's rounding."""
     return abs(one / other - 1) > 1e-5
-
-
-def _nearest(state: Callable[[float], Any], target: torch.Tensor, low: float, high: float) -> float | None:
-    """The level between these with which `state(level)` comes nearest to the target; None where there is none."""
-
-    def away(log: float) -> float:
-        if (found := state(math.exp(log))) is None:
-            raise ValueError("the sampler can't begin here")
-        return relative(found, target)
-
-    bounds = (math.log(low) + 1e-9, math.log(high) - 1e-9)
-    with contextlib.suppress(RuntimeError, ValueError, IndexError):
-        return math.exp(minimize_scalar(away, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x)
-    return None

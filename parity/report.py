@@ -18,7 +18,7 @@ from PIL import Image, ImageChops
 from parity.exact import KNOWN
 from parity.follow import Session
 from parity.judge import DETERMINISTIC, Answer, number
-from parity.result import Result, Row, Trajectory
+from parity.result import Result, Trajectory
 
 WIDTH, HEIGHT = 600, 280  # of a diagram
 LEFT, RIGHT, TOP, BOTTOM = 60, 100, 26, 34  # its margins
@@ -39,11 +39,11 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
     if result.rows:
         parts.append(_steps(session, result, ours, theirs))
     if result.switches:
-        rows = list[tuple[str, list[str]]]()
-        for switch in result.switches:
-            outcome = "removes the difference" if switch.removes else f"diverge at step {switch.parts}"
-            cells = [escape(switch.name), switch.side, f"{switch.difference:.1e}", outcome]
-            rows.append(("class=removes" * switch.removes, cells))
+        outcomes = ["removes the difference" if s.removes else f"diverge at step {s.parts}" for s in result.switches]
+        rows = [
+            ("class=removes" * switch.removes, [escape(switch.name), switch.side, f"{switch.difference:.1e}", outcome])
+            for switch, outcome in zip(result.switches, outcomes)
+        ]
         parts.append(f"<h2>Switches tried</h2>{_table(['switch', 'side', 'largest difference', ''], rows, 'words')}")
     if result.notes:
         parts.append(f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in result.notes)}</ul>")
@@ -208,15 +208,11 @@ def _steps(session: Session, result: Result, ours: Trajectory, theirs: Trajector
     ticks = [1, *(step for step in range(5, count - 1, 5)), count]
     marked = {max(cause.step, 1) for cause in [result.cause, *result.others] if cause is not None}
 
-    def cells(row: Row) -> list[str]:
-        step, level, one, other, *differences = row.cells()
-        for j, value in enumerate((row.latents, row.denoised)):
-            differences[j] = (
-                differences[j] if value <= result.tolerance else f"<span class=past>{differences[j]}</span>"
-            )
-        return [step, level, *differences, one, other]
-
-    rows = [(f'data-step="{row.step}"' + " class=first" * (row.step in marked), cells(row)) for row in result.rows]
+    rows = list[tuple[str, list[str]]]()
+    for row in result.rows:
+        step, level, one, other, *differences = row.cells()  # on a narrow screen the differences come first
+        attributes = f'data-step="{row.step}"' + " class=first" * (row.step in marked)
+        rows.append((attributes, [step, level, *differences, one, other]))
     sides = (("ours", result.ours), ("theirs", result.theirs))
     return _filled(
         "steps",

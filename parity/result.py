@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gallery.pictures import write_whole
-from gallery.refused import Refused
+from gallery.refused import refusing
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -23,10 +23,8 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text`, whole or not at all."""
-    try:
+    with refusing(OSError, text=lambda error: f"can't write {path}: {error.strerror}"):
         write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise Refused(f"can't write {path}: {error.strerror}") from None
 
 
 @dataclass
@@ -53,8 +51,6 @@ class Trajectory:
     rounded: dict[int, str] = field(default_factory=dict)  # the shorter dtype that the latents after an evaluation fit
     keeps_alpha_x: bool = False  # the scheduler keeps x / sqrt(sigma^2 + 1), as DPM-Solver's do
     written: list[str] = field(default_factory=list)  # what the side was given and wrote on
-    calls: list[tuple[torch.Tensor, float, torch.Tensor]] = field(default_factory=list)  # as the sampler sees them
-    callbacks: list[dict[str, Any]] = field(default_factory=list)  # where `Ours.observe` asks for them
 
     def state(self, i: int, inner: int = 0) -> torch.Tensor:
         """The latents of step i at its first or an inner evaluation, for i = n the final ones."""
@@ -81,7 +77,6 @@ class Ours:
     timesteps: list[float | None] | None = None  # for the network, by evaluation; None: the sigma's own
     flow: bool = False  # FLUX's sampler sees t, whatever the options say
     keep: bool = True  # the evaluations; a very fine run has too many
-    observe: bool = False  # keep what the sampler calls back with, and note what it writes on
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -101,8 +102,40 @@ def _batch(subject: Subject) -> None:
     need(worst <= 1e-6, f"an image alone or among others ends {worst:.1e} apart")
 
 
+class Observed:
+    """One run of a function, which notes what it asks the model, calls back with and writes on."""
+
+    def __init__(self, subject: Subject):
+        self.asked = list[tuple[torch.Tensor, float, torch.Tensor]]()  # x, sigma and the prediction
+        self.callbacks, self.written, function = list[dict[str, Any]](), list[str](), subject.side.target
+
+        @functools.wraps(function)
+        def sampler(model: Any, x: torch.Tensor, *levels: Any, callback: Any = None, **options: Any) -> torch.Tensor:
+            def called_back(info: dict[str, Any]) -> None:
+                self.callbacks.append(copy.deepcopy(info))
+                callback(info)
+
+            self.model, before = model, copy.deepcopy([x, *levels])
+            options |= {} if callback is None else {"callback": called_back}
+            end = function(self, x, *levels, **options)
+            pairs = zip(("latents", "levels"), (x, *levels), before)
+            self.written += [name for name, now, old in pairs if torch.is_tensor(now) and not now.equal(old)]
+            return end
+
+        subject.run(STEPS, shape=SMALL, function=sampler)
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **given: Any) -> torch.Tensor:
+        """The model."""
+        before, denoised = x.clone(), self.model(x, sigma, **given)
+        self.asked.append((before, float(sigma.flatten()[0]), denoised.clone()))
+        return denoised
+
+    def __getattr__(self, name: str) -> Any:  # functions written for ComfyUI look into the model
+        return getattr(vars(self)["model"], name)
+
+
 def _written(subject: Subject) -> None:
-    written = dict.fromkeys(subject.run(STEPS, shape=SMALL, observe=True).found.written)
+    written = subject.run(STEPS, shape=SMALL).written if subject.stock else Observed(subject).written
     need(not written, f"writes on {', '.join(written)}")
 
 
@@ -173,20 +206,20 @@ def _evaluations(subject: Subject) -> str:
 def _callback(subject: Subject) -> str | None:
     if "callback" not in subject.parameters:
         raise NotJudged("it takes no callback")
-    found = subject.run(STEPS, shape=SMALL, observe=True).found
-    count = len(found.callbacks)
+    seen = Observed(subject)
+    count = len(seen.callbacks)
     if subject.own_steps or "sigma_min" in subject.parameters:
         need(count, "never called")
         return f"{count} times"
     need(count == STEPS, f"called {count} times in {STEPS} steps")
     levels = subject.session().sampler_sigmas(subject.levels(STEPS), subject.options.parameterization == "ve").tolist()
-    for i, (info, level) in enumerate(zip(found.callbacks, levels)):
+    for i, (info, level) in enumerate(zip(seen.callbacks, levels)):
         missing = sorted({"x", "i", "sigma", "denoised"} - info.keys())
         need(not missing, f"lacks {', '.join(missing)}")
         need(int(info["i"]) == i, f"step {i + 1} calls itself i={info['i']}")
         sigma, at = float(info["sigma"]), float(info.get("sigma_hat", info["sigma"]))
         need(abs(sigma - level) <= 1e-5 * level, f"step {i + 1} has sigma {sigma:.5g}, its level is {level:.5g}")
-        here = [(x, denoised) for x, sigma, denoised in found.calls if abs(sigma - at) <= 1e-5 * at]
+        here = [(x, denoised) for x, sigma, denoised in seen.asked if abs(sigma - at) <= 1e-5 * at]
         for which, name in enumerate(("x", "denoised")):
             same = any(relative(info[name], one[which]) < 1e-9 for one in here)
             need(same, f"its {name} is not that of step {i + 1}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
-import importlib.util
 import inspect
 import math
 import re
@@ -21,7 +20,7 @@ import numpy as np
 
 from gallery.models import reason
 from gallery.options import FLUX, SDXL, Family, unknown
-from gallery.refused import Refused
+from gallery.refused import Refused, refusing
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ class Side:
 
     def failure(self, error: Exception) -> str:
         """What went wrong while this side ran, for a user-supplied one also in which line of its file."""
+        if isinstance(error, Refused):
+            return str(error)
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
         return f"{self.text}: {reason(error)}" + (f" ({self.file}, line {lines[-1]})" if lines else "")
 
@@ -87,17 +88,15 @@ def find_side(text: str, module: ModuleType, flag: str) -> Side:
             which = f"which function of {name}? name it as {name}:NAME"
             raise Refused(f"{flag}: {which if name.endswith('.py') else unknown(name, known)}")
     if not inspect.isclass(target):
-        try:
+        with refusing(TypeError, ValueError, text=lambda error: f"{flag}: {error}".replace("`", "")):
             module.find_sampler(target, options)
-        except (TypeError, ValueError) as error:
-            raise Refused(f"{flag}: {error}".replace("`", "")) from None
     elif not _is_scheduler(target):
         raise Refused(f"{flag}: {name} is a class, but no scheduler: it needs set_timesteps() and step()")
     else:
         parameters = inspect.signature(target.__init__).parameters
         known = list(parameters)[1:]
         strange = [option for option in options if option not in known]
-        if strange and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        if strange and not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
             raise Refused(f"{flag}: {name} takes no {', '.join(strange)}; it takes {', '.join(known)}")
     return Side(text, target, options, file)
 
@@ -108,30 +107,23 @@ def _is_scheduler(target: Any) -> bool:
 
 def _parse(text: str, flag: str) -> tuple[str, dict[str, Any]]:
     name, bracket, arguments = text.strip().partition("(")
-    if not bracket:
-        return name, {}
-    try:
-        call = ast.parse(f"f({arguments}", mode="eval").body
+    with refusing(Exception, text=lambda _: f"{flag}: expected NAME or NAME(option=value, ...), but got {text!r}"):
+        call = ast.parse(f"f({arguments}" if bracket else "f()", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError
         return name.strip(), {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError):
-        raise Refused(f"{flag}: expected NAME or NAME(option=value, ...), but got {text!r}") from None
 
 
 def _load(name: str, module: ModuleType, flag: str) -> tuple[Any, str | None]:
     """The object of `path/to/file.py:name` or `package.module:name`, and its file."""
     source, _, attribute = name.rpartition(":")
-    sampling = module.sampling  # k-diffusion's can't be imported as its package's
-    try:
-        if source == sampling.__name__ or Path(source).resolve() == Path(sampling.__file__).resolve():
-            loaded = sampling
-        else:
-            loaded = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except FileNotFoundError:
-        raise Refused(f"{flag}: there is no file {source}") from None
-    except Exception as error:
-        raise Refused(f"{flag}: {source} can't be imported: {type(error).__name__}: {error}") from error
+    path, loaded = Path(source).resolve(), module.sampling  # k-diffusion's can't be imported as its package's
+    if source.endswith(".py") and not path.exists():
+        raise Refused(f"{flag}: there is no file {source}")
+    if source != loaded.__name__ and path != Path(loaded.__file__).resolve():
+        words = f"{flag}: {source} can't be imported: "
+        with refusing(Exception, text=lambda error: f"{words}{type(error).__name__}: {error}"):
+            loaded = _load_file(path) if source.endswith(".py") else importlib.import_module(source)
     if not callable(getattr(loaded, attribute, None)):
         own = [n for n, value in vars(loaded).items() if n.startswith("sample_") and callable(value)]
         own += [n for n, value in vars(loaded).items() if _is_scheduler(value) and value.__module__ == loaded.__name__]
@@ -145,21 +137,15 @@ def _load_file(path: Path) -> ModuleType:
     ComfyUI's `comfy/k_diffusion/sampling.py` says `from . import utils` and `import comfy.model_sampling`, so it is
     `comfy.k_diffusion.sampling` below the folder that holds `comfy`.
     """
-    path = path.resolve(strict=True)
-    imports = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    absolute = {alias.name.split(".")[0] for node in imports if isinstance(node, ast.Import) for alias in node.names}
-    froms = [node for node in imports if isinstance(node, ast.ImportFrom)]
-    absolute |= {node.module.split(".")[0] for node in froms if node.module and not node.level}
-    above = next((parent for parent in path.parents if parent.name in absolute), None)
-    if above is None and any(node.level for node in froms):
-        above = path.parent
-    if above is not None:
-        sys.path.append(str(above.parent))
-        return importlib.import_module(".".join(path.relative_to(above.parent).with_suffix("").parts))
-    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
-    assert spec is not None and spec.loader is not None  # it ends in .py and is there
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
+    text = path.read_text(encoding="utf-8")
+    imported = re.findall(r"^\s*(?:import|from)\s+(\w+|\.)", text, re.MULTILINE)
+    packages = [folder for folder in path.parents if folder.name in imported] + [path.parent] * ("." in imported)
+    if packages:
+        sys.path.append(str(packages[0].parent))
+        return importlib.import_module(".".join(path.relative_to(packages[0].parent).with_suffix("").parts))
+    loaded = ModuleType(re.sub(r"\W", "_", path.stem))
+    loaded.__file__ = str(path)
+    exec(compile(text, path, "exec"), vars(loaded))
     return loaded
 
 
@@ -174,11 +160,10 @@ def prepared(scheduler: Any, steps: int, tokens: int | None = None) -> Any:
         arguments["mu"] = calculate_shift(tokens, *shift)
         if not scheduler.config.get("use_flow_sigmas"):
             arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-    try:
+    stock = "StableDiffusionXLPipeline" if tokens is None else "FluxPipeline"
+    words = f"{type(scheduler).__name__} does not run in {stock}: "
+    with refusing(Exception, text=lambda error: words + reason(error)):
         retrieve_timesteps(scheduler, steps, "cpu", **arguments)
-    except Exception as error:
-        stock = "StableDiffusionXLPipeline" if tokens is None else "FluxPipeline"
-        raise Refused(f"{type(scheduler).__name__} does not run in {stock}: {reason(error)}") from error
     return scheduler
 
 

@@ -15,7 +15,7 @@ import torch
 from gallery.options import FLUX, Family
 from parity.exact import KNOWN, flux_pipeline, patched, sdxl_pipeline, unpatched
 from parity.follow import Session
-from parity.result import Ours, Trajectory
+from parity.result import Ours
 from parity.sides import Side, levels_of, prepared
 
 State = tuple[float, torch.Tensor, float]  # t, x = (1 - t) x0 + t noise of (images, patches, d), and the timestep
@@ -30,7 +30,7 @@ class Run:
     asked: list[State]  # each evaluation of the network
     end: torch.Tensor  # x at the last level, `last`
     last: float
-    found: Trajectory  # the same as compare.py records it
+    written: list[str]  # what a scheduler was given and wrote on
 
 
 def start(t: float, images: int, patches: int, seed: int = 0) -> torch.Tensor:
@@ -135,12 +135,16 @@ class Subject:
         dtype: torch.dtype = torch.float64,
         levels: torch.Tensor | None = None,
         scheduler: Any = None,
-        observe: bool = False,
+        function: Any = None,
         **options: Any,
     ) -> Run:
-        """From x at the first level, true by default, with these options of the side."""
-        session, side = self.session(shape, dtype), replace(self.side, options={**self.side.options, **options})
-        self.options.steps = max(steps, 1)
+        """From x at the first level, true by default, with these options, by this scheduler or function or the side's.
+
+        With a list of seeds each image has its own generator.
+        """
+        target, self.options.steps = function or self.side.target, max(steps, 1)
+        session = self.session(shape, dtype)
+        side = replace(self.side, target=target, options={**self.side.options, **options})
         generators = [torch.Generator().manual_seed(one) for one in (seed if isinstance(seed, list) else [seed])]
         generator = generators if isinstance(seed, list) else generators[0]
         levels = self.levels(steps) if levels is None and not self.stock else levels
@@ -158,7 +162,7 @@ class Subject:
             session.noise = latents
             found = session.follow_scheduler(side, scheduler, generator)
         else:
-            found = session.follow_sampler(side, Ours(levels, latents, observe=observe), generator=generator)
+            found = session.follow_sampler(side, Ours(levels, latents), generator=generator)
             if first == 1 and self.options.parameterization == "ve":  # the pipeline begins at a finite sigma
                 sigma = session.sampler_sigmas(levels, True)[0].item()
                 first = sigma / (1 + sigma)
@@ -168,7 +172,7 @@ class Subject:
             first, begin, _ = asked[0]
             if not 0.95 < (ratio := float(begin.norm() / x.norm())) < 1.05:
                 found.written.append(f"the first latents, {ratio:.3g} times as large as its first level asks")
-        return Run(begin, first, asked, self.state(found.final, found.levels[-1]), last, found)
+        return Run(begin, first, asked, self.state(found.final, found.levels[-1]), last, found.written)
 
     def run_part(self, shape: tuple[int, int, int], skipped: int, steps: int, named: bool) -> Run:
         """The stock pipelines' loop from a true state after `skipped` of the steps, `named` by `set_begin_index`."""
@@ -182,25 +186,18 @@ class Subject:
         x = mixed(scheduler, x0, noise, timesteps[:1])
         extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         asked = list[State]()
-
-        def note(x: torch.Tensor, timestep: float, prediction: torch.Tensor) -> None:
-            level = session.level_of(timestep)
-            x = x if self.flux else x * math.hypot(level, 1)
-            asked.append((self.t(level), self.state(x, level), timestep))
-
-        with session.watched(note):
-            for t in timesteps:
-                at = t.double().reshape(1).expand(shape[0])
-                if self.flux:
-                    output = session.network(hidden_states=x, timestep=at / 1000)[0]
-                else:
-                    output = session.network(scheduler.scale_model_input(x, t), at)[0]
-                x = scheduler.step(output, t, x, return_dict=False, **extra)[0].double()
+        for t in timesteps:
+            level, given = session.level_of(float(t)), x if self.flux else scheduler.scale_model_input(x, t)
+            unscaled = given if self.flux else given * math.hypot(level, 1)
+            asked.append((self.t(level), self.state(unscaled, level), float(t)))
+            at = t.double().reshape(1).expand(shape[0])
+            model = session.network
+            output = model(hidden_states=x, timestep=at / 1000) if self.flux else model(given, at)
+            x = scheduler.step(output[0], t, x, return_dict=False, **extra)[0].double()
         first, begin, _ = asked[0]
         last, alpha_x = self.ts(steps)[-1].item(), not self.flux and float(scheduler.init_noise_sigma) == 1
         sigma = last / (1 - last)
-        end = self.state(x * (math.hypot(1, sigma) if alpha_x else 1.0), sigma)
-        return Run(begin, first, asked, end, last, Trajectory([], [], [], end))
+        return Run(begin, first, asked, self.state(x * (math.hypot(1, sigma) if alpha_x else 1.0), sigma), last, [])
 
 
 def mixed(scheduler: Any, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

@@ -106,8 +106,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 def load(family: Family, options: argparse.Namespace) -> Session:
     """With the family's own guidance."""
     guidance = family.guidance if family is FLUX else 1.0
-    options = argparse.Namespace(**{**vars(options), "guidance": guidance})
-    return Session.load(family, options)
+    return Session.load(family, argparse.Namespace(**{**vars(options), "guidance": guidance}))
 
 
 def jobs(family: Family) -> list[Job]:

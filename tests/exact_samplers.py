@@ -24,7 +24,7 @@ def euler(model, x, sigmas, extra_args=None, callback=None, disable=None, factor
     first = x
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i] * x.new_ones([len(x)]))
-        denoised = denoised + mixes * (denoised.mean(0, keepdim=True) - denoised)
+        denoised = denoised + mixes * (denoised.mean(0, keepdim=True) - denoised) if mixes else denoised
         denoised = denoised.float().to(x.dtype) if rounds else denoised
         if callback is not None:
             shown = first if shows == "first" else x
