@@ -559,6 +559,7 @@ def test_levels_fall_at_every_step_count(pipes, scheduler):
             torch.testing.assert_close(sigmas, levels(pipe, scheduler, steps), rtol=2e-6, atol=0)
             assert sigmas[-1] == 0 and (sigmas.diff() < 0).all() and sigmas.isfinite().all(), steps
             assert len(sigmas) == steps + 1 or scheduler in ("beta", "ddim_uniform") or steps > 1000
+            assert scheduler != "linear_quadratic" or steps == 1 or sigmas[steps // 2].isclose(0.975 * sigmas[0])
 
 
 SHIFTS = dict.fromkeys(["sd3_text", "wan_text", "z_image", "sana"], 3.0)
