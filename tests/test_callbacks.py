@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import sys
 
 import pytest
 import torch
-from conftest import CALLS, PARENTS, network, parent_of, relative, seeded
+from conftest import CALLS, PARENTS, fail, network, parent_of, relative, seeded
 from diffusers.callbacks import MultiPipelineCallbacks, SDXLCFGCutoffCallback
 from tqdm.auto import tqdm
 
@@ -166,10 +167,11 @@ def test_dpm_adaptive_is_followed(family):
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2_ancestral", "dpm_fast", "dpm_adaptive", "dpmpp_2m_sde"])
-def test_interrupt_stops_at_that_step(family, sampler):
-    """The callback is the last one, and its latents come back."""
+def test_interrupt_stops_at_that_step(family, sampler, monkeypatch):
+    """The callback is the last one, and its latents come back. A progress bar has the steps, where they are known."""
     name, pipe = family
-    seen = []
+    seen, bar = [], pipe.progress_bar
+    monkeypatch.setattr(pipe, "progress_bar", lambda total: seen.append(total) or bar(total=total))
 
     def stop(one, i, timestep, tensors):
         seen.append((tensors["latents"], len(evaluations)))
@@ -178,6 +180,7 @@ def test_interrupt_stops_at_that_step(family, sampler):
 
     with counted(pipe) as evaluations:
         stopped = draw(pipe, name, stop, sampler=sampler, num_inference_steps=6)
+    assert seen.pop(0) == (math.inf if sampler in ("dpm_fast", "dpm_adaptive") else 6)
     assert len(seen) == 2 and relative(stopped, seen[1][0]) < CLOSE
     assert len(evaluations) == seen[1][1]  # the network doesn't run again
 
@@ -242,10 +245,6 @@ def test_cpu_generator_on_a_gpu(family, sampler):
     expected = draw(pipe, name, sampler=sampler)
     on_gpu = draw(copy.deepcopy(pipe).to("cuda"), name, sampler=sampler)
     assert on_gpu.is_cuda and relative(on_gpu.cpu(), expected) < 0.05
-
-
-def fail(*args, **kwargs):
-    raise ZeroDivisionError
 
 
 def press_ctrl_c(*args):

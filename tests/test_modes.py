@@ -9,7 +9,7 @@ import os
 import conftest
 import pytest
 import torch
-from conftest import CHILDREN, FAMILIES, PROMPT, load, network, parent_of, relative
+from conftest import CHILDREN, FAMILIES, PROMPT, fail, load, network, parent_of, relative
 from diffusers import FluxPipeline
 from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.utils import torch_utils
@@ -20,10 +20,6 @@ from flux_comfy_pipeline import FluxComfyPipeline, sampler_names
 CLOSE = 1e-5  # float32 rounding; see test_side_by_side.py
 draw = functools.partial(conftest.draw, output_type="pt")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
-def fail(*args, **kwargs):
-    raise ZeroDivisionError
 
 
 LEAVES = {"offload_type": "leaf_level"}
