@@ -306,7 +306,7 @@ def test_ltx_gives_a_timestep_for_each_token():
 
 def test_a_predicted_variance_is_left_out():
     """DiT's and PixArt's networks return it in a second half of the channels."""
-    x, variance, scheduler = random(1, 2, 4, 4), random(1, 2, 4, 4, seed=2), KDiffusionScheduler.from_scheduler(FLOW)
+    x, variance, scheduler = random(1, 4, 4, 4), random(1, 4, 4, 4, seed=2), KDiffusionScheduler.from_scheduler(FLOW)
     found = loop(scheduler, x=x, predict=lambda x: torch.cat([0.5 * x, variance], 1))[1]
     assert torch.equal(found, loop(scheduler, x=x)[1])
 
@@ -331,7 +331,8 @@ def test_noise_without_a_generator_follows_from_each_images_bits():
     scheduler, x = KDiffusionScheduler.from_scheduler(FLOW, sampler="euler_ancestral"), random(2, 2, 4, 4)
     pair, again, second, other = (loop(scheduler, x=one)[1] for one in (x, x, x[1:], x + 1e-4))
     assert torch.equal(again, pair) and torch.equal(second, pair[1:])
-    assert relative(other, pair) > 0.1
+    many = loop(scheduler, x=x[:1] + 1e-4 * torch.arange(200).view(-1, 1, 1, 1))[1]
+    assert relative(other, pair) > 0.1 and torch.pdist(many.flatten(1)).min() > 0.1  # no two have the same noise
 
 
 def entering(model, x, sigmas, extra_args=None, callback=None, disable=None):
