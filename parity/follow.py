@@ -242,7 +242,7 @@ class Session:
         With `denoised`, predictions that were made before, the sampler gets these, and no network runs.
         """
         ve, found = self.uses_ve(side, ours), Trajectory(ours.levels.tolist(), [], [], ours.start)
-        timesteps = list[float]()
+        timesteps, generator = list[float](), generator or self.generator.clone_state()
 
         def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
             return self._sample(side, ours, model, ve, found, callback, generator)
@@ -259,7 +259,6 @@ class Session:
             sigmas = self.sampler_sigmas(ours.levels, ve).to(self.dtype)
             self.module.run_sampler(self.module.find_sampler(run), predict, ours.start, sigmas)
         else:
-            generator = generator or self.generator.clone_state()
             way = {"parameterization": "ve" if ve else "flow"} if self.flux else {"quantize_timesteps": ours.quantize}
             with self.watched(note, ours.timesteps):  # `run` takes its own levels and not the call's
                 self._call(self.pipe, side, sampler=run, latents=ours.start, generator=generator, **way)

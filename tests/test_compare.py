@@ -159,6 +159,7 @@ def test_what_differs_is_found_at_its_step(ours, theirs, step, kind, words, swit
         assert f"Removed by {removing[0]}" in result.verdict
     if "s_churn" in words:
         assert result.truth.equation.startswith("not defined for s_churn")
+        assert compared(ours, theirs, switches=False, truth=False).parting() == result.parting(), "twice the same"
     if "ends at" in words:  # 1.1 times what the list says, as planted
         found, listed = (float(word.strip(",.")) for word in result.cause.what.split() if word[0].isdigit())
         assert found / listed == pytest.approx(1.1, rel=1e-5)
