@@ -26,15 +26,15 @@ import torch
 from scipy.special import betaincinv
 
 # k-diffusion's samplers that give ComfyUI's latents on both models ("ddim" is ComfyUI's second name for "euler")
-SAME = ("euler", "ddim", "heun", "dpm_2", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2m")
+K_DIFFUSIONS = ("euler", "ddim", "heun", "dpm_2", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2m")
 # those that do so on SDXL only, and on FLUX ||k-diffusion's latents - ComfyUI's|| / ||ComfyUI's||
 FLUX_DISTANCES = {"euler_ancestral": 1.2, "dpm_2_ancestral": 0.04, "dpmpp_2s_ancestral": 1.2}
 FLUX_DISTANCES |= {f"dpmpp_{sde}{gpu}": 0.004 for sde in ("sde", "2m_sde", "3m_sde") for gpu in ("", "_gpu")}
-OWN = """euler_cfg_pp euler_ancestral_cfg_pp heunpp2 exp_heun_2_x0 exp_heun_2_x0_sde dpmpp_2s_ancestral_cfg_pp
+COMFYUI_ONLY = """euler_cfg_pp euler_ancestral_cfg_pp heunpp2 exp_heun_2_x0 exp_heun_2_x0_sde dpmpp_2s_ancestral_cfg_pp
     dpmpp_2m_cfg_pp dpmpp_2m_sde_heun dpmpp_2m_sde_heun_gpu ddpm lcm ipndm ipndm_v deis res_multistep
     res_multistep_cfg_pp res_multistep_ancestral res_multistep_ancestral_cfg_pp gradient_estimation
     gradient_estimation_cfg_pp er_sde seeds_2 seeds_3 sa_solver sa_solver_pece uni_pc uni_pc_bh2""".split()
-SAMPLERS = (*SAME, *FLUX_DISTANCES, *OWN)
+SAMPLERS = (*K_DIFFUSIONS, *FLUX_DISTANCES, *COMFYUI_ONLY)
 SKIPPING = ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2")  # these make one more level and skip the last but one
 
 
@@ -84,7 +84,7 @@ def ksampler(
     call |= {"parameterization": "flow"} if flow else {"quantize_timesteps": True}
     # the cfg_pp samplers use the negative prompt even at cfg 1
     call["true_cfg_scale" if flow else "guidance_scale"] = max(cfg, 1 + 2**-23) if "cfg_pp" in sampler_name else cfg
-    if sampler_name in SAME:
+    if sampler_name in K_DIFFUSIONS:
         positive = sigmas[sigmas > 0].tolist()
         if sampler_name in ("dpm_fast", "dpm_adaptive") and len(positive) > 1:  # they use only the ends and the number
             ends = positive[0], positive[-1]
@@ -97,7 +97,7 @@ def ksampler(
             function = functools.partial(theirs.sampler_function, **theirs.extra_options)
             before = on_cpu and noise != "today" and sampler_name in SAMPLERS and not brownian
             return call | {"sampler": comfy_sampler(function, pipe, width, height, seed - before, cfg)}
-        if sampler_name in OWN:
+        if sampler_name in COMFYUI_ONLY:
             raise ImportError(f"`sampler_name`: {sampler_name!r} is ComfyUI's own, and {comfy}")
         warnings.warn(f"{sampler_name} is k-diffusion's, {FLUX_DISTANCES[sampler_name]} off, as {comfy}", stacklevel=2)
     generator_of_steps = torch.Generator(device).manual_seed((seed + (on_cpu and noise == "today")) % 2**64)

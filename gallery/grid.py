@@ -162,7 +162,7 @@ def title_of(count: int, axis: str | None, place: str, settings: dict[str, str])
     return [
         f"{place}: {count} samplers of k-diffusion{' as in ComfyUI' * comfy}, {', '.join(shared)}, seed {seed}",
         settings["prompt"] + (f"   (not: {negative})" if negative else ""),
-    ] + ["levels of 255: root mean square over pixels, from the last picture of the same sampler"] * (axis == "steps")
+    ] + ["difference: root mean square over pixels (of 255) from the same sampler's last picture"] * (axis == "steps")
 
 
 def _check_names(module: Any, options: Namespace, columns: list[Namespace]) -> list[str]:

@@ -100,7 +100,7 @@ def write_sheet(
     def cell(one: Drawn) -> tuple[str, str, Path | None]:
         note, last = one.error or _cost(one), at[one.picture.row, columns[-1]].path
         if distances and one.path and last:
-            note += f"\n{difference(one.path, last):.1f} levels from the last"
+            note += f"\ndifference {difference(one.path, last):.1f}"
         return "" if one.picture.column else one.picture.row, note, one.path
 
     turned = len(columns) > len(rows)

@@ -32,7 +32,7 @@ import pytest
 
 ROOT, WORK = blocks.ROOT, Path(__file__).parent / ".mutants"
 FILES = (blocks.FIRST, *blocks.OTHERS, "comfy_ksampler.py")
-MAPPED = """brownian callbacks closed_form comfy comfyui files flux loading member models modes recipes sampling
+MAPPED = """brownian callbacks closed_form comfy comfyui files flux loading both_pipelines models modes recipes sampling
     scheduler scheduler_bases scheduler_traps sdxl settings side_by_side""".split()
 SECONDS = (25, 250)  # of the tests that run for a mutant, as they took for the map: first, and for those that survive
 OTHER: dict[type, type] = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}

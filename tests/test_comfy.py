@@ -47,7 +47,7 @@ def no_comfyui(monkeypatch):
 @pytest.mark.parametrize(
     "model, sampler_name",
     [
-        *itertools.product(["sdxl", "flux"], comfy_ksampler.SAME),
+        *itertools.product(["sdxl", "flux"], comfy_ksampler.K_DIFFUSIONS),
         *(("sdxl", name) for name in comfy_ksampler.FLUX_DISTANCES),
     ],
 )
@@ -399,11 +399,11 @@ def test_the_names_are_comfyuis():
     """All names in the references, so all of version 0.27: k-diffusion has sixteen of the 44, and an alias."""
     assert len(comfy_ksampler.SAMPLERS) == len(set(comfy_ksampler.SAMPLERS)) == 44
     assert set(comfy_ksampler.SAMPLERS) == {key.split("/")[1] for key in LATENTS.keys()}
-    assert set(SCHEDULERS) == set(SIGMAS["sdxl"]) and set(ON_BOTH) < set(comfy_ksampler.OWN)
+    assert set(SCHEDULERS) == set(SIGMAS["sdxl"]) and set(ON_BOTH) < set(comfy_ksampler.COMFYUI_ONLY)
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
-@pytest.mark.parametrize("name", comfy_ksampler.OWN)
+@pytest.mark.parametrize("name", comfy_ksampler.COMFYUI_ONLY)
 def test_comfyuis_own_say_what_to_do(pipes, model, name):
     with pytest.raises(ImportError, match=f"'{name}' is ComfyUI's own, and .*PYTHONPATH"):
         ksampler(pipes[model], **settings(f"{model}/{name}/simple/4/0"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import CHILDREN, FAMILIES, PROMPT, draw, load, parent_of, relative, seeded
 
-from comfy_ksampler import SAME, ksampler
+from comfy_ksampler import K_DIFFUSIONS, ksampler
 from scheduling_k_diffusion import KDiffusionScheduler, sampler_names
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -37,7 +37,7 @@ def test_the_scheduler_draws_what_the_pipelines_do(name, generators):
 
 
 # FLUX's dpmpp_2m_sde is ComfyUI's own
-@pytest.mark.parametrize("name, sampler_name", [*itertools.product(CHILDREN, SAME), ("sdxl", "dpmpp_2m_sde")])
+@pytest.mark.parametrize("name, sampler_name", [*itertools.product(CHILDREN, K_DIFFUSIONS), ("sdxl", "dpmpp_2m_sde")])
 def test_ksampler_draws_the_cpus_pictures(name, sampler_name):
     """The noise is that of the CPU, as in ComfyUI: pictures agree but for the GPU's arithmetic."""
     pipe, drawn = load(CHILDREN[name], name), {}

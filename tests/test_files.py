@@ -12,7 +12,7 @@ import sys
 import blocks
 import pytest
 from conftest import CHILDREN, PROMPT, ROOT
-from test_house import COPIED
+from test_layout import COPIED
 
 FILES = {name: f"{name}_comfy_pipeline.py" for name in CHILDREN}
 CLASSES = {name: kind.__name__ for name, kind in CHILDREN.items()}

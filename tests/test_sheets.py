@@ -51,7 +51,7 @@ def test_labels_of_a_sheet_do_not_overlap(tmp_path, size, label, columns):
     path = tmp_path / "a.png"
     write_png(Image.new("RGB", size, "red"), path)
     if columns:
-        entries = [("", "17 evaluations, 1234.5 s\n12.3 levels from the last", path)] * 2 * columns
+        entries = [("", "17 evaluations, 1234.5 s\ndifference 12.3", path)] * 2 * columns
         labels = {"top": [label] * columns, "left": ["linear_quadratic"] * 2}
         others = [{**labels, "top": [*labels["top"][:i], "", *labels["top"][i + 1 :]]} for i in range(columns)]
         heads = [ink(entries, entries, labels, other) for other in others]
@@ -151,7 +151,7 @@ def test_the_longer_side_of_a_table_goes_down(tmp_path, monkeypatch, rows, colum
         row, column = (top, left) if down == "columns" else (left, top)
         assert label == "" and path.name == f"{row}-{column}.png"
         apart = 20 * (columns - 1 - names["columns"].index(column)) / 3**0.5  # one of three channels differs
-        assert note == f"4 evaluations, 1.0 s\n{apart:.1f} levels from the last"
+        assert note == f"4 evaluations, 1.0 s\ndifference {apart:.1f}"
 
 
 def test_no_chunk_of_a_picture_is_another_tools(tmp_path):
