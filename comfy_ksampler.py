@@ -165,6 +165,8 @@ def load_custom_nodes(*nodes: str | Path) -> None:
             there = ", ".join(sorted(path.name for path in folder.iterdir()))
             raise ValueError(f"custom node {node!r} is no path, and not in {folder}, which has {there}")
         name = source.name.removesuffix(".py").replace(".", "_x_")  # as ComfyUI names it
+        if f"custom_nodes.{name}" in sys.modules:
+            continue
         copy = Path(scratch.name, "custom_nodes", name)
         if source.is_dir():
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns(".git", "__pycache__"), dirs_exist_ok=True)
@@ -473,9 +475,8 @@ def _linear_quadratic(n: int, m: Any) -> torch.Tensor:
 
 
 def _kl_optimal(n: int, m: Any) -> torch.Tensor:
-    share = torch.arange(n, dtype=torch.float32) / max(
-        n - 1, 1
-    )  # one step is NaN in ComfyUI; here it begins at the highest level
+    # one step is NaN in ComfyUI; here it begins at the highest level
+    share = torch.arange(n, dtype=torch.float32) / max(n - 1, 1)
     return (share * math.atan(m.sigma_min) + (1 - share) * math.atan(m.sigma_max)).tan()
 
 

@@ -67,9 +67,9 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     options = parser.parse_args(arguments)
     exact = options.against == "exact" and not options.all
     for applies, names, message in (
-        (exact, (*OF_MODELS, "truth_seconds"), "--against exact: goes without --{}, its model is its own"),
-        (options.all, OF_PAIRS, "--all: goes without --{}, each pair has its own settings"),
-        (not options.all, ("resume", "output"), "--{}: goes with --all alone"),
+        (exact, (*OF_MODELS, "truth_seconds"), "--against exact: not with --{}; the model is a mixture of Gaussians"),
+        (options.all, OF_PAIRS, "--all: not with --{}; each pair has its own settings"),
+        (not options.all, ("resume", "output"), "--{}: only with --all"),
     ):
         for name in names:
             if applies and getattr(options, name) != parser.get_default(name):
@@ -78,7 +78,7 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
         parser.error("argument --all: needs --family to say whose pairs --model can run")
     family = {"sdxl": SDXL, "flux": FLUX}[options.family or "sdxl"]
     if exact:  # before the imports, which take seconds
-        model = f"a mixture of Gaussians, whose answer is known, in the pipeline of {family.name.upper()}"
+        model = f"a mixture of Gaussians, with a known exact solution, in the pipeline of {family.name.upper()}"
         print(options.sampler, "on", model, file=words_to(options), flush=True)
     grids.check_size(parser, family, options)
     options.negative_prompt, options.true_cfg = None, 1.0

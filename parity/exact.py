@@ -1,4 +1,4 @@
-"""A model whose answer is known: a Gaussian mixture and its ideal denoiser, where SDXL's and FLUX's networks stand.
+"""A model with a known exact solution: a Gaussian mixture's ideal denoiser in place of SDXL's or FLUX's network.
 
 The pipelines run as they are; only the network is `UNet` or `Transformer` of this file. Three coordinates occur:
 y = x0 + sigma noise, FLUX's x = (1 - t) x0 + t noise with t = sigma / (1 + sigma), and x = alpha x0 + sigma noise.

@@ -1,4 +1,4 @@
-"""Is a sampler right? It is run on the model whose answer is known, and judged by where it ends and by each step."""
+"""Is a sampler right? Runs it on the model with a known exact solution, and judges its end and each step."""
 
 from __future__ import annotations
 

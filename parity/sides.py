@@ -143,7 +143,8 @@ def _load_file(path: Path) -> ModuleType:
     if packages:
         sys.path.append(str(packages[0].parent))
         return importlib.import_module(".".join(path.relative_to(packages[0].parent).with_suffix("").parts))
-    loaded = ModuleType(re.sub(r"\W", "_", path.stem))
+    name = "side_" + re.sub(r"\W", "_", path.stem)
+    sys.modules[name] = loaded = ModuleType(name)  # where dataclasses look for it
     loaded.__file__ = str(path)
     exec(compile(text, path, "exec"), vars(loaded))
     return loaded

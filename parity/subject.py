@@ -1,4 +1,4 @@
-"""A sampler or a scheduler on the model whose answer is known: what it was shown, and where it ended."""
+"""A sampler or a scheduler on the model with a known exact solution: its evaluations, and where it ended."""
 
 from __future__ import annotations
 

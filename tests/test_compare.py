@@ -204,7 +204,7 @@ def test_levels_of_our_own_differ_from_theirs():
     assert result.cause.kind == "noise levels" and result.cause.what.endswith("theirs at 1"), result.verdict
 
 
-BROKEN = """
+BROKEN = """import dataclasses
 def sample_nan(model, x, sigmas, extra_args=None, callback=None, disable=None):
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]))
@@ -212,7 +212,7 @@ def sample_nan(model, x, sigmas, extra_args=None, callback=None, disable=None):
         x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
         x = x * float("nan") if i == 1 else x
     return x
-
+dataclasses.make_dataclass("Options", [("a", "int")], namespace={"__module__": __name__})
 def sample_none(model, x, sigmas, extra_args=None, callback=None, disable=None):
     model(x, sigmas[0] * x.new_ones([x.shape[0]]))
 
