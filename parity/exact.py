@@ -192,7 +192,7 @@ def flux_pipeline(
 def solve(known: Mixture, x: torch.Tensor, t: Any, ends: Sequence[Any]) -> list[torch.Tensor]:
     """x = (1 - t) x0 + t noise of (..., d) at each of the falling `ends` by dx/dt = noise - x0, to ten digits.
 
-    Numbers; or tensors of shape (..., 1), of which there is one end.
+    `t` and `ends` are numbers. With levels of their own for the samples, `t` and the only end have shape (..., 1).
     """
     span = ends[-1] - t
 
