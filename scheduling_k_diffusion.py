@@ -29,7 +29,6 @@ import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from greenlet import getcurrent, greenlet
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 
 class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
@@ -273,7 +272,6 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         """
         sampler, whole, known = self.sampler, self._trial, self.sampler.is_k_diffusions
         asked, begins, n = whole.sigmas, whole.begins, len(whole.levels) - 1
-        goes_on = 0 < i != self.begin_index and self._step_index not in (None, len(self.timesteps))
         # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
         first = min((j for j in begins if j >= i), default=len(asked))
         rest = whole.levels[begins.get(first, len(whole.levels)) :]
@@ -282,24 +280,16 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if known and (churn := sampler.arguments.get("s_churn")):  # it is spread over the steps
             churn *= (len(rest) - 1) / n
             sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
-        if i == 0 or (known and not goes_on and i < len(asked)):
-            return first, sampler, rest
-        order = math.ceil(len(asked) / n)
+        goes_on = i not in (0, self.begin_index) and self._step_index not in (None, len(self.timesteps))
+        if goes_on and not (known and sampler.name in ("euler", "euler_ancestral")):
+            what = "go on with a copy, in another thread, with latents of another shape or twice from a timestep"
+            raise ValueError(f"`sampler`: {sampler.name} can't {what}; euler and euler_ancestral can")
         # the pipeline skips as many evaluations as it thinks a step has
-        even = begins == {k * order: k for k in range(n)}
-        begun = len(rest) > 0 and (known or even or begins.get(i, -1) * self.order == i)
-        again: Any = try_out(sampler, rest, whole.states[first]) if begun else None
-        can = again and close(again.sigmas, asked[first:])
-        if can and goes_on:  # a path of noise can't be drawn again
-            can = first == i and "_sde" not in sampler.name and close(again.states, whole.states[i:])
-        if not can:
-            what = "start part-way (`strength`, `denoising_start`)"
-            if goes_on:
-                what = "go on with a copy, in another thread, with latents of another shape or twice from a timestep"
-            why = "it is within a step, or its steps vary or depend on a history or a path of noise"
-            way = "Pass `schedule=levels[i:]` and `latents`, or use euler or euler_ancestral"
-            raise ValueError(f"`sampler`: {sampler.name} can't {what} here: {why}. {way}")
-        return first, sampler, rest
+        even = known or begins.get(i, -1) * math.ceil(len(asked) / n) == i
+        if i == 0 or (even and i < len(asked) and (known or close(try_out(sampler, rest).sigmas, asked[i:]))):
+            return first, sampler, rest
+        what = "start part-way (`strength`, `denoising_start`) here: it is within a step, or its steps vary"
+        raise ValueError(f"`sampler`: {sampler.name} can't {what}. Pass `schedule=levels[i:]` and `latents`")
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The network's input."""
@@ -382,28 +372,24 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 class Paused(greenlet):
     """A sampler that waits for a prediction. Copies share it until one of them goes on. It can't be saved."""
 
-    def __deepcopy__(self, memo: Any) -> Paused:
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return type(None), ()
+    __deepcopy__ = lambda self, memo: self  # noqa: E731
+    __reduce_ex__ = lambda self, protocol: (type(None), ())  # noqa: E731
 
 
-def try_out(sampler: Sampler, levels: torch.Tensor, x: float = 1.0) -> SimpleNamespace:
-    """What a sampler does with a tensor of one element, without noise. ValueError: it fails, or is dpm_adaptive.
+def try_out(sampler: Sampler, levels: torch.Tensor) -> SimpleNamespace:
+    """What a sampler does with a tensor of one element. ValueError: it fails, or is dpm_adaptive.
 
-    Returns these and `sigmas`, `states` of all evaluations, and `begins`: {evaluation that begins a step: its level}.
+    Returns these, `sigmas` of all evaluations, and `begins`: {evaluation that begins a step: its level}.
     """
-    asked, states, called = list[float](), list[float](), dict[int, float]()
+    asked, called, device = list[float](), dict[int, float](), torch.get_default_device()
     # k-diffusion's sigmas are wanted in full; others may compare levels, as they will get them
-    one = torch.full([1] * 4, x, dtype=torch.float64 if sampler.is_k_diffusions else torch.float32, device="cpu")
+    one = torch.ones([1] * 4, dtype=torch.float64 if sampler.is_k_diffusions else torch.float32, device="cpu")
 
-    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
-        if with_uncond:
-            raise ValueError("a scheduler can't see the prediction without guidance, as our pipelines can")
+    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        if torch.get_default_device() != device:
+            raise ValueError("it calls the network with another default device")
         asked.append(float(sigma))
-        states.append(float(x))
-        return x.add(sigma).sin()  # curved, so that a history shows
+        return x * 0.5
 
     def callback(info: dict[str, Any]) -> None:  # the step began with the last evaluation at its level or above
         sigma = float(info.get("sigma", math.inf))
@@ -412,20 +398,19 @@ def try_out(sampler: Sampler, levels: torch.Tensor, x: float = 1.0) -> SimpleNam
     try:
         if "rtol" in sampler.arguments:
             raise ValueError("the network's predictions decide on its steps")
-        quiet = {"s_noise": 0.0} if "s_noise" in sampler.arguments else {}
         still = {"noise_sampler": lambda *_: torch.zeros_like(one)} if "noise_sampler" in sampler.arguments else {}
-        silent = find_sampler(sampler.function, {**sampler.options, **quiet})
         generator = torch.Generator("cpu").manual_seed(0)
         outside = greenlet(call_sampler)  # of the caller's context, where a pipeline of ours may count steps
-        outside.switch(silent, model, one, levels, generator, callback=callback, **still)
+        outside.switch(sampler, model, one, levels, generator, callback=callback, **still)
     except Exception as error:
-        others = "for dpm_adaptive there are StableDiffusionXLComfyPipeline and FluxComfyPipeline"
+        others = "for dpm_adaptive, and what needs the prediction without guidance, there are "
+        others += "StableDiffusionXLComfyPipeline and FluxComfyPipeline"
         raise ValueError(f"`sampler`: can't tell its timesteps before the run; {others} ({error})") from error
     # one that places its own levels has one for each evaluation; the last call, or evaluation, at a level counts
     marks, known = called or dict(enumerate(asked)), asked if "sigma_min" in sampler.arguments else levels[:-1].tolist()
     last = {k: j for j, sigma in marks.items() for k, at in enumerate(known) if abs(sigma - at) < 1e-4 * at}
     begins = {0: 0} | {j: k for k, j in last.items()}
-    return SimpleNamespace(sampler=sampler, levels=levels, sigmas=asked, states=states, begins=begins)
+    return SimpleNamespace(sampler=sampler, levels=levels, sigmas=asked, begins=begins)
 
 
 def close(found: list[float], expected: list[float]) -> bool:
@@ -439,29 +424,18 @@ def seeds_of(x: torch.Tensor) -> list[int]:
     return [int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "big") >> 1 for image in numbers]
 
 
-def _function_modes(modes: list) -> list:
-    """Puts these of torch's function modes in the place of those that are on, which it returns."""
-    own = [_pop_mode() for _ in _get_current_function_mode_stack()][::-1]  # the innermost comes first
-    for mode in modes:
-        _push_mode(mode)
-    return own
-
-
 def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> tuple[torch.Tensor, None]:
     """A run, in its greenlet: Euler's steps through the levels `ahead`, then `call(model, x)`."""
     # nothing here refers to the scheduler: a run that is left half way ends with it
-    modes, grad = _get_current_function_mode_stack(), torch.is_grad_enabled()
-    inference = torch.is_inference_mode_enabled()
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # the pipeline's
 
     def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        nonlocal modes, grad, inference
-        own = _function_modes(modes)
+        nonlocal grad, inference
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             try:
                 denoised, state = getcurrent().parent.switch((x, sigma))
             finally:  # also where a run that was left half way ends
                 grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-                modes = _function_modes(own)
         x.copy_(state)
         return denoised
 
