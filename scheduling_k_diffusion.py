@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import functools
 import hashlib
 import importlib.util
 import inspect
 import math
-import re
 import sys
 import threading
 import warnings
@@ -36,22 +34,19 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     The sampler runs in a greenlet, which pauses at `model(x, sigma)` until `step` brings the prediction. `timesteps`
     has one for each evaluation of the network; a trial on a tensor of one element finds them before the run.
-    Without a generator (FLUX's pipelines give `step` none) a hash seeds the step noise: of the noise that the pipeline
-    added to its picture, else of the first sample.
+    Without a generator (FLUX's pipelines give `step` none) the step noise is seeded by a hash of the noise that the
+    pipeline added to its picture, else of the first sample.
 
     Args:
         scheduler: the base: one with betas (epsilon, v_prediction, sample), for flow matching, or EDM. It says what the
             network was trained with, and the scale of latents. Its config is this one's, and what is saved.
         sampler, sampler_kwargs: a sampler of k-diffusion by name, or a callable with its signature; options for it.
-        schedule: k-diffusion's "karras", "exponential" or "polyexponential", or the levels themselves, falling
-            (sigma; for flow models t). None: the base's, also for the `sigmas` or `timesteps` that a pipeline passes.
+        schedule: the levels, falling (sigma; for flow models t). None: the base's, or those that a pipeline passes.
         parameterization: of flow models: the sampler's sigma is t ("flow"), or t / (1 - t), but finite ("ve"). "auto":
             "ve" for samplers that add noise or place their own levels.
         quantize_timesteps: round to the trained timesteps.
 
-    ValueError, TypeError: for what does not fit; for dpm_adaptive, whose timesteps nobody knows beforehand; for a run
-    that the sampler can't start part-way, or continue in a copy, in another thread, with latents of another shape or
-    twice from a timestep.
+    ValueError, TypeError: for what does not fit, dpm_adaptive, and runs that the sampler can't start or go on with.
     """
 
     def __init__(
@@ -60,7 +55,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         *,
         sampler: str | Callable = "euler",
         sampler_kwargs: dict[str, Any] | None = None,
-        schedule: str | Sequence[float] | torch.Tensor | None = None,
+        schedule: Sequence[float] | torch.Tensor | None = None,
         parameterization: str = "auto",
         quantize_timesteps: bool = False,
     ):
@@ -71,13 +66,16 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self.base: Any = copy.deepcopy(base)  # with what the config does not know, as `set_shift`
         self.__module__ = kind.__module__  # pipelines save (module, class)
         self.sampler = find_sampler(sampler, sampler_kwargs)
-        self.schedule: Any = schedule if isinstance(schedule, str | None) else check_sigmas(schedule, "schedule")
-        uses_ve(parameterization, self.sampler, torch.ones(1))  # raises where it is unknown
+        if isinstance(schedule, str):
+            raise ValueError(
+                f"`schedule` has to be levels; for {schedule!r} set use_{schedule}_sigmas=True of the base"
+            )
+        self.schedule = None if schedule is None else check_sigmas(schedule, "schedule")
         self.parameterization, self.quantize_timesteps = parameterization, quantize_timesteps
         self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
         self._prediction, self._kind = config.get("prediction_type", "epsilon"), ""
         self._table: Any = None
-        self._trial: Any = None
+        self._trial: Any = [None]  # the sampler, its levels, and the sigmas that it asked for
         self._count, self._unshift = config.get("num_train_timesteps", 1000), 1.0
         taken = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
         needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -121,6 +119,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     # To pipelines and savers it is the base with another step: what they ask of it, its class included, is the base's.
     __class__ = property(lambda me: type(me.base))  # type: ignore[assignment]
     _internal_dict = property(lambda me: me.base._internal_dict, lambda me, d: vars(me.base).update(_internal_dict=d))
+    step_index = property(lambda me: me._step_index, doc="The evaluation that comes next.")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self).get("base"), name)  # none while a copy is made
@@ -152,39 +151,26 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self._unshift = numpy.median([s * (1 - t) / (t * (1 - s)) for s, t in pairs]).item() if pairs else 1.0
         if not passed or len(levels) == n:  # the base's own, that list the last twice or end above zero, get the zero
             levels = torch.cat([levels[:n], levels.new_zeros(1)])
-        if self.schedule is not None:
-            levels = self._named_levels(n, kwargs.get("mu")) if isinstance(self.schedule, str) else self.schedule
+        levels = levels if self.schedule is None else self.schedule
         if (steps := len(levels) - 1) != n:
             raise ValueError(f"`schedule` has {steps} steps: pass num_inference_steps={steps}, not {n}")
         self._plan(check_sigmas(levels, f"{type(self.base).__name__}.sigmas"), known, passed)
 
-    def _named_levels(self, n: int, mu: float | None) -> torch.Tensor:
-        """Between the ends that the network was trained with, or that the base's config names."""
-        config = self.base.config
-        if self._kind != "flow":
-            low, high = self._table.sigmas[[0, -1]].tolist() if self._table else (0.0, 0.0)
-            return named_sigmas(self.schedule, n, config.get("sigma_min") or low, config.get("sigma_max") or high)
-        own = hasattr(type(self.base), "shift")  # its `set_shift` leaves the config alone
-        shift = self.base.shift if own else config.get("flow_shift", config.get("shift", 1.0))
-        if mu is not None and config.get("use_dynamic_shifting"):
-            shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-        return named_sigmas(self.schedule, n, shift / (shift + 9999), 1.0)  # from t = 1 / 10,000, shifted
-
     def _plan(self, levels: torch.Tensor, known: dict[float, float], given: bool = False) -> None:
-        """The evaluations that the sampler will make, through these levels. `known`: their timesteps, if the base's.
-
-        Pipelines that pass levels (`given`), as FLUX's, count `timesteps` by one.
-        """
+        """The evaluations of a run through these levels, whose timesteps are `known` if they are the base's."""
         n = self.num_inference_steps = len(levels) - 1
-        ve = self._kind == "flow" and levels[0] <= 1 and uses_ve(self.parameterization, self.sampler, levels)
+        ve = uses_ve(self.parameterization, self.sampler, levels) and self._kind == "flow" and bool(levels[0] <= 1)
         pure = ve and levels[0] > 0.9999  # t = 1: the first sigma of "ve" is finite
-        sigmas, trial = ve_sigmas(levels) if ve else levels, self._trial
-        tried = trial and trial.sampler is self.sampler and trial.levels.equal(sigmas)
-        if not (tried and self.sampler.is_k_diffusions):  # others may have changed since
-            trial = self._trial = try_out(self.sampler, sigmas)
-        self.order = 1 if given else math.ceil(len(trial.sigmas) / n)
+        sigmas, sampler = ve_sigmas(levels) if ve else levels, self.sampler
+        # functions that are not k-diffusion's may have changed since
+        if not (self._trial[0] is sampler and sampler.is_k_diffusions and self._trial[1].equal(sigmas)):
+            self._trial = sampler, sigmas, try_out(sampler, sigmas)
+        # dpm_fast places its own levels, one for each evaluation, with steps of three
+        self._per_step = 3 if "sigma_min" in sampler.arguments else math.ceil(len(self._trial[2]) / n)
+        # FLUX's pipelines pass levels, and count `timesteps` by one
+        self.order = 1 if given else math.ceil(len(self._trial[2]) / n)
         self._evaluations = list[SimpleNamespace]()
-        for i, sigma in enumerate([*trial.sigmas, float(sigmas[-1])]):
+        for i, sigma in enumerate([*self._trial[2], float(sigmas[-1])]):
             level = float(levels[0]) if pure and i == 0 else sigma / (1 + sigma) if ve else sigma
             at = self._at(level)
             time = next((t for one, t in known.items() if abs(one - level) <= 1e-9 * one), at.time)
@@ -198,9 +184,9 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         ts = [at.noise if self._table is None else at.sigma for at in self._evaluations]
         self.sigmas = torch.tensor([1 - t for t in ts] if self._inverted else ts, dtype=torch.float32, device="cpu")
         self._run: Any = None
+        self._seeds: Any = None  # of the noise that the pipeline added
         self._step_index: int | None = None
         self.begin_index: int | None = None
-        self._seeds: list[int] | None = None  # from the noise that the pipeline added
 
     def _at(self, level: float) -> SimpleNamespace:
         """The base's process at one of its levels: a sample is alpha x0 + noise n, n of unit variance.
@@ -236,12 +222,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     def init_noise_sigma(self) -> float:
         """What the pipeline multiplies unit noise by, for the first sample."""
         base, first = float(getattr(self.base, "init_noise_sigma", 1.0)), self._evaluations[0]
-        if self._kind == "flow" or (base == 1 and not isinstance(self.schedule, torch.Tensor)):
+        if self._kind == "flow" or (base == 1 and self.schedule is None):
             return base
         named = self.schedule is not None and self.num_inference_steps  # with churn, the first sigma is above the level
-        return first.noise if named else base * first.sigma / float(self._trial.levels[0])
-
-    step_index = property(lambda self: self._step_index, doc="The evaluation that comes next.")
+        return first.noise if named else base * first.sigma / float(self._trial[1][0])
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begins the run with this one of `timesteps`. ValueError: the sampler can't."""
@@ -259,37 +243,32 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             first = len(self.timesteps)
         elif first is None:
             time = max(times)
-            away = [(abs(at.time - time), i not in self._trial.begins) for i, at in enumerate(self._evaluations[:-1])]
+            away = [(abs(at.time - time), i % self._per_step > 0) for i, at in enumerate(self._evaluations[:-1])]
             first = away.index(min(away)) if min(away)[0] <= 1e-2 * max(abs(time), 0.1) else 0  # some pass others
             first = timestep.storage_offset() if view else first
         self._run_from(first)
         return first
 
     def _run_from(self, i: int) -> tuple[int, Sampler, torch.Tensor]:
-        """A run from evaluation i on: where its first whole step begins, and the sampler and the levels from there.
-
-        ValueError: there it would do something else than the whole run.
-        """
-        sampler, whole, known = self.sampler, self._trial, self.sampler.is_k_diffusions
-        asked, begins, n = whole.sigmas, whole.begins, len(whole.levels) - 1
+        """A run from evaluation i on: where its first whole step begins, and the sampler and the levels from there."""
+        sampler, levels, asked = self._trial
         # a pipeline that does not count by `order` begins within a step: Euler's method goes to the next one
-        first = min((j for j in begins if j >= i), default=len(asked))
-        rest = whole.levels[begins.get(first, len(whole.levels)) :]
-        if "sigma_min" in sampler.arguments and len(rest):  # it has a level for each evaluation
-            rest = torch.cat([rest.new_tensor(asked[first : first + 1]), whole.levels[first + 1 :]])
-        if known and (churn := sampler.arguments.get("s_churn")):  # it is spread over the steps
-            churn *= (len(rest) - 1) / n
+        first = math.ceil(i / self._per_step) * self._per_step
+        rest = levels[first // self._per_step :] if first < len(asked) else levels[:0]
+        if "sigma_min" in sampler.arguments and len(rest):
+            rest = torch.cat([levels.new_tensor(asked[first : first + 1]), levels[first + 1 :]])
+        if sampler.is_k_diffusions and (churn := sampler.arguments.get("s_churn")):  # it is spread over the steps
+            churn *= (len(rest) - 1) / (len(levels) - 1)
             sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
         goes_on = i not in (0, self.begin_index) and self._step_index not in (None, len(self.timesteps))
-        if goes_on and not (known and sampler.name in ("euler", "euler_ancestral")):
+        if goes_on and sampler.function not in (sampling.sample_euler, sampling.sample_euler_ancestral):
             what = "go on with a copy, in another thread, with latents of another shape or twice from a timestep"
             raise ValueError(f"`sampler`: {sampler.name} can't {what}; euler and euler_ancestral can")
-        # the pipeline skips as many evaluations as it thinks a step has
-        even = known or begins.get(i, -1) * math.ceil(len(asked) / n) == i
-        if i == 0 or (even and i < len(asked) and (known or close(try_out(sampler, rest).sigmas, asked[i:]))):
-            return first, sampler, rest
-        what = "start part-way (`strength`, `denoising_start`) here: it is within a step, or its steps vary"
-        raise ValueError(f"`sampler`: {sampler.name} can't {what}. Pass `schedule=levels[i:]` and `latents`")
+        can = i == 0 or (sampler.is_k_diffusions and i < len(asked))
+        if not can and not (i == first < len(asked) and try_out(sampler, rest) == asked[i:]):
+            what = "start part-way (`strength`, `denoising_start`) here: it is within a step, or its steps vary"
+            raise ValueError(f"`sampler`: {sampler.name} can't {what}. Pass `schedule=levels[i:]` and `latents`")
+        return first, sampler, rest
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The network's input."""
@@ -336,7 +315,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         place = x.shape, threading.current_thread()  # a greenlet stays in its thread
         if run is None or run.dead or run.place != (i, *place):
             run = self._begin(i, y, generator)
-        # the pipeline may have changed what it got (inpainting, callbacks): the state is that and what rounding took
+        # the pipeline may have changed what it got (inpainting, callbacks): the state is that and the residual
         run.parent, run.place, run.knows = getcurrent(), (i + 1, *place), known is not None
         asked = self._resume(run, i + 1, denoised, y + run.residual)
         x = (asked * after.scale).to(model_output.dtype)
@@ -354,17 +333,16 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             generator = [torch.Generator("cpu").manual_seed((seed + i) % 2**63) for seed in seeds]
         call = functools.partial(call_sampler, sampler, sigmas=rest, generator=generator)
         run: Any = Paused(_sample)
-        run.residual = 0.0
         self._resume(run, i, x, [at.sigma for at in self._evaluations[i : first + 1]], call if len(rest) else None)
         return run
 
     def _resume(self, run: Any, i: int, *given: Any) -> torch.Tensor:
         """The sampler goes on until it asks for evaluation i, or ends: its state there."""
         x, sigma = run.switch(*given)
-        # k-diffusion's functions ask for what was planned; to look at a sigma on a GPU is to wait for it
-        wrong = sigma is not None and not self.sampler.is_k_diffusions
-        wrong = wrong and not close(torch.as_tensor(sigma).flatten().tolist()[:1], self._trial.sigmas[i : i + 1])
-        if wrong or run.dead != (i == len(self.timesteps)):
+        right = run.dead == (i == len(self.timesteps))
+        if right and not run.dead and not self.sampler.is_k_diffusions:  # to look at a sigma on a GPU is to wait for it
+            right = math.isclose(torch.as_tensor(sigma).flatten()[0], self._trial[2][i], rel_tol=1e-4)
+        if not right:
             raise ValueError("`sampler`: it asks for other evaluations than in its trial on a single number")
         return x
 
@@ -372,18 +350,16 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 class Paused(greenlet):
     """A sampler that waits for a prediction. Copies share it until one of them goes on. It can't be saved."""
 
+    residual: Any = 0.0  # what rounding took from the state that the pipeline has
     __deepcopy__ = lambda self, memo: self  # noqa: E731
     __reduce_ex__ = lambda self, protocol: (type(None), ())  # noqa: E731
 
 
-def try_out(sampler: Sampler, levels: torch.Tensor) -> SimpleNamespace:
-    """What a sampler does with a tensor of one element. ValueError: it fails, or is dpm_adaptive.
-
-    Returns these, `sigmas` of all evaluations, and `begins`: {evaluation that begins a step: its level}.
-    """
-    asked, called, device = list[float](), dict[int, float](), torch.get_default_device()
+def try_out(sampler: Sampler, levels: torch.Tensor) -> list[float]:
+    """The `sigmas` that a sampler asks for over these `levels`, with a tensor of one element. ValueError: it fails."""
+    asked, device = list[float](), torch.get_default_device()
     # k-diffusion's sigmas are wanted in full; others may compare levels, as they will get them
-    one = torch.ones([1] * 4, dtype=torch.float64 if sampler.is_k_diffusions else torch.float32, device="cpu")
+    x = torch.ones([1] * 4, dtype=torch.float64 if sampler.is_k_diffusions else torch.float32, device="cpu")
 
     def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         if torch.get_default_device() != device:
@@ -391,31 +367,16 @@ def try_out(sampler: Sampler, levels: torch.Tensor) -> SimpleNamespace:
         asked.append(float(sigma))
         return x * 0.5
 
-    def callback(info: dict[str, Any]) -> None:  # the step began with the last evaluation at its level or above
-        sigma = float(info.get("sigma", math.inf))
-        called.update([(j, sigma) for j, one in enumerate(asked) if one >= sigma * (1 - 1e-4)][-1:])
-
     try:
         if "rtol" in sampler.arguments:
             raise ValueError("the network's predictions decide on its steps")
-        still = {"noise_sampler": lambda *_: torch.zeros_like(one)} if "noise_sampler" in sampler.arguments else {}
-        generator = torch.Generator("cpu").manual_seed(0)
+        still = {"noise_sampler": lambda *_: torch.zeros_like(x)} if "noise_sampler" in sampler.arguments else {}
         outside = greenlet(call_sampler)  # of the caller's context, where a pipeline of ours may count steps
-        outside.switch(sampler, model, one, levels, generator, callback=callback, **still)
+        outside.switch(sampler, model, x, levels, torch.Generator("cpu").manual_seed(0), **still)
     except Exception as error:
-        others = "for dpm_adaptive, and what needs the prediction without guidance, there are "
-        others += "StableDiffusionXLComfyPipeline and FluxComfyPipeline"
+        others = "for dpm_adaptive and both sides of guidance use StableDiffusionXLComfyPipeline or FluxComfyPipeline"
         raise ValueError(f"`sampler`: can't tell its timesteps before the run; {others} ({error})") from error
-    # one that places its own levels has one for each evaluation; the last call, or evaluation, at a level counts
-    marks, known = called or dict(enumerate(asked)), asked if "sigma_min" in sampler.arguments else levels[:-1].tolist()
-    last = {k: j for j, sigma in marks.items() for k, at in enumerate(known) if abs(sigma - at) < 1e-4 * at}
-    begins = {0: 0} | {j: k for k, j in last.items()}
-    return SimpleNamespace(sampler=sampler, levels=levels, sigmas=asked, begins=begins)
-
-
-def close(found: list[float], expected: list[float]) -> bool:
-    """The same numbers, but for rounding in float32."""
-    return len(found) == len(expected) and bool(numpy.allclose(found, expected, rtol=1e-4, atol=1e-6))
+    return asked
 
 
 def seeds_of(x: torch.Tensor) -> list[int]:
@@ -457,7 +418,6 @@ package.__path__ = spec.submodule_search_locations or []
 modules: Any = (importlib.import_module(f"k_diffusion_alone.{name}") for name in ("sampling", "external"))
 sampling, external = modules
 CODE = sampling.__spec__.loader.get_code(sampling.__name__)
-SCHEDULES = ("karras", "exponential", "polyexponential")
 GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
 GLOBAL_GENERATORS = vars(sampling).setdefault("global_generators", threading.RLock())  # all copies share it
 
@@ -494,14 +454,11 @@ class Sampler(NamedTuple):
 
 def find_sampler(sampler: Any, sampler_kwargs: dict[str, Any] | None = None) -> Sampler:
     """A sampler by name, or a callable, with its options. ValueError, TypeError: there is none, or not these."""
-    signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
-    options, names = dict(sampler_kwargs or {}), sampler_names()
+    options = dict(sampler_kwargs or {})
     if isinstance(sampler, str):
-        if (name := sampler.removeprefix("sample_")) not in names:  # as "Euler a", "DPM++ 2M"; "lcm" is not near "lms"
-            plain = re.sub(r"[ _]a\b", "_ancestral", sampler.lower().removeprefix("k_").replace("++", "pp"))
-            near = difflib.get_close_matches(plain.replace(" ", "_"), names, n=1, cutoff=0.7)
-            others = f"there are {', '.join(names)} (comfy_ksampler.py has ComfyUI's), or pass {signature}"
-            raise ValueError(f"`sampler`: there is no {sampler!r}; {f'did you mean {near[0]}?' if near else others}")
+        if (name := sampler.removeprefix("sample_")) not in sampler_names():
+            others = f"there are {', '.join(sampler_names())}; comfy_ksampler.py has ComfyUI's"
+            raise ValueError(f"`sampler`: there is no {sampler!r}; {others}")
         sampler = getattr(sampling, f"sample_{name}")
     while isinstance(sampler, functools.partial) and not sampler.args:
         options, sampler = {**sampler.keywords, **options}, sampler.func
@@ -509,6 +466,7 @@ def find_sampler(sampler: Any, sampler_kwargs: dict[str, Any] | None = None) -> 
         parameters = [*inspect.signature(sampler).parameters.values()]
         inspect.signature(sampler).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
+        signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
     name, takes_any = getattr(sampler, "__name__", repr(sampler)), any(p.kind is p.VAR_KEYWORD for p in parameters)
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -534,14 +492,6 @@ def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.
         rule = f"finite and fall from a positive number to zero or above (as float32), {at_least} of them at least"
         raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
     return levels
-
-
-def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
-    """k-diffusion's noise levels of this name, n from sigma_max down to sigma_min, then zero; float64, on the CPU."""
-    if schedule in SCHEDULES:
-        return getattr(fresh_sampling(torch.float64), f"get_sigmas_{schedule}")(n, sigma_min, sigma_max)
-    others = "comfy_ksampler.levels makes ComfyUI's, sampling.get_sigmas_vp(n) \"vp\" (a flow model's t: s / (1 + s))"
-    raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}; {others}")
 
 
 def white_noise(x: torch.Tensor, generator: Any) -> torch.Tensor:
