@@ -11,13 +11,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-import difflib
 import functools
 import importlib.util
 import inspect
 import itertools
 import math
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -265,7 +263,6 @@ package.__path__ = spec.submodule_search_locations or []
 modules: Any = (importlib.import_module(f"k_diffusion_alone.{name}") for name in ("sampling", "external"))
 sampling, external = modules
 CODE = sampling.__spec__.loader.get_code(sampling.__name__)
-SCHEDULES = ("karras", "exponential", "polyexponential")
 GIVEN = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable"}  # not options
 GLOBAL_GENERATORS = vars(sampling).setdefault("global_generators", threading.RLock())  # all copies share it
 
@@ -302,14 +299,11 @@ class Sampler(NamedTuple):
 
 def find_sampler(sampler: Any, sampler_kwargs: dict[str, Any] | None = None) -> Sampler:
     """A sampler by name, or a callable, with its options. ValueError, TypeError: there is none, or not these."""
-    signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
-    options, names = dict(sampler_kwargs or {}), sampler_names()
+    options = dict(sampler_kwargs or {})
     if isinstance(sampler, str):
-        if (name := sampler.removeprefix("sample_")) not in names:  # as "Euler a", "DPM++ 2M"; "lcm" is not near "lms"
-            plain = re.sub(r"[ _]a\b", "_ancestral", sampler.lower().removeprefix("k_").replace("++", "pp"))
-            near = difflib.get_close_matches(plain.replace(" ", "_"), names, n=1, cutoff=0.7)
-            others = f"there are {', '.join(names)} (comfy_ksampler.py has ComfyUI's), or pass {signature}"
-            raise ValueError(f"`sampler`: there is no {sampler!r}; {f'did you mean {near[0]}?' if near else others}")
+        if (name := sampler.removeprefix("sample_")) not in sampler_names():
+            others = f"there are {', '.join(sampler_names())}; comfy_ksampler.py has ComfyUI's"
+            raise ValueError(f"`sampler`: there is no {sampler!r}; {others}")
         sampler = getattr(sampling, f"sample_{name}")
     while isinstance(sampler, functools.partial) and not sampler.args:
         options, sampler = {**sampler.keywords, **options}, sampler.func
@@ -317,6 +311,7 @@ def find_sampler(sampler: Any, sampler_kwargs: dict[str, Any] | None = None) -> 
         parameters = [*inspect.signature(sampler).parameters.values()]
         inspect.signature(sampler).bind_partial("model", "x", "sigmas")
     except (TypeError, ValueError):
+        signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
     name, takes_any = getattr(sampler, "__name__", repr(sampler)), any(p.kind is p.VAR_KEYWORD for p in parameters)
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -342,14 +337,6 @@ def check_sigmas(sigmas: Any, name: str = "sigmas", at_least: int = 1) -> torch.
         rule = f"finite and fall from a positive number to zero or above (as float32), {at_least} of them at least"
         raise ValueError(f"`{name}` have to be {rule}: {sigmas}")
     return levels
-
-
-def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
-    """k-diffusion's noise levels of this name, n from sigma_max down to sigma_min, then zero; float64, on the CPU."""
-    if schedule in SCHEDULES:
-        return getattr(fresh_sampling(torch.float64), f"get_sigmas_{schedule}")(n, sigma_min, sigma_max)
-    others = "comfy_ksampler.levels makes ComfyUI's, sampling.get_sigmas_vp(n) \"vp\" (a flow model's t: s / (1 + s))"
-    raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}; {others}")
 
 
 def white_noise(x: torch.Tensor, generator: Any) -> torch.Tensor:
@@ -485,6 +472,17 @@ def ve_sigmas(ts: torch.Tensor) -> torch.Tensor:
 
 
 # --- the block's last part, for the pipelines alone ---
+
+SCHEDULES = ("karras", "exponential", "polyexponential")
+
+
+def named_sigmas(schedule: str, n: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
+    """k-diffusion's noise levels of this name, n from sigma_max down to sigma_min, then zero; float64, on the CPU."""
+    if schedule in SCHEDULES:
+        return getattr(fresh_sampling(torch.float64), f"get_sigmas_{schedule}")(n, sigma_min, sigma_max)
+    others = "comfy_ksampler.levels makes ComfyUI's, sampling.get_sigmas_vp(n) \"vp\" (a flow model's t: s / (1 + s))"
+    raise ValueError(f"`schedule`: there is no {schedule!r}; there are {', '.join(SCHEDULES)}; {others}")
+
 
 STEP_BEGINS = vars(sampling).setdefault("step_begins", contextvars.ContextVar("step_begins", default=lambda: None))
 evaluate = sampling.DPMSolver.eps

@@ -22,7 +22,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import diffusers
-import numpy
 import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -32,18 +31,16 @@ from greenlet import getcurrent, greenlet
 class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     """A scheduler that runs a k-diffusion sampler, `sampler(model, x, sigmas)`, inside the loop of a stock pipeline.
 
-    The sampler runs in a greenlet, which pauses at `model(x, sigma)` until `step` brings the prediction. `timesteps`
-    has one for each evaluation of the network; a trial on a tensor of one element finds them before the run.
-    Without a generator (FLUX's pipelines give `step` none) the step noise is seeded by a hash of the noise that the
-    pipeline added to its picture, else of the first sample.
+    The sampler runs in a greenlet, which pauses at `model(x, sigma)` until `step` brings the prediction. A trial on one
+    number finds `timesteps`, one for each evaluation. Where `step` gets no generator, as in FLUX's pipelines, a hash
+    seeds the step noise: of the noise that the pipeline added to its picture, else of the first sample.
 
     Args:
         scheduler: the base: one with betas (epsilon, v_prediction, sample), for flow matching, or EDM. It says what the
             network was trained with, and the scale of latents. Its config is this one's, and what is saved.
         sampler, sampler_kwargs: a sampler of k-diffusion by name, or a callable with its signature; options for it.
         schedule: the levels, falling (sigma; for flow models t). None: the base's, or those that a pipeline passes.
-        parameterization: of flow models: the sampler's sigma is t ("flow"), or t / (1 - t), but finite ("ve"). "auto":
-            "ve" for samplers that add noise or place their own levels.
+        parameterization: of flow models: sigma is t ("flow") or t / (1 - t) ("ve"); "auto": "ve" for noise, own levels.
         quantize_timesteps: round to the trained timesteps.
 
     ValueError, TypeError: for what does not fit, dpm_adaptive, and runs that the sampler can't start or go on with.
@@ -60,16 +57,12 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         quantize_timesteps: bool = False,
     ):
         base: Any = scheduler.base if type(scheduler) is KDiffusionScheduler else scheduler
-        if isinstance(base, diffusers.CogVideoXDPMScheduler):  # its pipelines call its step with other arguments
-            base = diffusers.CogVideoXDDIMScheduler.from_config(base.config)
         config, kind = base.config, type(base)
         self.base: Any = copy.deepcopy(base)  # with what the config does not know, as `set_shift`
         self.__module__ = kind.__module__  # pipelines save (module, class)
         self.sampler = find_sampler(sampler, sampler_kwargs)
         if isinstance(schedule, str):
-            raise ValueError(
-                f"`schedule` has to be levels; for {schedule!r} set use_{schedule}_sigmas=True of the base"
-            )
+            raise ValueError(f"`schedule` has to be levels, as of sampling.get_sigmas_{schedule}, not {schedule!r}")
         self.schedule = None if schedule is None else check_sigmas(schedule, "schedule")
         self.parameterization, self.quantize_timesteps = parameterization, quantize_timesteps
         self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
@@ -120,20 +113,14 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     __class__ = property(lambda me: type(me.base))  # type: ignore[assignment]
     _internal_dict = property(lambda me: me.base._internal_dict, lambda me, d: vars(me.base).update(_internal_dict=d))
     step_index = property(lambda me: me._step_index, doc="The evaluation that comes next.")
+    # with the base's signature: pipelines look for `sigmas`, `timesteps` and `mu` in it
+    set_timesteps = property(lambda me: functools.wraps(me.base.set_timesteps)(functools.partial(me._set_timesteps)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self).get("base"), name)  # none while a copy is made
 
-    def __repr__(self) -> str:
-        return f"KDiffusionScheduler(sampler={self.sampler}, {self.base!r})"
-
     def __reduce__(self) -> tuple:
         return object.__new__, (KDiffusionScheduler,), self.__dict__
-
-    @property
-    def set_timesteps(self) -> Callable[..., None]:
-        """The base's, with its signature: pipelines look for `sigmas`, `timesteps` and `mu` in it."""
-        return functools.wraps(self.base.set_timesteps)(functools.partial(self._set_timesteps))
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         self.base.set_timesteps(*args, **kwargs)
@@ -148,7 +135,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         # a flow pipeline that passes timesteps, as CogView4's, gives its network t before the shift to the level s
         before = times / self._count if self._kind == "flow" and kwargs.get("timesteps") is not None else times[:0]
         pairs = [(s, t) for s, t in zip(levels.tolist(), before.tolist()) if 0 < s * t < s < 1]
-        self._unshift = numpy.median([s * (1 - t) / (t * (1 - s)) for s, t in pairs]).item() if pairs else 1.0
+        self._unshift = sorted(s * (1 - t) / (t * (1 - s)) for s, t in pairs)[len(pairs) // 2] if pairs else 1.0
         if not passed or len(levels) == n:  # the base's own, that list the last twice or end above zero, get the zero
             levels = torch.cat([levels[:n], levels.new_zeros(1)])
         levels = levels if self.schedule is None else self.schedule
@@ -162,19 +149,17 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         ve = uses_ve(self.parameterization, self.sampler, levels) and self._kind == "flow" and bool(levels[0] <= 1)
         pure = ve and levels[0] > 0.9999  # t = 1: the first sigma of "ve" is finite
         sigmas, sampler = ve_sigmas(levels) if ve else levels, self.sampler
-        # functions that are not k-diffusion's may have changed since
-        if not (self._trial[0] is sampler and sampler.is_k_diffusions and self._trial[1].equal(sigmas)):
-            self._trial = sampler, sigmas, try_out(sampler, sigmas)
-        # dpm_fast places its own levels, one for each evaluation, with steps of three
-        self._per_step = 3 if "sigma_min" in sampler.arguments else math.ceil(len(self._trial[2]) / n)
-        # FLUX's pipelines pass levels, and count `timesteps` by one
-        self.order = 1 if given else math.ceil(len(self._trial[2]) / n)
+        if not (sampler.is_k_diffusions and self._trial[0] is sampler and self._trial[1].equal(sigmas)):
+            self._trial = sampler, sigmas, try_out(sampler, sigmas)  # again where a callable may have changed since
+        asked = self._trial[2]
+        self.order = 1 if given else math.ceil(len(asked) / n)  # FLUX's pipelines pass levels, and count by one
+        self._per_step = 3 if "sigma_min" in sampler.arguments else math.ceil(len(asked) / n)  # three as dpm_fast
         self._evaluations = list[SimpleNamespace]()
-        for i, sigma in enumerate([*self._trial[2], float(sigmas[-1])]):
+        for i, sigma in enumerate([*asked, float(sigmas[-1])]):
             level = float(levels[0]) if pure and i == 0 else sigma / (1 + sigma) if ve else sigma
             at = self._at(level)
             time = next((t for one, t in known.items() if abs(one - level) <= 1e-9 * one), at.time)
-            at.sigma, at.time = sigma, float(numpy.float32(time))  # as in `timesteps`
+            at.sigma, at.time = sigma, torch.tensor(time, dtype=torch.float32, device="cpu").item()  # as in `timesteps`
             at.scale = at.noise / sigma if sigma else 1.0  # the pipeline's latents are the sampler's state times this
             self._evaluations.append(at)
         times = [at.time for at in self._evaluations[:-1]]
@@ -189,10 +174,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self.begin_index: int | None = None
 
     def _at(self, level: float) -> SimpleNamespace:
-        """The base's process at one of its levels: a sample is alpha x0 + noise n, n of unit variance.
-
-        The network gets sample / divisor and `time`, and x0 is (skip sample - share prediction) / norm.
-        """
+        """The base's process at a level: a sample is alpha x0 + noise n, n of unit variance."""
+        # the network gets sample / divisor and `time`, and x0 is (skip sample - share prediction) / norm
         base, at = self.base, SimpleNamespace(alpha=1.0, noise=level, divisor=1.0)
         if self._kind == "flow":
             at.alpha = 1 - level if level <= 1 else 1.0
@@ -213,9 +196,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         shares["flow_prediction"] = 1.0, at.noise, 1.0
         at.skip, at.share, at.norm = shares.get(self._prediction, (0.0, -1.0, 1.0))
         if self._kind == "edm":
-            at.divisor = 1 / base.precondition_inputs(1.0, level)
-            at.skip, at.share = (base.precondition_outputs(*one, level) for one in ((1.0, 0.0), (0.0, -1.0)))
-            at.norm = 1.0
+            at.divisor, at.skip = 1 / base.precondition_inputs(1.0, level), base.precondition_outputs(1.0, 0.0, level)
+            at.share, at.norm = base.precondition_outputs(0.0, -1.0, level), 1.0
         return at
 
     @property
@@ -228,8 +210,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         return first.noise if named else base * first.sigma / float(self._trial[1][0])
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begins the run with this one of `timesteps`. ValueError: the sampler can't."""
-        self._run_from(begin_index)
+        """The run begins with this one of `timesteps`."""
         self.begin_index = begin_index
 
     def _next(self, timestep: Any) -> int:
@@ -238,11 +219,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         view = view and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
         if self._step_index not in (None, len(self.timesteps)):  # where a run went to its end another one begins
             return timestep.storage_offset() if view else self._step_index  # a loop may step twice from one, or go back
-        first, times = self.begin_index, torch.as_tensor(timestep).flatten().tolist()
-        if not times:  # the pipeline cut off all of them
-            first = len(self.timesteps)
-        elif first is None:
-            time = max(times)
+        if (first := self.begin_index) is None:
+            time = float(torch.as_tensor(timestep).max())
             away = [(abs(at.time - time), i % self._per_step > 0) for i, at in enumerate(self._evaluations[:-1])]
             first = away.index(min(away)) if min(away)[0] <= 1e-2 * max(abs(time), 0.1) else 0  # some pass others
             first = timestep.storage_offset() if view else first
@@ -277,9 +255,9 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """alpha x0 + sigma noise at timesteps of the run, one for each image or for all; at others the base's."""
         i = self._next(timesteps)  # to refuse what can't begin there before the network runs
-        ahead = self._evaluations[i:] + self._evaluations[:i]  # the first of equal timesteps counts
         self._seeds = self._seeds or seeds_of(noise)
-        known = {at.time: (at.alpha, at.noise) for at in reversed(ahead)}
+        ahead = reversed(self._evaluations[i:] + self._evaluations[:i])  # the next one of equal timesteps counts
+        known = {at.time: (at.alpha, at.noise) for at in ahead}
         shares = [known.get(time) for time in timesteps.flatten().tolist()]
         if None in shares:
             return self.base.add_noise(original_samples, noise, timesteps)
@@ -326,7 +304,6 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     def _begin(self, i: int, x: torch.Tensor, generator: Any) -> Any:
         """The sampler, left where it asks for evaluation i."""
         first, sampler, rest = self._run_from(i)
-        generator = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
         noisy = not sampler.is_k_diffusions or sampler.arguments.get("s_churn") or sampler.arguments.get("eta")
         if generator is None and noisy:
             seeds = self._seeds if self._seeds and len(self._seeds) == len(x) else seeds_of(x)
@@ -374,8 +351,8 @@ def try_out(sampler: Sampler, levels: torch.Tensor) -> list[float]:
         outside = greenlet(call_sampler)  # of the caller's context, where a pipeline of ours may count steps
         outside.switch(sampler, model, x, levels, torch.Generator("cpu").manual_seed(0), **still)
     except Exception as error:
-        others = "for dpm_adaptive and both sides of guidance use StableDiffusionXLComfyPipeline or FluxComfyPipeline"
-        raise ValueError(f"`sampler`: can't tell its timesteps before the run; {others} ({error})") from error
+        ours = "use StableDiffusionXLComfyPipeline or FluxComfyPipeline"
+        raise ValueError(f"`sampler`: {sampler.name} has no timesteps before a run: {error}; {ours}") from error
     return asked
 
 
@@ -386,8 +363,7 @@ def seeds_of(x: torch.Tensor) -> list[int]:
 
 
 def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> tuple[torch.Tensor, None]:
-    """A run, in its greenlet: Euler's steps through the levels `ahead`, then `call(model, x)`."""
-    # nothing here refers to the scheduler: a run that is left half way ends with it
+    """A run: Euler's steps through the levels `ahead`, then `call(model, x)`. Without the scheduler, it is let go."""
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # the pipeline's
 
     def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
