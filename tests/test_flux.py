@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
 from conftest import CHILDREN, FAMILIES, PROMPT, load, relative, seeded
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from flux_comfy_pipeline import FluxComfyPipeline, find_sampler, sampler_names, uses_ve, ve_sigmas
+from flux_comfy_pipeline import FluxComfyPipeline, find_sampler, sampler_names, sampling, uses_ve, ve_sigmas
 
 # rounding alone: the scheduler keeps its sigmas and timesteps in float32
 EXACT = 1e-6
@@ -124,3 +126,19 @@ def test_given_latents_stay_as_they_are(flux):
     latents = torch.ones(1, 64, 64)
     found = flux(PROMPT, latents=latents, sampler=writing, num_inference_steps=2, output_type="latent", **SIZE).images
     assert latents.eq(1).all() and found.eq(0.5).all()
+
+
+@pytest.mark.parametrize(
+    "options, shift",
+    [({}, 2.0), ({"set_shift": 3.0}, 3.0), ({"use_dynamic_shifting": True}, math.exp(calculate_shift(1000)))]
+    + [({"use_dynamic_shifting": True, "time_shift_type": "linear"}, calculate_shift(1000))],
+    ids=str,
+)
+def test_named_levels_end_at_the_shifted_time(options, shift, flux):
+    """The shift is the config's, what `set_shift` gave, or the picture's (two kinds). The lowest t is 1 / 10,000."""
+    config = {name: value for name, value in options.items() if name != "set_shift"}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0, **config)
+    scheduler.set_shift(options.get("set_shift", 2.0))
+    pipe = FluxComfyPipeline(**{**flux.components, "scheduler": scheduler})
+    expected = sampling.get_sigmas_karras(4, shift / (shift + 9999), 1.0)
+    torch.testing.assert_close(pipe.noise_levels(1000, 4, schedule="karras").float(), expected)

@@ -78,14 +78,13 @@ def ends(base: Any) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", BASES)
 def test_schedules(name):
-    """k-diffusion's levels by name, and a list; the first sample has the noise of the list's first level."""
+    """k-diffusion's levels, and a list; the first sample has the noise of the list's first level."""
     listed = [*explicit(name), 0.05]
-    levels = {"karras": sampling.get_sigmas_karras(STEPS, *ends(BASES[name])), "list": torch.tensor(listed)}
-    for schedule, expected in levels.items():
-        scheduler = KDiffusionScheduler.from_scheduler(BASES[name], schedule=listed if schedule == "list" else schedule)
+    for levels in (sampling.get_sigmas_karras(STEPS, *ends(BASES[name])), listed):
+        scheduler = KDiffusionScheduler.from_scheduler(BASES[name], schedule=levels)
         scheduler.set_timesteps(STEPS)
         found = 1 - scheduler.sigmas if "inverted" in name else scheduler.sigmas
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, torch.as_tensor(levels), rtol=1e-5, atol=1e-6)
     scale = 1.0 if "flow" in name else listed[0] / (math.hypot(1, listed[0]) if "vp" in name else 1)
     assert float(getattr(scheduler, "init_noise_sigma", 1.0)) == pytest.approx(scale)
 
