@@ -147,25 +147,22 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         """The evaluations of a run through these levels, whose timesteps are `known` if they are the base's."""
         n = self.num_inference_steps = len(levels) - 1
         ve = uses_ve(self.parameterization, self.sampler, levels) and self._kind == "flow" and bool(levels[0] <= 1)
-        pure = ve and levels[0] > 0.9999  # t = 1: the first sigma of "ve" is finite
         sigmas, sampler = ve_sigmas(levels) if ve else levels, self.sampler
         if not (sampler.is_k_diffusions and self._trial[0] is sampler and self._trial[1].equal(sigmas)):
             self._trial = sampler, sigmas, try_out(sampler, sigmas)  # again where a callable may have changed since
-        asked = self._trial[2]
-        self.order = 1 if given else math.ceil(len(asked) / n)  # FLUX's pipelines pass levels, and count by one
-        self._per_step = 3 if "sigma_min" in sampler.arguments else math.ceil(len(asked) / n)  # three as dpm_fast
-        self._evaluations = list[SimpleNamespace]()
-        for i, sigma in enumerate([*asked, float(sigmas[-1])]):
-            level = float(levels[0]) if pure and i == 0 else sigma / (1 + sigma) if ve else sigma
-            at = self._at(level)
-            time = next((t for one, t in known.items() if abs(one - level) <= 1e-9 * one), at.time)
-            at.sigma, at.time = sigma, torch.tensor(time, dtype=torch.float32, device="cpu").item()  # as in `timesteps`
-            at.scale = at.noise / sigma if sigma else 1.0  # the pipeline's latents are the sampler's state times this
-            self._evaluations.append(at)
-        times = [at.time for at in self._evaluations[:-1]]
+        asked = [*self._trial[2], float(sigmas[-1])]  # and where the run ends
+        self.order = 1 if given else math.ceil((len(asked) - 1) / n)  # FLUX's pipelines pass levels, and count by one
+        self._per_step = 3 if "sigma_min" in sampler.arguments else math.ceil((len(asked) - 1) / n)  # 3 as dpm_fast
+        base_levels = torch.tensor(asked, dtype=torch.float64, device="cpu")
+        base_levels = base_levels / (1 + base_levels) if ve else base_levels
+        base_levels[0] = levels[0] if ve and levels[0] > 0.9999 else base_levels[0]  # t = 1, where sigma is not finite
+        times = self._times(base_levels)
+        for level, time in known.items():
+            times[(base_levels - level).abs() <= 1e-9 * level] = time
+        times, whole = times.float(), bool((times[:-1] == times[:-1].round()).all())
         like = levels if self.base.timesteps is None else self.base.timesteps  # PNDM's, at first
-        whole = all(t == round(t) for t in times)
-        self.timesteps = torch.tensor(times, dtype=like.dtype if whole else torch.float32, device=like.device)
+        self.timesteps = times[:-1].to(like.device, like.dtype if whole else torch.float32)
+        self._evaluations = [self._at(*row) for row in zip(asked, base_levels.tolist(), times.tolist())]
         ts = [at.noise if self._table is None else at.sigma for at in self._evaluations]
         self.sigmas = torch.tensor([1 - t for t in ts] if self._inverted else ts, dtype=torch.float32, device="cpu")
         self._run: Any = None
@@ -173,21 +170,23 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self._step_index: int | None = None
         self.begin_index: int | None = None
 
-    def _at(self, level: float) -> SimpleNamespace:
+    def _times(self, levels: torch.Tensor) -> torch.Tensor:
+        """The network's timesteps."""
+        if self._kind == "flow":
+            ts = levels / (1 + (self._unshift - 1) * (1 - levels))  # before the pipeline's shift
+            times = self._count * (1 - ts if self._inverted else ts)
+            return times.round() if self.quantize_timesteps else times
+        if self._prediction == "v_prediction" and self.base.config.get("timestep_type") == "continuous":
+            return 0.25 * levels.clamp(min=1e-10).log()  # as Stable Video Diffusion's
+        return self._table.sigma_to_t(levels) if self._table else self.base.precondition_noise(levels)
+
+    def _at(self, sigma: float, level: float, time: float) -> SimpleNamespace:
         """The base's process at a level: a sample is alpha x0 + noise n, n of unit variance."""
         # the network gets sample / divisor and `time`, and x0 is (skip sample - share prediction) / norm
-        base, at = self.base, SimpleNamespace(alpha=1.0, noise=level, divisor=1.0)
+        base, at = self.base, SimpleNamespace(sigma=sigma, time=time, alpha=1.0, noise=level, divisor=1.0)
         if self._kind == "flow":
             at.alpha = 1 - level if level <= 1 else 1.0
-            t = level / (1 + (self._unshift - 1) * (1 - level))  # before the pipeline's shift
-            at.time = self._count * (1 - t if self._inverted else t)
-            at.time = float(round(at.time)) if self.quantize_timesteps else at.time
-        elif self._prediction == "v_prediction" and base.config.get("timestep_type") == "continuous":
-            at.time = 0.25 * math.log(max(level, 1e-10))  # as Stable Video Diffusion's
-        else:
-            to_time = self._table.sigma_to_t if self._table else base.precondition_noise
-            at.time = float(to_time(torch.tensor([level], dtype=torch.float64, device="cpu")))
-        if self._kind == "vp":
+        elif self._kind == "vp":
             at.alpha, at.noise = 1 / math.hypot(1, level), level / math.hypot(1, level)
         elif self._kind == "betas":
             at.divisor = math.hypot(level, 1)
@@ -198,6 +197,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if self._kind == "edm":
             at.divisor, at.skip = 1 / base.precondition_inputs(1.0, level), base.precondition_outputs(1.0, 0.0, level)
             at.share, at.norm = base.precondition_outputs(0.0, -1.0, level), 1.0
+        at.scale = at.noise / sigma if sigma else 1.0  # the pipeline's latents are the sampler's state times this
         return at
 
     @property
@@ -217,7 +217,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         """The evaluation that comes next; at first the one named, or that of the timestep. ValueError: it can't."""
         view = self.num_inference_steps and torch.is_tensor(timestep)  # a view of `timesteps` shows its place in it
         view = view and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
-        if self._step_index not in (None, len(self.timesteps)):  # where a run went to its end another one begins
+        if self._step_index not in (None, len(self._trial[2])):  # where a run went to its end another one begins
             return timestep.storage_offset() if view else self._step_index  # a loop may step twice from one, or go back
         if (first := self.begin_index) is None:
             time = float(torch.as_tensor(timestep).max())
@@ -238,7 +238,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if sampler.is_k_diffusions and (churn := sampler.arguments.get("s_churn")):  # it is spread over the steps
             churn *= (len(rest) - 1) / (len(levels) - 1)
             sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
-        goes_on = i not in (0, self.begin_index) and self._step_index not in (None, len(self.timesteps))
+        goes_on = i not in (0, self.begin_index) and self._step_index not in (None, len(self._trial[2]))
         if goes_on and sampler.function not in (sampling.sample_euler, sampling.sample_euler_ancestral):
             what = "go on with a copy, in another thread, with latents of another shape or twice from a timestep"
             raise ValueError(f"`sampler`: {sampler.name} can't {what}; euler and euler_ancestral can")
@@ -338,9 +338,9 @@ def try_out(sampler: Sampler, levels: torch.Tensor) -> list[float]:
     # k-diffusion's sigmas are wanted in full; others may compare levels, as they will get them
     x = torch.ones([1] * 4, dtype=torch.float64 if sampler.is_k_diffusions else torch.float32, device="cpu")
 
-    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        if torch.get_default_device() != device:
-            raise ValueError("it calls the network with another default device")
+    def model(x: torch.Tensor, sigma: torch.Tensor, with_uncond: bool = False) -> torch.Tensor:
+        if with_uncond or torch.get_default_device() != device:
+            raise ValueError(f"it needs {'both sides of guidance' if with_uncond else 'another default device'}")
         asked.append(float(sigma))
         return x * 0.5
 
@@ -352,7 +352,7 @@ def try_out(sampler: Sampler, levels: torch.Tensor) -> list[float]:
         outside.switch(sampler, model, x, levels, torch.Generator("cpu").manual_seed(0), **still)
     except Exception as error:
         ours = "use StableDiffusionXLComfyPipeline or FluxComfyPipeline"
-        raise ValueError(f"`sampler`: {sampler.name} has no timesteps before a run: {error}; {ours}") from error
+        raise ValueError(f"`sampler`: {sampler.name} can't run in a scheduler: {error}; {ours}") from error
     return asked
 
 

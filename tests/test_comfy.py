@@ -260,7 +260,7 @@ def test_a_custom_nodes_sampler(comfyui, pipes, model, cfg, stock):
 
 def test_a_scheduler_has_no_prediction_without_guidance(comfyui, pipes):
     pipe = parent_of(pipes["sdxl"], "sdxl")
-    with pytest.raises(ValueError, match="a scheduler can't see the prediction without guidance"):
+    with pytest.raises(ValueError, match="can't run in a scheduler: it needs both sides of guidance"):
         draw_anywhere(pipe, ksampler(pipe, **settings("sdxl/euler_cfg_pp/simple/4/0/2/1")))
 
 
