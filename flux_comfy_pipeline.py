@@ -391,7 +391,8 @@ def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
         return lambda sigma, sigma_next: x.new_zeros(())
     if not ("dpmpp" in sampler.name and "_sde" in sampler.name):
         return lambda sigma, sigma_next: white_noise(x, generator)
-    generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
+    generators = generator if isinstance(generator, list) else [generator]
+    generators = generators * (len(x) // len(generators))  # one may be for all images
     seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
     return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
 

@@ -163,8 +163,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         like = levels if self.base.timesteps is None else self.base.timesteps  # PNDM's, at first
         self.timesteps = times[:-1].to(like.device, like.dtype if whole else torch.float32)
         self._evaluations = [self._at(*row) for row in zip(asked, base_levels.tolist(), times.tolist())]
-        ts = [at.noise if self._table is None else at.sigma for at in self._evaluations]
-        self.sigmas = torch.tensor([1 - t for t in ts] if self._inverted else ts, dtype=torch.float32, device="cpu")
+        self.sigmas = (1 - base_levels if self._inverted else base_levels).float()
         self._run: Any = None
         self._seeds: Any = None  # of the noise that the pipeline added
         self._step_index: int | None = None
@@ -522,7 +521,8 @@ def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
         return lambda sigma, sigma_next: x.new_zeros(())
     if not ("dpmpp" in sampler.name and "_sde" in sampler.name):
         return lambda sigma, sigma_next: white_noise(x, generator)
-    generators = generator if isinstance(generator, list) else [generator] * x.shape[0]
+    generators = generator if isinstance(generator, list) else [generator]
+    generators = generators * (len(x) // len(generators))  # one may be for all images
     seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
     return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
 

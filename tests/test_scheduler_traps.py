@@ -335,6 +335,15 @@ def test_noise_without_a_generator_follows_from_each_images_bits():
     assert relative(other, pair) > 0.1 and torch.pdist(many.flatten(1)).min() > 0.1  # no two have the same noise
 
 
+def test_one_generator_for_all_frames_of_a_batch():
+    """Text-to-video pipelines step with the frames as the batch, and with the caller's list of one generator."""
+    one, listed = (
+        loop(KDiffusionScheduler.from_scheduler(EULER, sampler="dpmpp_sde"), x=random(3, 2, 4, 4), generator=given)[1]
+        for given in (seeded(), [seeded()])
+    )
+    assert one.equal(listed)
+
+
 def entering(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """A sampler that enters torch's modes and stays in them for the whole run."""
     with torch.inference_mode(), torch.enable_grad():
