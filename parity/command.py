@@ -29,7 +29,7 @@ AGAINST = """'exact' (is --sampler right? no model is loaded), a scheduler class
 another sampler of k-diffusion, or a user-supplied function or scheduler class: path/to/file.py:name or
 package.module:name (its code is run)"""
 TOLERANCE = "of relative differences (default: 1e-6 in float64, 1e-4 in float32, 0.02 in half precision)"
-TRUTH_SECONDS = "CPU seconds for that (with --device cuda: seconds); what is found by then is reported (default: 15)"
+TRUTH_STEPS = "of the fine solution; a quarter as many say how exact it is (default: %(default)s)"
 
 
 def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
@@ -58,18 +58,17 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     add("--tolerance", type=above_zero, help=TOLERANCE)
     add("--no-switches", dest="switches", action="store_false", help="don't try the known switches")
     add("--no-truth", dest="truth", action="store_false", help="don't solve the ODE or SDE finely")
-    add("--truth-seconds", type=above_zero, default=15.0, metavar="N", help=TRUTH_SECONDS)
+    add("--truth-steps", type=grids.steps, default=512, metavar="N", help=TRUTH_STEPS)
     add("--json", type=text, nargs="?", const="-", metavar="FILE", help="write all as JSON; without FILE to stdout")
     add("--html", type=text, metavar="FILE", help="write a report to look at, one file")
     add("--all", action="store_true", help="run every known pair, and write parity.md and parity.json")
-    add("--resume", action="store_true", help="with --all: keep the rows that were made with the same settings")
     add("--output", type=Path, default=Path("output"), help="folder for --all (default: %(default)s)")
     options = parser.parse_args(arguments)
     exact = options.against == "exact" and not options.all
     for applies, names, message in (
-        (exact, (*OF_MODELS, "truth_seconds"), "--against exact: not with --{}; the model is a mixture of Gaussians"),
+        (exact, (*OF_MODELS, "truth_steps"), "--against exact: not with --{}; the model is a mixture of Gaussians"),
         (options.all, OF_PAIRS, "--all: not with --{}; each pair has its own settings"),
-        (not options.all, ("resume", "output"), "--{}: only with --all"),
+        (not options.all, ("output",), "--{}: only with --all"),
     ):
         for name in names:
             if applies and getattr(options, name) != parser.get_default(name):
@@ -82,8 +81,6 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
         print(options.sampler, "on", model, file=words_to(options), flush=True)
     grids.check_size(parser, family, options)
     options.negative_prompt, options.true_cfg = None, 1.0
-    if options.guidance is None:
-        options.guidance = FLUX.guidance if family is FLUX else 1.0
     options.dtype = options.dtype or ("float64" if options.model == "demo" else "float32")
     return options, family
 

@@ -62,7 +62,7 @@ def compare_sides(
     a = session.follow_sampler(ours, setup)
     result = _compare(pair, a, b, setup)
     show(f"ours    {result.ours}\ntheirs  {result.theirs}\n\n{result.table()}")
-    show("".join(f"note: {note}\n" for note in result.notes) + f"\n{result.parting()}")
+    show(f"\n{result.parting()}")
     if result.cause is not None and session.options.switches:
         with tqdm(desc="trying switches", unit=" tried", leave=False, disable=None) as bar:
             result.switches = _try_switches(pair, result.cause, b, bar.update)
@@ -100,7 +100,6 @@ def _compare(pair: Pair, a: Trajectory, b: Trajectory, setup: Ours) -> Result:
 def _find(pair: Pair, a: Trajectory, b: Trajectory, setup: Ours) -> tuple[Result, Arisen | None, list[Arisen] | None]:
     """The table, the first difference above the tolerance, and `_alone` where that decided."""
     result = Result(pair.ours.text, pair.theirs.text, len(b.starts), pair.tolerance, pair.session.level_name)
-    result.notes = list(dict.fromkeys([*b.notes, *a.notes]))
     result.initial, result.final = relative(a.state(0), b.state(0)), relative(a.final, b.final)
     if len(a.levels) != len(b.levels):
         what = f"ours takes {len(a.starts)} steps, theirs {len(b.starts)}"

@@ -45,8 +45,6 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
             for switch, outcome in zip(result.switches, outcomes)
         ]
         parts.append(f"<h2>Switches tried</h2>{_table(['switch', 'side', 'largest difference', ''], rows, 'words')}")
-    if result.notes:
-        parts.append(f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in result.notes)}</ul>")
     return _page(f"{result.ours} and {result.theirs}", about, result.verdict, result.cause is None, parts)
 
 
