@@ -38,7 +38,7 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
         description="Runs two samplers on one network from the same noise, and finds where they diverge and why.",
         epilog="A side is NAME or NAME(option=value, ...). Exit status: 0 identical to rounding, 1 not, 2 bad input.",
     )
-    parser.set_defaults(comfy=False)  # that switch is the grids'
+    parser.set_defaults(comfy=False, negative_prompt=None, true_cfg=1.0)  # the grids' options
     add = parser.add_argument
     add("--sampler", type=text, default="dpmpp_2m", help=SAMPLER)
     add("--against", type=text, metavar="SIDE", help=AGAINST)
@@ -80,7 +80,6 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
         model = f"a mixture of Gaussians, with a known exact solution, in the pipeline of {family.name.upper()}"
         print(options.sampler, "on", model, file=words_to(options), flush=True)
     grids.check_size(parser, family, options)
-    options.negative_prompt, options.true_cfg = None, 1.0
     options.dtype = options.dtype or ("float64" if options.model == "demo" else "float32")
     return options, family
 

@@ -71,19 +71,17 @@ class Session:
             prompt = encode(family, pipe, options.prompt, options, length)
         return cls(family, options, pipe, prompt, (width, height))
 
-    def trained(self) -> torch.Tensor:
-        """The level of each trained timestep, rising, float64."""
-        if self.flux:
-            return torch.arange(1, 1001, dtype=torch.float64) / 1000
+    def trained(self) -> Any:
+        """SDXL's trained levels in float64, as k-diffusion's table of sigmas and timesteps."""
         # zero terminal SNR has no finite last sigma: as in the pipeline and EulerDiscreteScheduler, 4096
         alphas_cumprod = self.pipe.scheduler.alphas_cumprod.cpu().double().clamp(min=2**-24)
-        return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+        return self.module.external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
 
     def level_of(self, timestep: float) -> float:
         """The level of a timestep, interpolated in log sigma as k-diffusion does."""
         if self.flux:
             return timestep / 1000
-        logs = self.trained().log()
+        logs = self.trained().log_sigmas
         low = min(max(int(timestep), 0), len(logs) - 2)  # beyond the last trained one the line goes on
         return torch.lerp(logs[low], logs[low + 1], timestep - low).exp().item()
 
@@ -91,8 +89,7 @@ class Session:
         """The timestep of a level: the inverse of `level_of`, k-diffusion's."""
         if self.flux:
             return level * 1000
-        schedule = self.module.external.DiscreteSchedule(self.trained(), quantize=False)
-        return schedule.sigma_to_t(torch.tensor([level], dtype=torch.float64)).item()
+        return self.trained().sigma_to_t(torch.tensor([level], dtype=torch.float64)).item()
 
     def named_levels(self, schedule: str | None, steps: int) -> torch.Tensor:
         """The levels of k-diffusion or of ComfyUI of this name; None: the pipeline's own."""

@@ -114,10 +114,8 @@ def cell(result: Result) -> str:
     """The result in a few words, for the overview."""
     if result.cause is None:
         return f"{result.largest:.0e}"
-    kind = result.cause.kind
     words = {"rounded": "rounded timesteps", "cut off": "timesteps cut off", "interpolated": "timesteps interpolated"}
-    if kind == "timestep":
-        kind = next((text for word, text in words.items() if word in result.cause.what), kind)
+    kind = next((text for word, text in words.items() if word in result.cause.what), result.cause.kind)
     return f"**{result.largest:.0e}**, step {result.cause.step}: {kind}"
 
 

@@ -37,11 +37,10 @@ def solve(session: Session, sides: tuple[Side, Side], setup: Ours, a: Trajectory
 def _undefined(session: Session, sides: tuple[Side, Side], setup: Ours, a: Trajectory, b: Trajectory) -> str | None:
     """Why there is nothing to compare with, if there is nothing."""
     name = getattr(sides[0].target, "__name__", "")
+    other_noise = any(side.options.get("s_churn") or side.options.get("s_noise", 1.0) != 1.0 for side in sides)
     reasons = {
         "not defined, a side is not finite": not all(side.final.isfinite().all() for side in (a, b)),
-        "not defined for s_churn, and for s_noise other than 1": any(
-            side.options.get("s_churn") or side.options.get("s_noise", 1.0) != 1.0 for side in sides
-        ),
+        "not defined for s_churn, and for s_noise other than 1": other_noise,
     }
     if a.noise or b.noise:
         ours = name.removeprefix("sample_") in session.module.sampler_names()

@@ -49,14 +49,14 @@ def session(family: str = "sdxl") -> Session:
     return Session.load(kind, options)
 
 
-def follow(ours: str, theirs: str, family: str = "sdxl", tolerance: float = TOLERANCE, **options: Any):
+def follow(ours: str, theirs: str, family: str = "sdxl", **options: Any):
     """The result and both trajectories, with these options of `compare.py`."""
     one = session(family)
     before = vars(one.options).copy()
     vars(one.options).update(options)
     try:
         sides = find_side(ours, one.module, "--sampler"), find_side(theirs, one.module, "--against")
-        return compare_sides(one, *sides, tolerance)
+        return compare_sides(one, *sides)
     finally:
         vars(one.options).update(before)
 
