@@ -22,6 +22,7 @@ from gallery.start import raise_on_ctrl_c
 
 Answered = tuple[dict[str, Any], Callable[[], str], int]  # data for --json, the page for --html, exit status
 above_zero = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+four_or_more = number(int, "a whole number of 4 or more", lambda value: value >= 4)
 OF_PAIRS = ("sampler", "against", "schedule", "parameterization", "guidance", "json", "html")
 OF_MODELS = ("model", "steps", "width", "height", "prompt", "guidance", "seed", "dtype", "device", "tolerance")
 SAMPLER = "a k-diffusion sampler, or a function; with --against exact also a scheduler (default: %(default)s)"
@@ -58,7 +59,7 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     add("--tolerance", type=above_zero, help=TOLERANCE)
     add("--no-switches", dest="switches", action="store_false", help="don't try the known switches")
     add("--no-truth", dest="truth", action="store_false", help="don't solve the ODE or SDE finely")
-    add("--truth-steps", type=grids.steps, default=512, metavar="N", help=TRUTH_STEPS)
+    add("--truth-steps", type=four_or_more, default=512, metavar="N", help=TRUTH_STEPS)
     add("--json", type=text, nargs="?", const="-", metavar="FILE", help="write all as JSON; without FILE to stdout")
     add("--html", type=text, metavar="FILE", help="write a report to look at, one file")
     add("--all", action="store_true", help="run every known pair, and write parity.md and parity.json")

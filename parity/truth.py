@@ -59,7 +59,7 @@ def _ode(session: Session, setup: Ours) -> tuple[Side, list[Ours]]:
     multistep = Side("lms", session.module.find_sampler("lms").function, {"order": 2 if session.flux else 3})
     first, last = setup.levels[0].item(), setup.levels[-1].item()
     fine = session.options.truth_steps
-    levels = (fine_levels(session, first, last, size) for size in (max(fine // 4, 1), fine))
+    levels = (fine_levels(session, first, last, size) for size in (fine // 4, fine))
     return multistep, [Ours(each, setup.start, flow=True, keep=False) for each in levels]
 
 

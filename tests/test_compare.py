@@ -428,7 +428,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
 
 EMPTY = ["--sampler", "--against", "--model", "--schedule", "--device", "--json", "--html"]
 OPTIONS = [*([name, value] for name in EMPTY for value in ("", " ")), ["--steps", "1001"], ["--steps", "1000000000"]]
-OPTIONS += [["--width", "100000"], ["--truth-steps", "0"], ["--output", "elsewhere"]]
+OPTIONS += [["--width", "100000"], ["--truth-steps", "3"], ["--output", "elsewhere"]]
 OPTIONS += [[f"--tolerance={value}"] for value in ("0", "-1", "nan", "inf", "small")]
 OPTIONS += [["--sampler", "heun", "--all"], ["--schedule", "karras", "--all"], ["--html", "page.html", "--all"]]
 OPTIONS += [["--model", "demo/sdxl", "--all"]]
