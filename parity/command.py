@@ -22,6 +22,7 @@ from gallery.start import raise_on_ctrl_c
 
 Answered = tuple[dict[str, Any], Callable[[], str], int]  # data for --json, the page for --html, exit status
 above_zero = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+four_or_more = number(int, "a whole number of 4 or more", lambda value: value >= 4)
 OF_PAIRS = ("sampler", "against", "schedule", "parameterization", "guidance", "json", "html")
 OF_MODELS = ("model", "steps", "width", "height", "prompt", "guidance", "seed", "dtype", "device", "tolerance")
 SAMPLER = "a k-diffusion sampler, or a function; with --against exact also a scheduler (default: %(default)s)"
@@ -29,7 +30,7 @@ AGAINST = """'exact' (is --sampler right? no model is loaded), a scheduler class
 another sampler of k-diffusion, or a user-supplied function or scheduler class: path/to/file.py:name or
 package.module:name (its code is run)"""
 TOLERANCE = "of relative differences (default: 1e-6 in float64, 1e-4 in float32, 0.02 in half precision)"
-TRUTH_SECONDS = "CPU seconds for that (with --device cuda: seconds); what is found by then is reported (default: 15)"
+TRUTH_STEPS = "of the fine solution; a quarter as many say how exact it is (default: %(default)s)"
 
 
 def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Family]:
@@ -38,7 +39,7 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
         description="Runs two samplers on one network from the same noise, and finds where they diverge and why.",
         epilog="A side is NAME or NAME(option=value, ...). Exit status: 0 identical to rounding, 1 not, 2 bad input.",
     )
-    parser.set_defaults(comfy=False)  # that switch is the grids'
+    parser.set_defaults(comfy=False, negative_prompt=None, true_cfg=1.0)  # the grids' options
     add = parser.add_argument
     add("--sampler", type=text, default="dpmpp_2m", help=SAMPLER)
     add("--against", type=text, metavar="SIDE", help=AGAINST)
@@ -58,18 +59,17 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     add("--tolerance", type=above_zero, help=TOLERANCE)
     add("--no-switches", dest="switches", action="store_false", help="don't try the known switches")
     add("--no-truth", dest="truth", action="store_false", help="don't solve the ODE or SDE finely")
-    add("--truth-seconds", type=above_zero, default=15.0, metavar="N", help=TRUTH_SECONDS)
+    add("--truth-steps", type=four_or_more, default=512, metavar="N", help=TRUTH_STEPS)
     add("--json", type=text, nargs="?", const="-", metavar="FILE", help="write all as JSON; without FILE to stdout")
     add("--html", type=text, metavar="FILE", help="write a report to look at, one file")
     add("--all", action="store_true", help="run every known pair, and write parity.md and parity.json")
-    add("--resume", action="store_true", help="with --all: keep the rows that were made with the same settings")
     add("--output", type=Path, default=Path("output"), help="folder for --all (default: %(default)s)")
     options = parser.parse_args(arguments)
     exact = options.against == "exact" and not options.all
     for applies, names, message in (
-        (exact, (*OF_MODELS, "truth_seconds"), "--against exact: not with --{}; the model is a mixture of Gaussians"),
+        (exact, (*OF_MODELS, "truth_steps"), "--against exact: not with --{}; the model is a mixture of Gaussians"),
         (options.all, OF_PAIRS, "--all: not with --{}; each pair has its own settings"),
-        (not options.all, ("resume", "output"), "--{}: only with --all"),
+        (not options.all, ("output",), "--{}: only with --all"),
     ):
         for name in names:
             if applies and getattr(options, name) != parser.get_default(name):
@@ -81,9 +81,6 @@ def parse_compare(arguments: list[str] | None = None) -> tuple[argparse.Namespac
         model = f"a mixture of Gaussians, with a known exact solution, in the pipeline of {family.name.upper()}"
         print(options.sampler, "on", model, file=words_to(options), flush=True)
     grids.check_size(parser, family, options)
-    options.negative_prompt, options.true_cfg = None, 1.0
-    if options.guidance is None:
-        options.guidance = FLUX.guidance if family is FLUX else 1.0
     options.dtype = options.dtype or ("float64" if options.model == "demo" else "float32")
     return options, family
 

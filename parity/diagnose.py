@@ -42,27 +42,18 @@ class Arisen(NamedTuple):
 
 @torch.no_grad()
 def compare_sides(
-    session: Session,
-    ours: Side,
-    theirs: Side,
-    tolerance: float = 0.0,
-    show: Callable[[str], Any] = lambda words: None,
+    session: Session, ours: Side, theirs: Side, show: Callable[[str], Any] = lambda words: None
 ) -> tuple[Result, Trajectory, Trajectory]:
-    """The result and both trajectories.
-
-    Args:
-        tolerance: of relative differences; 0: the options', or rounding in the network's dtype.
-        show: called with what was just found: the table and the cause, the switches, the truth.
-    """
+    """The result and both trajectories. Shows what was just found: the table and the cause, the switches, the truth."""
     # of float64, the rounding of diffusers' float32 sigmas
     rounding = {torch.float64: 1e-6, torch.float32: 1e-4}.get(session.network.dtype, 2e-2)
-    pair = Pair(session, ours, theirs, tolerance or session.options.tolerance or rounding)
+    pair = Pair(session, ours, theirs, session.options.tolerance or rounding)
     b = pair.follow_theirs()
     setup = pair.setup(b)
     a = session.follow_sampler(ours, setup)
     result = _compare(pair, a, b, setup)
     show(f"ours    {result.ours}\ntheirs  {result.theirs}\n\n{result.table()}")
-    show("".join(f"note: {note}\n" for note in result.notes) + f"\n{result.parting()}")
+    show(f"\n{result.parting()}")
     if result.cause is not None and session.options.switches:
         with tqdm(desc="trying switches", unit=" tried", leave=False, disable=None) as bar:
             result.switches = _try_switches(pair, result.cause, b, bar.update)
@@ -100,7 +91,6 @@ def _compare(pair: Pair, a: Trajectory, b: Trajectory, setup: Ours) -> Result:
 def _find(pair: Pair, a: Trajectory, b: Trajectory, setup: Ours) -> tuple[Result, Arisen | None, list[Arisen] | None]:
     """The table, the first difference above the tolerance, and `_alone` where that decided."""
     result = Result(pair.ours.text, pair.theirs.text, len(b.starts), pair.tolerance, pair.session.level_name)
-    result.notes = list(dict.fromkeys([*b.notes, *a.notes]))
     result.initial, result.final = relative(a.state(0), b.state(0)), relative(a.final, b.final)
     if len(a.levels) != len(b.levels):
         what = f"ours takes {len(a.starts)} steps, theirs {len(b.starts)}"
@@ -168,7 +158,7 @@ def _arisen(
             if moved is not None:
                 slope = (moved.state(*at) - x).mean() / (moved.state(i) - a.state(i)).mean()
                 x = x - slope * (a.state(i) - b.state(i))
-            named = partial(update, pair, i, a, b, setup, at[1])
+            named = partial(update, pair, i, at, a, b, setup)
             found.append(Arisen(i + 1, kind, relative(x, b.state(*at)), named))
     return found
 
@@ -217,7 +207,9 @@ def _try(pair: Pair, options: tuple[Option, ...], b: Trajectory) -> Switch:
         if THEIRS in ways:
             settings["timesteps"] = [evaluation.timestep for evaluation in theirs.evaluations]
         if QUANTISED in ways:
-            settings["levels"] = _quantised(pair.setup(theirs).levels, pair.session.trained())
+            levels, trained = pair.setup(theirs).levels, pair.session.trained()
+            nearest = trained.sigmas[trained.sigma_to_t(levels, quantize=True)]
+            settings["levels"] = torch.where(levels > 0, nearest, levels)
         setup = pair.setup(theirs, **settings)
         result, first, _ = _find(pair, pair.session.follow_sampler(pair.ours, setup), theirs, setup)
         difference, parts = result.largest, first and first.step
@@ -225,9 +217,3 @@ def _try(pair: Pair, options: tuple[Option, ...], b: Trajectory) -> Switch:
         difference, parts = math.inf, 0
     words = " and ".join(name if value is True else f"{name}={value!r}" for _, name, value in options)
     return Switch(words, " and ".join(dict.fromkeys(side for side, *_ in options)), difference, parts)
-
-
-def _quantised(levels: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-    """The nearest trained level of each, but for zero."""
-    nearest = (trained.log() - levels[levels > 0].log()[:, None]).abs().argmin(1)
-    return torch.cat([trained[nearest].to(levels), levels[levels <= 0]])

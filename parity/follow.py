@@ -12,7 +12,6 @@ import functools
 import importlib
 import inspect
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,12 +52,12 @@ class Session:
             shape = (1, channels, self.height // scale, self.width // scale)
             self.noise = randn_tensor(shape, self.generator, self.device, dtype)
         self.tokens = self.noise.shape[1] if self.flux else None
-        self.solutions = dict[Any, Any]()  # fine solutions of ODEs, by levels and start
-        self._evaluations, self._seconds = 0, 0.0
 
     @classmethod
     def load(cls, family: Family, options: argparse.Namespace) -> Session:
         """With the model, prompt and size of the command line."""
+        if options.guidance is None:
+            options = argparse.Namespace(**{**vars(options), "guidance": FLUX.guidance if family is FLUX else 1.0})
         pipe = load(family, importlib.import_module(family.module), options.model, device_of(options), options)
         pipe.set_progress_bar_config(disable=True)
         width, height = size_of(family, pipe, options)
@@ -72,19 +71,17 @@ class Session:
             prompt = encode(family, pipe, options.prompt, options, length)
         return cls(family, options, pipe, prompt, (width, height))
 
-    def trained(self) -> torch.Tensor:
-        """The level of each trained timestep, rising, float64."""
-        if self.flux:
-            return torch.arange(1, 1001, dtype=torch.float64) / 1000
+    def trained(self) -> Any:
+        """SDXL's trained levels in float64, as k-diffusion's table of sigmas and timesteps."""
         # zero terminal SNR has no finite last sigma: as in the pipeline and EulerDiscreteScheduler, 4096
         alphas_cumprod = self.pipe.scheduler.alphas_cumprod.cpu().double().clamp(min=2**-24)
-        return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+        return self.module.external.DiscreteSchedule(((1 - alphas_cumprod) / alphas_cumprod).sqrt(), quantize=False)
 
     def level_of(self, timestep: float) -> float:
         """The level of a timestep, interpolated in log sigma as k-diffusion does."""
         if self.flux:
             return timestep / 1000
-        logs = self.trained().log()
+        logs = self.trained().log_sigmas
         low = min(max(int(timestep), 0), len(logs) - 2)  # beyond the last trained one the line goes on
         return torch.lerp(logs[low], logs[low + 1], timestep - low).exp().item()
 
@@ -92,8 +89,7 @@ class Session:
         """The timestep of a level: the inverse of `level_of`, k-diffusion's."""
         if self.flux:
             return level * 1000
-        schedule = self.module.external.DiscreteSchedule(self.trained(), quantize=False)
-        return schedule.sigma_to_t(torch.tensor([level], dtype=torch.float64)).item()
+        return self.trained().sigma_to_t(torch.tensor([level], dtype=torch.float64)).item()
 
     def named_levels(self, schedule: str | None, steps: int) -> torch.Tensor:
         """The levels of k-diffusion or of ComfyUI of this name; None: the pipeline's own."""
@@ -102,10 +98,6 @@ class Session:
                 return levels(self.pipe, schedule, steps, width=self.width, height=self.height).double()
             tokens = (self.tokens,) if self.flux else ()
             return self.pipe.noise_levels(*tokens, steps, schedule=schedule)
-
-    def affordable(self, seconds: float) -> float:
-        """How many evaluations of the network take that many CPU seconds, by those made so far."""
-        return seconds * self._evaluations / self._seconds if self._seconds else math.inf
 
     @contextlib.contextmanager
     def watched(self, after: Callable[[torch.Tensor, float, torch.Tensor], Any], timesteps: Any = None) -> Iterator:
@@ -124,7 +116,6 @@ class Session:
             return (args, {**kwargs, "timestep": value}) if self.flux else ((args[0], value, *args[2:]), kwargs)
 
         def hook(_, args, kwargs, output):
-            self._evaluations += 1
             x, t = (kwargs["hidden_states"], kwargs["timestep"]) if self.flux else args[:2]
             x, prediction = x.to(self.dtype), output[0].to(self.dtype)
             if self.guided:
@@ -137,11 +128,9 @@ class Session:
             self.network.register_forward_pre_hook(before, with_kwargs=True),
             self.network.register_forward_hook(hook, with_kwargs=True),
         ]
-        started = time.process_time()
         try:
             yield
         finally:
-            self._seconds += time.process_time() - started
             for handle in hooks:
                 handle.remove()
 
@@ -204,9 +193,7 @@ class Session:
             for level, (x, timestep, given) in zip(listed, seen)
         ]
         final = after[-1] * (self._unscaled(step_levels[-1]) if keeps_alpha_x else 1.0)
-        rounded = {i: name for i, latents in enumerate(after) if (name := _fits(latents, self.network.dtype))}
-        notes = [f"the scheduler writes on {name} while it runs" for name in written]
-        return Trajectory(step_levels, evaluations, starts, final, noise, fresh, notes, rounded, keeps_alpha_x, written)
+        return Trajectory(step_levels, evaluations, starts, final, noise, fresh, keeps_alpha_x, written)
 
     def _unscaled(self, level: float) -> float:
         """The latents in our coordinates over the network's input."""
@@ -270,8 +257,6 @@ class Session:
             at = [evaluation.level for evaluation in found.evaluations] + found.levels[-1:]
             if len(at) != len(found.levels) or any(abs(x - y) > 1e-4 * y for x, y in zip(at, found.levels)):
                 found.levels = at
-                why = "does not step over the levels given; each evaluation counts as a step"
-                found.notes.append(f"the k-diffusion sampler {why}")
         return found
 
     def _sample(
@@ -323,12 +308,6 @@ class Session:
             raise Refused(f"{side.text} never calls the model")
         found.final = end * (1 - ours.levels[-1].item()) if ve else end
         return end
-
-
-def _fits(latents: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """The dtype shorter than the network's that the latents fit into, if any."""
-    shorter = [d for d in (torch.bfloat16, torch.float16, torch.float32) if d.itemsize < dtype.itemsize]
-    return next((str(d)[6:] for d in shorter if latents.equal(latents.to(d).to(latents))), None)
 
 
 def _draws(before: torch.Generator, after: torch.Generator, like: torch.Tensor, session: Session) -> list[torch.Tensor]:

@@ -17,7 +17,6 @@ from parity.follow import Session
 from parity.result import Evaluation, Ours, Trajectory, relative
 from parity.sides import Side
 
-ROUNDING = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
 Named = tuple[str, str]  # the kind of a cause, and what differs
 
 
@@ -143,18 +142,15 @@ def prediction(pair: Pair, ours: Evaluation, theirs: Evaluation, b: Trajectory) 
     return "noise levels", f"{what}, which belongs to {name} {belongs}"
 
 
-def update(pair: Pair, i: int, a: Trajectory, b: Trajectory, setup: Ours, inner: int = 0) -> Named:
-    """Why a step leads elsewhere from the same latents and predictions, to its end or to an inner evaluation."""
-    level, last, name = b.levels[i], i == len(b.starts) - 1, pair.session.level_name
-    kind, at = "last step" if last else "update", (i, inner) if inner else (i + 1, 0)
-    ours, target = a.state(*at), b.state(*at)
-    gap = relative(ours, target)
-    if last and b.levels[-1] == level:
+def update(pair: Pair, i: int, at: tuple[int, int], a: Trajectory, b: Trajectory, setup: Ours) -> Named:
+    """Why step i leads elsewhere from the same latents and predictions: to its end, or to an inner evaluation, `at`."""
+    level, end, name = b.levels[i], b.levels[i + 1], pair.session.level_name
+    last, inner, gap = i == len(b.starts) - 1, at[1], relative(a.state(*at), b.state(*at))
+    kind = "last step" if last else "update"
+    if last and end == level:
         return kind, f"its list repeats the last {name}, so that theirs stays at {level:.4g} where ours goes to 0"
-    if not inner and abs(a.levels[i + 1] - b.levels[i + 1]) > 1e-5 * level:
-        return "noise levels", f"ours goes to {name} {a.levels[i + 1]:.6g}, theirs to {b.levels[i + 1]:.6g}"
-    if (dtype := b.rounded.get(b.starts[i] + (inner or len(b.span(i))) - 1)) and gap < 2 * ROUNDING[dtype]:
-        return "rounding", f"theirs rounds its latents to {dtype}"
+    if not inner and abs(a.levels[i + 1] - end) > 1e-5 * level:
+        return "noise levels", f"ours goes to {name} {a.levels[i + 1]:.6g}, theirs to {end:.6g}"
     if (wrong := _step_noise(pair, i, at, a, b, setup)) is not None:
         return "step noise", wrong
     if inner:
@@ -163,36 +159,29 @@ def update(pair: Pair, i: int, a: Trajectory, b: Trajectory, setup: Ours, inner:
             what = f"evaluation {inner + 1} of the step is at {name} {one:.6g} in ours, {other:.6g} in theirs"
             return kind, f"the update itself: {what}"
 
-    def fits(state: Any) -> bool:
-        return state is not None and relative(state, target) < min(3 * max(pair.tolerance, 1e-7), gap / 10)
+    def fits(state: torch.Tensor) -> bool:
+        return relative(state, b.state(*at)) < min(3 * max(pair.tolerance, 1e-7), gap / 10)
 
-    if (value := _other_end(pair, i, b, setup, inner, fits)) is not None:
-        listed = setup.levels[i + 1].item()
-        return "noise levels", f"the step ends at {name} {value:.6g}, where its levels say {listed:.6g}"
-    if not inner:
-        start = b.step_evaluations(i)[0]
-        if fits(start.denoised + b.levels[i + 1] / level * (start.x - start.denoised)):
-            what = f"theirs takes Euler's step to {name} {b.levels[i + 1]:.6g}, order 1, ours corrects it by other"
-            return kind, f"the update itself: {what} predictions"
-        for back in range(min(i, 2)):
-            if fits(_restarted(pair, i, back, b, setup)):
-                what = f"theirs uses {back or 'none'} of the earlier predictions, a step of order {back + 1}"
-                return kind, f"the update itself: {what}"
-    what = f"the same latents, predictions and noise levels: {name} {level:.6g} to {b.levels[i + 1]:.6g}"
+    if (value := _other_end(pair, i, at, b, setup, fits)) is not None:
+        return "noise levels", f"the step ends at {name} {value:.6g}, where its levels say {setup.levels[i + 1]:.6g}"
+    start = b.step_evaluations(i)[0]
+    if not inner and fits(start.denoised + end / level * (start.x - start.denoised)):
+        what = f"theirs takes Euler's step to {name} {end:.6g}, order 1, ours corrects it by other predictions"
+        return kind, f"the update itself: {what}"
+    what = f"the same latents, predictions and noise levels: {name} {level:.6g} to {end:.6g}"
     return kind, f"the update itself, from {what}"
 
 
-def _other_end(pair: Pair, i: int, b: Trajectory, setup: Ours, inner: int, fits: Callable) -> float | None:
+def _other_end(pair: Pair, i: int, at: tuple[int, int], b: Trajectory, setup: Ours, fits: Callable) -> float | None:
     """The level to which our step i has to go for their latents, where that is another one than the levels say."""
     above, listed, below = [*setup.levels.tolist(), 0.0][i : i + 3]
-    at = (i, inner) if inner else (i + 1, 0)
     if listed == 0:
         return None
 
     def state(value: float) -> torch.Tensor:
         levels = setup.levels.clone()
         levels[i + 1] = value
-        scale = math.hypot(1, listed) / math.hypot(1, value) if b.keeps_alpha_x and not inner else 1.0
+        scale = math.hypot(1, listed) / math.hypot(1, value) if b.keeps_alpha_x and at == (i + 1, 0) else 1.0
         return pair.replay(b, setup, levels=levels).state(*at) * scale
 
     def away(log: float) -> float:
@@ -202,26 +191,6 @@ def _other_end(pair: Pair, i: int, b: Trajectory, setup: Ours, inner: int, fits:
     with contextlib.suppress(RuntimeError, ValueError, IndexError):
         value = math.exp(minimize_scalar(away, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x)
         return value if _apart(value, listed) and fits(state(value)) else None
-    return None
-
-
-def _restarted(pair: Pair, i: int, back: int, b: Trajectory, setup: Ours) -> torch.Tensor | None:
-    """The end of our step i with `back` earlier predictions in its memory. None where the sampler can't."""
-    first = i - back
-    begin = b.starts[first]
-    noise = {key - begin: value for key, value in (setup.noise or {}).items() if key >= begin}
-    shorter = replace(setup, levels=setup.levels[first : i + 2], noise=noise)
-
-    def run(start: torch.Tensor) -> Trajectory:
-        return pair.replay(b, shorter, begin, start=start)
-
-    with contextlib.suppress(RuntimeError, ValueError, IndexError):
-        start = b.state(first)
-        if back == 0:
-            return run(start).final
-        # with the predictions given, the latents before the last step are linear in the first ones
-        one, other = run(start).state(back), run(start + 1).state(back)
-        return run(start + (b.state(i) - one) / (other - one).mean()).final
     return None
 
 

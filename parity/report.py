@@ -45,8 +45,6 @@ def report(session: Session, result: Result, ours: Trajectory, theirs: Trajector
             for switch, outcome in zip(result.switches, outcomes)
         ]
         parts.append(f"<h2>Switches tried</h2>{_table(['switch', 'side', 'largest difference', ''], rows, 'words')}")
-    if result.notes:
-        parts.append(f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in result.notes)}</ul>")
     return _page(f"{result.ours} and {result.theirs}", about, result.verdict, result.cause is None, parts)
 
 
@@ -185,12 +183,11 @@ def _uri(image: Image.Image, longest: int, quality: int) -> str:
 
 def _steps(session: Session, result: Result, ours: Trajectory, theirs: Trajectory) -> str:
     """What there is to show of each step: the predictions, the differences as curves, and the table."""
-    steps, count, name = [], len(result.rows), session.level_name
-    for i, row in enumerate(result.rows):
-        previews = [_uri(session.picture(side.step_evaluations(i)[0].denoised), 320, 80) for side in (ours, theirs)]
-        label = f"Step {row.step} of {result.steps}, {name} {row.level:.5g}"
-        text = f"latents differ by {row.latents:.1e}, predictions by {row.denoised:.1e}"
-        steps.append({"previews": previews, "label": label, "text": text})
+    count = len(result.rows)
+    previews = [
+        [_uri(session.picture(side.step_evaluations(i)[0].denoised), 320, 80) for side in (ours, theirs)]
+        for i in range(count)
+    ]
 
     def marks(x: Callable, y: Callable) -> list[str]:
         """The tolerance, the step at which the sides diverge, and the chosen step."""
@@ -217,9 +214,10 @@ def _steps(session: Session, result: Result, ours: Trajectory, theirs: Trajector
     return _filled(
         "steps",
         last=f"{count}",
-        first=f"{max(result.cause.step, 1) if result.cause else result.steps}",
+        first=f"{max(result.cause.step, 1) if result.cause else count}",
+        level=session.level_name,
         pair="".join(_figure(f'id="{side}" alt="what {side} predicts"', text) for side, text in sides),
         curve=_curves("Relative difference", lines, ticks, more=marks, least=result.tolerance / 1e3),
-        table=_table(["step", name, "latents", "denoised", "timestep, ours", "timestep, theirs"], rows),
-        steps=json.dumps(steps).replace("</", "<\\/"),
+        table=_table(["step", session.level_name, "latents", "denoised", "timestep, ours", "timestep, theirs"], rows),
+        previews=json.dumps(previews),
     )

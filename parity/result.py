@@ -47,8 +47,6 @@ class Trajectory:
     final: torch.Tensor  # the latents at levels[-1]
     noise: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # by the evaluation after which it was drawn
     scheduler: Any = None  # with its timesteps set and not run, where the side is a scheduler
-    notes: list[str] = field(default_factory=list)
-    rounded: dict[int, str] = field(default_factory=dict)  # the shorter dtype that the latents after an evaluation fit
     keeps_alpha_x: bool = False  # the scheduler keeps x / sqrt(sigma^2 + 1), as DPM-Solver's do
     written: list[str] = field(default_factory=list)  # what the side was given and wrote on
 
@@ -99,7 +97,7 @@ class Row:
 class Cause:
     """What differs where two trajectories diverge."""
 
-    kind: str  # "initial scale" or "noise", "noise levels", "timestep", "prediction", "update", "rounding", ...
+    kind: str  # "initial scale" or "noise", "noise levels", "timestep", "prediction", "update", ...
     step: int  # from 1; 0 for the initial latents
     level: float  # that the step begins at
     what: str
@@ -134,8 +132,6 @@ class Truth:
     theirs: float = math.nan
     apart: float = math.nan  # distance of the sides, relative to the same norm
     error: float = math.nan  # of the fine solution itself, estimated
-    evaluations: int = 0  # of the network, in all fine runs
-    stopped: bool = False  # the time was over before the error was small enough
 
     @property
     def nearer(self) -> str | None:
@@ -150,9 +146,8 @@ class Truth:
         if math.isnan(self.ours):
             return f"Distance from the truth: {self.equation}."
         who = {"ours": "k-diffusion's", "theirs": "theirs", None: "neither, as far as can be known"}[self.nearer]
-        known = f"the solution is known to {self.error:.0e} after {self.evaluations} evaluations"
-        known += "; more of them take more --truth-seconds" if self.stopped and self.nearer is None else ""
         distances = f"distance of ours {self.ours:.2e}, of theirs {self.theirs:.2e}"
+        known = f"the solution is known to {self.error:.0e}"
         return f"Nearer to the {self.equation} solved finely: {who} ({distances}; {known})."
 
 
@@ -173,7 +168,6 @@ class Result:
     local: float | None = None  # the largest difference that arises within one step, where this decides on rounding
     switches: list[Switch] = field(default_factory=list)
     truth: Truth | None = None
-    notes: list[str] = field(default_factory=list)
 
     @property
     def largest(self) -> float:

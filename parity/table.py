@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib
 import json
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers import FlowMatchHeunDiscreteScheduler
@@ -66,47 +64,19 @@ class Job(NamedTuple):
 
 
 def write_table(options: argparse.Namespace) -> int:
-    """Runs all pairs and writes parity.json, row by row, and parity.md. Exit status: 0 if all are identical, else 1.
-
-    With `options.resume` the rows of parity.json that were made with the same settings are kept.
-    """
+    """Runs all pairs and writes parity.json and parity.md. Exit status: 0 if all are identical, else 1."""
     check_output(options.output)
-    path, rows = options.output / "parity.json", list[dict[str, Any]]()
-    names = ("model", "steps", "width", "height", "prompt", "seed", "dtype", "tolerance", "switches", "truth")
-    settings = {name: getattr(options, name) for name in (*names, "truth_seconds")}
-    settings |= {name: version(name) for name in PACKAGES}
-    kept = _read_rows(path) if options.resume else []
-    known = {_key(row): row for row in kept if row.get("settings") == settings}
+    rows = list[dict[str, Any]]()
     for family in [family for family in (SDXL, FLUX) if options.family in (None, family.name)]:
-        session = functools.cache(functools.partial(load, family, options))  # where a row is to be made
-        for i, job in enumerate(all_jobs := jobs(family), 1):
-            row = known.get((family.name, *job.pair, job.levels)) or {**make(session(), job), "settings": settings}
-            rows.append(row)
-            write_text(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        session, pairs = Session.load(family, options), jobs(family)
+        for i, job in enumerate(pairs, 1):
+            rows.append(row := make(session, job))
             words = f"{row['ours']} | {row['theirs']}\n    {row['verdict']}"
-            print(f"{family.name} {i} of {len(all_jobs)}: {words}", flush=True)
+            print(f"{family.name} {i} of {len(pairs)}: {words}", flush=True)
+    write_text(options.output / "parity.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     write_text(options.output / "parity.md", markdown(rows, options))
     print(f"{sum(row['identical'] for row in rows)} of {len(rows)} identical, in {options.output / 'parity.md'}")
     return int(not all(row["identical"] for row in rows))
-
-
-def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return (row["family"], *row["pair"], row["levels"])
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        [_key(row) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"--resume: {path} is no table of compare.py ({type(error).__name__}): remove it") from None
-    return rows
-
-
-def load(family: Family, options: argparse.Namespace) -> Session:
-    """With the family's own guidance."""
-    guidance = family.guidance if family is FLUX else 1.0
-    return Session.load(family, argparse.Namespace(**{**vars(options), "guidance": guidance}))
 
 
 def jobs(family: Family) -> list[Job]:
@@ -144,10 +114,8 @@ def cell(result: Result) -> str:
     """The result in a few words, for the overview."""
     if result.cause is None:
         return f"{result.largest:.0e}"
-    kind = result.cause.kind
     words = {"rounded": "rounded timesteps", "cut off": "timesteps cut off", "interpolated": "timesteps interpolated"}
-    if kind == "timestep":
-        kind = next((text for word, text in words.items() if word in result.cause.what), kind)
+    kind = next((text for word, text in words.items() if word in result.cause.what), result.cause.kind)
     return f"**{result.largest:.0e}**, step {result.cause.step}: {kind}"
 
 
@@ -174,7 +142,7 @@ tolerance; beside it, the step at which the sides diverge and what differs there
 def overview(rows: list[dict[str, Any]]) -> list[str]:
     """The table: a line for each pair, a column for each kind of noise levels."""
     lines = [f"| k-diffusion | diffusers | {' | '.join(LEVELS)} |", "|---|---|" + "---|" * len(LEVELS)]
-    cells = {_key(row): row["cell"] for row in rows}
+    cells = {(row["family"], *row["pair"], row["levels"]): row["cell"] for row in rows}
     for family, ours, theirs in dict.fromkeys(key[:3] for key in cells):
         name = f"`{ours}`" + " (FLUX)" * (family == "flux")
         found = " | ".join(cells.get((family, ours, theirs, levels), "") for levels in LEVELS)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torchsde import BrownianInterval
@@ -16,39 +15,52 @@ from parity.follow import Session
 from parity.result import Ours, Trajectory, Truth, relative
 from parity.sides import Side
 
-ODE_SIZES = range(32, 8193, 32)  # into how many intervals the way may be cut
-SDE_SIZES = [2**i for i in range(1, 10)]  # into how many pieces each step
-
-
-class Solution(NamedTuple):
-    """The end of a fine solution."""
-
-    final: torch.Tensor
-    size: int
-    error: float  # relative
-    evaluations: int  # of all solutions so far
-
 
 def solve(session: Session, sides: tuple[Side, Side], setup: Ours, a: Trajectory, b: Trajectory) -> Truth:
-    """The distances of both sides from the truth of our side's first latents and step noise."""
-    if not (b.final.isfinite().all() and a.final.isfinite().all()):
-        return Truth("not defined, a side is not finite")
-    if any(side.options.get("s_churn") or side.options.get("s_noise", 1.0) != 1.0 for side in sides):
-        return Truth("not defined for s_churn, and for s_noise other than 1")
+    """The distances of both sides from the truth of our side's first latents and step noise.
+
+    The truth is a solution of about `truth_steps` steps. Its error is estimated by the change to a solution that is
+    four times as coarse, over 3. That is right for order 1, to which the roughness of a network limits every method,
+    and too large for smooth networks.
+    """
+    if why := _undefined(session, sides, setup, a, b):
+        return Truth(why)
+    equation = "SDE" if a.noise or b.noise else "ODE"
+    method, setups = _sde(session, sides[0], setup, a) if equation == "SDE" else _ode(session, setup)
+    count = sum(len(each.levels) - 1 for each in setups)
+    with tqdm(desc=f"solving the {equation} finely", total=count, leave=False, disable=None) as bar:
+        coarse, fine = (session.follow_sampler(method, each, bar.update).final for each in setups)
+    apart = ((a.final - b.final).norm() / fine.norm()).item()
+    return Truth(equation, relative(a.final, fine), relative(b.final, fine), apart, relative(coarse, fine) / 3)
+
+
+def _undefined(session: Session, sides: tuple[Side, Side], setup: Ours, a: Trajectory, b: Trajectory) -> str | None:
+    """Why there is nothing to compare with, if there is nothing."""
+    name = getattr(sides[0].target, "__name__", "")
+    other_noise = any(side.options.get("s_churn") or side.options.get("s_noise", 1.0) != 1.0 for side in sides)
+    reasons = {
+        "not defined, a side is not finite": not all(side.final.isfinite().all() for side in (a, b)),
+        "not defined for s_churn, and for s_noise other than 1": other_noise,
+    }
     if a.noise or b.noise:
-        return _sde(session, sides[0], setup, a, b)
-    # the method with the smallest error for its evaluations: docs/parity.md
+        ours = name.removeprefix("sample_") in session.module.sampler_names()
+        reasons |= {
+            "not computed for SDEs on FLUX, whose first sigma depends on the steps": session.flux,
+            f"not defined, {name} is not one of k-diffusion's SDE samplers": not ours,
+            f"not defined, {name} adds no step noise and theirs does": sides[0].eta is None,
+            "not defined, not every step has its noise": setup.noise_sampler is None
+            and any(draw is None for draw in _step_noise(setup, a)),
+        }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _ode(session: Session, setup: Ours) -> tuple[Side, list[Ours]]:
+    """The method with the smallest error for its evaluations (docs/parity.md), and how it runs coarsely and finely."""
     multistep = Side("lms", session.module.find_sampler("lms").function, {"order": 2 if session.flux else 3})
     first, last = setup.levels[0].item(), setup.levels[-1].item()
-    key = (first, last, setup.start.flatten()[0].item())
-
-    def run(size: int, tick: Callable[[], Any]) -> torch.Tensor:
-        levels = fine_levels(session, first, last, size)
-        return session.follow_sampler(multistep, Ours(levels, setup.start, flow=True, keep=False), tick).final
-
-    ends, known = (a.final, b.final), session.solutions.get(key)
-    truth, session.solutions[key] = refine(session, "ODE", run, lambda n: n + n // 100 + 4, ODE_SIZES, ends, known)
-    return truth
+    fine = session.options.truth_steps
+    levels = (fine_levels(session, first, last, size) for size in (fine // 4, fine))
+    return multistep, [Ours(each, setup.start, flow=True, keep=False) for each in levels]
 
 
 def fine_levels(session: Session, first: float, last: float, n: int) -> torch.Tensor:
@@ -67,56 +79,31 @@ def fine_levels(session: Session, first: float, last: float, n: int) -> torch.Te
     return torch.tensor([first, *begin, *levels[1:], last], dtype=torch.float64)
 
 
-def refine(
-    session: Session, equation: str, run: Callable, cost: Callable, sizes: Sequence[int], ends: tuple, solution=None
-) -> tuple[Truth, Solution | None]:
-    """Finer solutions, until one shows which side is nearer or the time is over.
+def _sde(session: Session, side: Side, setup: Ours, a: Trajectory) -> tuple[Side, list[Ours]]:
+    """The method for the reverse SDE that the sampler's steps tend to, and how it runs coarsely and finely.
 
-    The error is estimated by the change to a solution that was r times as coarse, over r - 1. That is right for order
-    1, to which the roughness of a network limits every method, and too large for smooth networks.
-
-    Args:
-        run: `run(size, tick)`, the end of a solution; calls `tick()` for each evaluation of the network.
-        cost: `cost(size)`, evaluations of that.
-        sizes: that may be taken, rising.
-        ends: the final latents of both sides.
-        solution: one that was found before, to begin with.
+    Both run on the same Brownian path, which has this step noise.
     """
-    started, truth = time.process_time(), Truth(equation)
-    with tqdm(desc=f"solving the {equation} finely", unit=" evaluations", leave=False, disable=None) as bar:
-        while True:
-            if solution is not None and math.isfinite(solution.error):
-                ours, theirs = (relative(end, solution.final) for end in ends)
-                apart = ((ends[0] - ends[1]).norm() / solution.final.norm()).item()
-                truth = Truth(equation, ours, theirs, apart, solution.error, solution.evaluations)
-                if truth.nearer is not None:
-                    return truth, solution
-            left = session.options.truth_seconds - (time.process_time() - started)
-            size = next_size(solution, cost, sizes, session.affordable(0.9 * left))
-            if size is None:
-                break
-            bar.reset(cost(size))
-            final, error, evaluations = run(size, bar.update), math.inf, cost(size)
-            if solution is not None:
-                error = relative(solution.final, final) / (size / solution.size - 1)
-                evaluations += solution.evaluations
-            solution = Solution(final, size, error, evaluations)
-    if math.isnan(truth.ours):
-        least = cost(sizes[0]) + cost(2 * sizes[0])
-        seconds = least / session.affordable(0.9)
-        truth = Truth(f"not looked for, {least} evaluations take {seconds:.0f} s or more (--truth-seconds)")
-    return replace(truth, stopped=True), solution
+    eta = side.eta or 0.0
+    if side.target.__name__ not in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"):
+        eta = eta**2  # of ancestral steps, sigma_up ~ eta
+    sampler = session.module.find_sampler("dpmpp_2m_sde").function
+    positive = setup.levels[setup.levels > 0].tolist()
+    path = [] if setup.noise_sampler else bridges(positive, _step_noise(setup, a), session.options.seed + 1)
+    pieces = max(session.options.truth_steps // (4 * len(positive)), 1)
+
+    def cut(pieces: int) -> Ours:
+        levels = split(setup.levels, pieces)
+        noise = finer(path, levels[levels > 0].tolist()) if path else None
+        return replace(setup, levels=levels, noise=noise, keep=False)
+
+    return Side("dpmpp_2m_sde", sampler, {"eta": eta, "solver_type": "heun"}), [cut(pieces), cut(4 * pieces)]
 
 
-def next_size(solution: Solution | None, cost: Callable, sizes: Sequence[int], affordable: float) -> int | None:
-    """Four times the last size, or the largest if not even twice that would come after; None if none is affordable."""
-    if solution is None:
-        return sizes[0] if cost(sizes[0]) + cost(2 * sizes[0]) <= affordable else None
-    fit = [size for size in sizes if size >= 2 * solution.size and cost(size) <= affordable]
-    wanted = 4 * solution.size
-    if wanted in fit and cost(wanted) + cost(2 * wanted) <= affordable:
-        return wanted
-    return fit[-1] if fit else None
+def _step_noise(setup: Ours, a: Trajectory) -> list[Any]:
+    """What each step between positive levels adds. A step draws after its last evaluation."""
+    steps = range(len(a.starts))[: int((setup.levels > 0).sum()) - 1]
+    return [a.noise.get(a.span(i)[-1], [None])[-1] for i in steps]
 
 
 def split(levels: torch.Tensor, pieces: int) -> torch.Tensor:
@@ -126,7 +113,7 @@ def split(levels: torch.Tensor, pieces: int) -> torch.Tensor:
     return torch.cat([fine.flatten(), positive[-1:], levels[len(positive) :]])
 
 
-def bridges(levels: Sequence[float], noise: list[torch.Tensor], seed: int) -> list[BrownianInterval]:
+def bridges(levels: Sequence[float], noise: Sequence[torch.Tensor], seed: int) -> list[BrownianInterval]:
     """A Brownian path that has the given step noise: one for each interval of the falling levels."""
     return [
         BrownianInterval(low, high, W=draw * math.sqrt(high - low), entropy=seed + i)
@@ -139,34 +126,3 @@ def finer(path: list[BrownianInterval], levels: Sequence[float]) -> dict[int, li
     pieces = (len(levels) - 1) // len(path)
     intervals = enumerate(zip(levels, levels[1:]))
     return {i: [path[i // pieces](low, high) / math.sqrt(high - low)] for i, (high, low) in intervals}
-
-
-def _sde(session: Session, side: Side, setup: Ours, a: Trajectory, b: Trajectory) -> Truth:
-    """The reverse SDE that the sampler's steps tend to, on a Brownian path with this step noise."""
-    name = getattr(side.target, "__name__", "")
-    if session.flux:
-        return Truth("not computed for SDEs on FLUX, whose first sigma depends on the steps")
-    if name.removeprefix("sample_") not in session.module.sampler_names():
-        return Truth(f"not defined, {name} is not one of k-diffusion's SDE samplers")
-    if side.eta is None:
-        return Truth(f"not defined, {name} adds no step noise and theirs does")
-    # of ancestral steps, sigma_up ~ eta
-    eta = side.eta if name in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde") else side.eta**2
-    sampler = session.module.find_sampler("dpmpp_2m_sde").function
-    fine = Side("dpmpp_2m_sde", sampler, {"eta": eta, "solver_type": "heun"})
-    positive, path = setup.levels[setup.levels > 0].tolist(), list[BrownianInterval]()
-    if setup.noise_sampler is None:
-        # noise is drawn after the last evaluation of a step
-        ends = [*(start - 1 for start in a.starts[1:]), len(a.evaluations) - 1][: len(positive) - 1]
-        if not all(a.noise.get(end) for end in ends):
-            return Truth("not defined, not every step has its noise")
-        path = bridges(positive, [a.noise[end][-1] for end in ends], session.options.seed + 1)
-
-    def run(pieces: int, tick: Callable[[], Any]) -> torch.Tensor:
-        levels = split(setup.levels, pieces)
-        noise = finer(path, levels[: pieces * steps + 1].tolist()) if path else None
-        fine_setup = replace(setup, levels=levels, noise=noise, quantize=False, timesteps=None, keep=False)
-        return session.follow_sampler(fine, fine_setup, tick).final
-
-    ends, steps = (a.final, b.final), len(positive) - 1
-    return refine(session, "SDE", run, lambda pieces: pieces * steps + 1, SDE_SIZES, ends)[0]

@@ -33,7 +33,7 @@ from parity.report import TOP, report
 from parity.result import Ours, Result, Trajectory, Truth
 from parity.sides import find_side
 from parity.subject import Subject
-from parity.truth import Solution, bridges, finer, next_size, split
+from parity.truth import bridges, finer, split
 
 FAULTY = f"{ROOT}/tests/faulty_schedulers.py"
 COMFY = f"{ROOT}/tests/comfy_like.py"
@@ -44,32 +44,25 @@ TOLERANCE = 1e-6  # what rounding diffusers' sigmas to float32 leaves of a float
 def session(family: str = "sdxl") -> Session:
     """A few steps on a demo model in float64."""
     steps = {"sdxl": "6", "flux": "3"}[family]
-    few = ["--width", "64", "--height", "64", "--steps", steps, "--no-switches", "--no-truth", "--truth-seconds", "1e9"]
+    few = ["--width", "64", "--height", "64", "--steps", steps, "--no-switches", "--no-truth", "--truth-steps", "48"]
     options, kind = parse_compare([*few, "--family", family])
     return Session.load(kind, options)
 
 
-def follow(ours: str, theirs: str, family: str = "sdxl", tolerance: float = TOLERANCE, **options: Any):
+def follow(ours: str, theirs: str, family: str = "sdxl", **options: Any):
     """The result and both trajectories, with these options of `compare.py`."""
     one = session(family)
     before = vars(one.options).copy()
     vars(one.options).update(options)
     try:
         sides = find_side(ours, one.module, "--sampler"), find_side(theirs, one.module, "--against")
-        return compare_sides(one, *sides, tolerance)
+        return compare_sides(one, *sides)
     finally:
         vars(one.options).update(before)
 
 
 def compared(*arguments: Any, **options: Any) -> Result:
     return follow(*arguments, **options)[0]
-
-
-@pytest.fixture(autouse=True)
-def few_sizes(monkeypatch):
-    """Of fine solutions, so that their number of evaluations is known, and not the time that they may take."""
-    monkeypatch.setattr(truth, "ODE_SIZES", [16, 48])
-    monkeypatch.setattr(truth, "SDE_SIZES", [2, 4])
 
 
 SAME = [
@@ -131,7 +124,6 @@ DIFFERENT = [
     ("dpmpp_2m", f"{FAULTY}:WrongSigmaMultistep", 3, "noise levels", "The step ends at", None),
     ("euler", f"{FAULTY}:WrongSigmaInList", 3, "noise levels", "that the scheduler lists", None),
     ("euler", f"{FAULTY}:RoundedTimesteps({KARRAS})", 2, "timestep", "theirs is rounded", None),
-    ("euler", f"{FAULTY}:RoundedLatents", 3, "rounding", "to float16", None),
     ("heun", f"{FAULTY}:HeunWithoutLastCorrection", 5, "update", "Euler's step", None),
     ("dpmpp_2m", f"{FAULTY}:MultistepWithoutHistory", 3, "update", "order 1", None),
     ("euler", f"{FAULTY}:WrongInitialScale", 0, "initial scale", "1.1 times", None),
@@ -170,7 +162,7 @@ def test_what_differs_is_found_at_its_step(ours, theirs, step, kind, words, swit
 DEIS = "DEISMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction')"
 SEVERAL = [
     ("sdxl", "lms(order=2)", "DPMSolverMultistepScheduler(use_karras_sigmas=True)", {"timestep": 2, "update": 2}),
-    ("sdxl", "euler", f"{FAULTY}:RoundedTimestepsAndLatents(use_karras_sigmas=True)", {"timestep": 2, "rounding": 3}),
+    ("sdxl", "euler", f"{FAULTY}:RoundedTimestepsAndLatents(use_karras_sigmas=True)", {"timestep": 2, "update": 3}),
     ("flux", "lms(order=2)", DEIS, {"timestep": 1, "update": 2, "last step": 4}),
     # near t = 1 its update subtracts two terms that are a thousand times as large as what is left, in float32
     ("flux", "euler", DEIS.replace(")", ", solver_order=1)"), {"timestep": 1, "update": 1, "last step": 4}),
@@ -268,11 +260,11 @@ def test_an_error_of_a_side_is_reported(tmp_path, name, message):
             compared(f"{tmp_path}/broken.py:{name}", "euler")
 
 
-def test_samplers_that_place_their_own_levels_are_noted():
+def test_samplers_that_place_their_own_levels():
     """Their levels are those of their evaluations, and without eta they add no noise: the truth is the ODE's."""
     result = compared("dpm_fast", "DPMSolverMultistepScheduler", truth=True)
     assert result.cause.kind == "noise levels" and result.cause.what.startswith("ours goes to sigma")
-    assert result.truth.equation == "ODE" and "does not step over the levels given" in result.notes[0]
+    assert result.truth.equation == "ODE"
     result = compared("dpm_adaptive", "EulerDiscreteScheduler")
     assert (result.cause.kind, result.cause.step, result.rows) == ("noise levels", 0, [])
     assert result.cause.what.startswith("ours takes ") and result.cause.what.endswith(" steps, theirs 6")
@@ -312,12 +304,11 @@ def test_a_file_of_a_package_is_loaded_as_the_package_s(tmp_path, monkeypatch):
 # --- the truth -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family, first, last, size", [(SDXL, 14.6, 0.03, 512), (FLUX, 0.99, 1e-9, 2048)])
-def test_the_truth_is_the_exact_end(family, first, last, size, monkeypatch):
+@pytest.mark.parametrize("family, first, last, steps", [(SDXL, 14.6, 0.03, 512), (FLUX, 0.99, 1e-9, 2048)])
+def test_the_truth_is_the_exact_end(family, first, last, steps):
     """To 1e-6, and within the reported error, which only a smooth network makes too large."""
-    monkeypatch.setattr(truth, "ODE_SIZES", [32, 128, 512, 2048][: 3 if size == 512 else 4])
     one = Subject(find_side("euler", importlib.import_module(family.module), ""), family).session((1, 2, 2))
-    one.options.truth_seconds = 1e9
+    one.options.truth_steps = steps
     setup = Ours(torch.linspace(first, last, 9, dtype=torch.float64), one.noise.double() * first)
     if family is FLUX:
         exact = solve(KNOWN, setup.start, first, [last])[0]
@@ -327,8 +318,7 @@ def test_the_truth_is_the_exact_end(family, first, last, size, monkeypatch):
     end = Trajectory([], [], [], exact)
     with torch.no_grad():
         found = truth.solve(one, (find_side("euler", one.module, ""),) * 2, setup, end, end)
-    (solution,) = one.solutions.values()
-    assert solution.size == size and found.ours < 1e-6 and found.ours <= found.error, found
+    assert found.ours < 1e-6 and found.ours <= found.error, found
 
 
 def test_a_refined_brownian_path_keeps_its_step_noise_and_is_brownian():
@@ -365,27 +355,15 @@ def test_what_the_error_of_the_truth_leaves_open():
     assert 0.5 < decided / 2000 < 1  # what is left is the band of width 2 error between the sides
 
 
-def test_the_truth_is_not_begun_where_time_is_too_short():
-    result = compared("heun", "euler", truth=True, truth_seconds=1e-3)
-    assert result.truth.nearer is None and "--truth-seconds" in result.verdict
-    assert "not looked for" in result.truth.equation
-
-
-def test_a_finer_solution_is_taken_as_long_as_there_is_time():
-    """From sizes in steps of four, the last one as large as can be; each costs as many evaluations as its size."""
-    taken, left, solution = [], 1000.0, None
-    while size := next_size(solution, lambda n: n, range(32, 8193, 32), left):
-        solution, left = Solution(torch.empty(0), size, 0.0, 0), left - size
-        taken.append(size)
-    assert taken == [32, 128, 832] and left < 32
-
-
-def test_who_is_nearer_to_the_truth():
-    """heun against euler: the method of order 2 is nearer to the same ODE."""
-    result = compared("heun", "euler", truth=True)
+@pytest.mark.parametrize(
+    "ours, theirs, equation", [("heun", "euler", "ODE"), ("dpmpp_sde", "EulerAncestralDiscreteScheduler", "SDE")]
+)
+def test_who_is_nearer_to_the_truth(ours, theirs, equation):
+    """The method of order 2 is nearer to the same ODE or SDE."""
+    result = compared(ours, theirs, truth=True, truth_steps=192)
     truth = result.truth
-    assert truth.equation == "ODE" and truth.nearer == "ours" and truth.ours < truth.theirs
-    assert "Nearer to the ODE solved finely: k-diffusion's" in result.verdict
+    assert truth.equation == equation and truth.nearer == "ours" and truth.ours < truth.theirs
+    assert f"Nearer to the {equation} solved finely: k-diffusion's" in result.verdict
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -450,7 +428,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
 
 EMPTY = ["--sampler", "--against", "--model", "--schedule", "--device", "--json", "--html"]
 OPTIONS = [*([name, value] for name in EMPTY for value in ("", " ")), ["--steps", "1001"], ["--steps", "1000000000"]]
-OPTIONS += [["--width", "100000"], ["--truth-seconds", "0"], ["--resume"], ["--output", "elsewhere"]]
+OPTIONS += [["--width", "100000"], ["--truth-steps", "3"], ["--output", "elsewhere"]]
 OPTIONS += [[f"--tolerance={value}"] for value in ("0", "-1", "nan", "inf", "small")]
 OPTIONS += [["--sampler", "heun", "--all"], ["--schedule", "karras", "--all"], ["--html", "page.html", "--all"]]
 OPTIONS += [["--model", "demo/sdxl", "--all"]]

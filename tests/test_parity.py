@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT
 
 from gallery.options import FLUX, SDXL
-from gallery.refused import Refused
 from parity import table
 from parity.command import parse_compare
-from parity.table import FLUX_PAIRS, jobs, load, make, overview, write_table
+from parity.follow import Session
+from parity.table import FLUX_PAIRS, jobs, make, overview, write_table
 
 PAGE = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
 FINDINGS = re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -56,46 +56,21 @@ def test_all_of_one_family(family, tmp_path, monkeypatch):
 
 def test_every_pair_of_flux_gets_its_row(tmp_path):
     """Over two steps. One that diffusers can't run has a row that says so, and a second one that runs."""
-    session = load(FLUX, parse_all(tmp_path))
+    session = Session.load(FLUX, parse_all(tmp_path))
     made = [make(session, job) for job in jobs(FLUX)]
     runs = {(row["pair"][0], row["pair"][1].split(",")[0]) for row in made if row["cell"] != "does not run"}
     assert len(runs) == len({(ours, theirs) for ours, theirs, _ in FLUX_PAIRS})
     assert sum(row["cell"] == "does not run" for row in made) == 1
 
 
-def test_all_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    """A row that is there with the same settings is not made again; with others it is."""
-    monkeypatch.setattr(
-        table, "SDXL_PAIRS", [("euler", "DDIMScheduler(clip_sample=False)"), ("heun", "LMSDiscreteScheduler")]
-    )
+def test_the_files_that_all_writes(tmp_path, monkeypatch, capsys):
+    pairs = [("euler", "DDIMScheduler(clip_sample=False)"), ("heun", "LMSDiscreteScheduler")]
+    monkeypatch.setattr(table, "SDXL_PAIRS", pairs)
     monkeypatch.setattr(table, "LEVELS", {"own": None})
-    made = []
-
-    def stopping(session, job):
-        made.append(job.pair[0])
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        return make(session, job)
-
-    monkeypatch.setattr(table, "make", stopping)
-    chosen = ("--family", "sdxl", "--resume")
-    with pytest.raises(KeyboardInterrupt):
-        write_table(parse_all(tmp_path, *chosen))
-    first = json.loads((tmp_path / "parity.json").read_text())
-    assert [row["pair"][0] for row in first] == ["euler"] and not (tmp_path / "parity.md").exists()
-    assert write_table(parse_all(tmp_path, *chosen)) == 1
-    assert made == ["euler", "heun", "heun"]
-    assert json.loads((tmp_path / "parity.json").read_text())[0] == first[0]
+    assert write_table(parse_all(tmp_path, "--family", "sdxl")) == 1
+    rows = json.loads((tmp_path / "parity.json").read_text())
+    assert [(*row["pair"], row["identical"]) for row in rows] == [(*pairs[0], True), (*pairs[1], False)]
     assert "`heun`" in (tmp_path / "parity.md").read_text() and "sdxl 2 of 2" in capsys.readouterr().out
-    write_table(parse_all(tmp_path, *chosen, "--seed", "3"))
-    assert made[3:] == ["euler", "heun"]
-
-
-def test_a_table_that_is_none_is_not_overwritten(tmp_path):
-    (tmp_path / "parity.json").write_text('{"mine": 1}')
-    with pytest.raises(Refused, match="parity.json is no table"):
-        write_table(parse_all(tmp_path, "--resume"))
-    assert (tmp_path / "parity.json").read_text() == '{"mine": 1}'
 
 
 def test_the_rows_of_sdxl():
