@@ -392,7 +392,7 @@ def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
     if not ("dpmpp" in sampler.name and "_sde" in sampler.name):
         return lambda sigma, sigma_next: white_noise(x, generator)
     generators = generator if isinstance(generator, list) else [generator]
-    generators = generators * (len(x) // len(generators))  # one may be for all images
+    generators = generators * max(1, len(x) // len(generators))  # one may be for all images
     seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
     return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
 
@@ -443,7 +443,7 @@ def call_sampler(sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: tor
         options["eta"] = eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0  # float32 makes NaN of lower ones
     options = {name: value for name, value in options.items() if sampler.takes_any or name in named}
     if "sigma_min" not in named:
-        return function(model, x, sigmas if own else sigmas.to(x), **options)
+        return function(model, x, sigmas if own else sigmas.to(x, copy=True), **options)
     x = function(model, x, **options) if len(positive) > 1 else x
     for _ in sampling.trange(int(sigmas[-1] == 0), disable=True):  # a step like the others
         x = unwrapped(x, positive[-1] * x.new_ones([x.shape[0]]))

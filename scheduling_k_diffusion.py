@@ -25,7 +25,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 
 
 class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
@@ -63,13 +63,13 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self.sampler = find_sampler(sampler, sampler_kwargs)
         if isinstance(schedule, str):
             raise ValueError(f"`schedule` has to be levels, as of sampling.get_sigmas_{schedule}, not {schedule!r}")
-        self.schedule = None if schedule is None else check_sigmas(schedule, "schedule")
+        self.schedule = None if schedule is None else check_sigmas(schedule, "schedule", at_least=2)
         self.parameterization, self.quantize_timesteps = parameterization, quantize_timesteps
         self._inverted = bool(config.get("invert_sigmas"))  # its t is 1 - t, as Mochi's
         self._prediction, self._kind = config.get("prediction_type", "epsilon"), ""
         self._table: Any = None
         self._trial: Any = [None]  # the sampler, its levels, and the sigmas that it asked for
-        self._count, self._unshift = config.get("num_train_timesteps", 1000), 1.0
+        self._count, self._shift = config.get("num_train_timesteps", 1000), 1.0
         taken = inspect.signature(getattr(base, "step", lambda: None)).parameters.values()
         needed = [p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if needed == ["model_output", "timestep", "sample"] and "Inverse" not in kind.__name__:
@@ -109,11 +109,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         base, unused = base.from_config(config, return_unused_kwargs=True, **kwargs)
         return (cls(base, **options), unused) if return_unused_kwargs else cls(base, **options)
 
-    # To pipelines and savers it is the base with another step: what they ask of it, its class included, is the base's.
+    # To pipelines and savers it is the base with another `step`: its class, its config, `set_timesteps`' signature, ...
     __class__ = property(lambda me: type(me.base))  # type: ignore[assignment]
     _internal_dict = property(lambda me: me.base._internal_dict, lambda me, d: vars(me.base).update(_internal_dict=d))
     step_index = property(lambda me: me._step_index, doc="The evaluation that comes next.")
-    # with the base's signature: pipelines look for `sigmas`, `timesteps` and `mu` in it
     set_timesteps = property(lambda me: functools.wraps(me.base.set_timesteps)(functools.partial(me._set_timesteps)))
 
     def __getattr__(self, name: str) -> Any:
@@ -128,15 +127,16 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         passed = any(kwargs.get(name) is not None for name in ("sigmas", "timesteps"))
         times = self.base.timesteps.cpu().double()[:: getattr(self.base, "order", 1)]  # one a step
         base_sigmas = getattr(self.base, "sigmas", None)
-        times = times.unique_consecutive() if base_sigmas is None else times  # PNDM's lists one twice
+        if hasattr(self.base, "plms_timesteps"):  # PNDM lists one twice, or others between
+            times = torch.as_tensor(self.base._timesteps[::-1].copy()).double()
         levels = self._table.t_to_sigma(times) if base_sigmas is None else base_sigmas.cpu().double()
         levels, n = (1 - levels if self._inverted else levels).unique_consecutive(), len(times)
         known = {} if self.quantize_timesteps else dict(zip(levels.tolist(), times.tolist()))
-        # a flow pipeline that passes timesteps, as CogView4's, gives its network t before the shift to the level s
+        # where a pipeline passes timesteps, as CogView4's, its network gets t before the shift to the level s
         before = times / self._count if self._kind == "flow" and kwargs.get("timesteps") is not None else times[:0]
         pairs = [(s, t) for s, t in zip(levels.tolist(), before.tolist()) if 0 < s * t < s < 1]
-        self._unshift = sorted(s * (1 - t) / (t * (1 - s)) for s, t in pairs)[len(pairs) // 2] if pairs else 1.0
-        if not passed or len(levels) == n:  # the base's own, that list the last twice or end above zero, get the zero
+        self._shift = sorted(s * (1 - t) / (t * (1 - s)) for s, t in pairs)[len(pairs) // 2] if pairs else 1.0
+        if not passed or len(levels) == n:  # the base's own may list the last level twice, or end above zero
             levels = torch.cat([levels[:n], levels.new_zeros(1)])
         levels = levels if self.schedule is None else self.schedule
         if (steps := len(levels) - 1) != n:
@@ -152,11 +152,11 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
             self._trial = sampler, sigmas, try_out(sampler, sigmas)  # again where a callable may have changed since
         asked = [*self._trial[2], float(sigmas[-1])]  # and where the run ends
         self.order = 1 if given else math.ceil((len(asked) - 1) / n)  # FLUX's pipelines pass levels, and count by one
-        self._per_step = 3 if "sigma_min" in sampler.arguments else math.ceil((len(asked) - 1) / n)  # 3 as dpm_fast
+        self._per_step = 3 if "sigma_min" in sampler.arguments else math.ceil((len(asked) - 1) / n)  # dpm_fast's: 3
         base_levels = torch.tensor(asked, dtype=torch.float64, device="cpu")
         base_levels = base_levels / (1 + base_levels) if ve else base_levels
         base_levels[0] = levels[0] if ve and levels[0] > 0.9999 else base_levels[0]  # t = 1, where sigma is not finite
-        times = self._times(base_levels)
+        times = self._timesteps_at(base_levels)
         for level, time in known.items():
             times[(base_levels - level).abs() <= 1e-9 * level] = time
         times, whole = times.float(), bool((times[:-1] == times[:-1].round()).all())
@@ -169,10 +169,9 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         self._step_index: int | None = None
         self.begin_index: int | None = None
 
-    def _times(self, levels: torch.Tensor) -> torch.Tensor:
-        """The network's timesteps."""
+    def _timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
         if self._kind == "flow":
-            ts = levels / (1 + (self._unshift - 1) * (1 - levels))  # before the pipeline's shift
+            ts = levels / (1 + (self._shift - 1) * (1 - levels))  # before the pipeline's shift
             times = self._count * (1 - ts if self._inverted else ts)
             return times.round() if self.quantize_timesteps else times
         if self._prediction == "v_prediction" and self.base.config.get("timestep_type") == "continuous":
@@ -218,11 +217,10 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         view = view and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
         if self._step_index not in (None, len(self._trial[2])):  # where a run went to its end another one begins
             return timestep.storage_offset() if view else self._step_index  # a loop may step twice from one, or go back
-        if (first := self.begin_index) is None:
+        if (first := timestep.storage_offset() if view else self.begin_index) is None:
             time = float(torch.as_tensor(timestep).max())
             away = [(abs(at.time - time), i % self._per_step > 0) for i, at in enumerate(self._evaluations[:-1])]
             first = away.index(min(away)) if min(away)[0] <= 1e-2 * max(abs(time), 0.1) else 0  # some pass others
-            first = timestep.storage_offset() if view else first
         self._run_from(first)
         return first
 
@@ -237,8 +235,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if sampler.is_k_diffusions and (churn := sampler.arguments.get("s_churn")):  # it is spread over the steps
             churn *= (len(rest) - 1) / (len(levels) - 1)
             sampler = find_sampler(sampler.function, {**sampler.options, "s_churn": churn})
-        goes_on = i not in (0, self.begin_index) and self._step_index not in (None, len(self._trial[2]))
-        if goes_on and sampler.function not in (sampling.sample_euler, sampling.sample_euler_ancestral):
+        restarts = i not in (0, self.begin_index) and self._step_index not in (None, len(self._trial[2]))
+        if restarts and sampler.function not in (sampling.sample_euler, sampling.sample_euler_ancestral):
             what = "go on with a copy, in another thread, with latents of another shape or twice from a timestep"
             raise ValueError(f"`sampler`: {sampler.name} can't {what}; euler and euler_ancestral can")
         can = i == 0 or (sampler.is_k_diffusions and i < len(asked))
@@ -274,15 +272,17 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
         Returns `prev_sample`, of the next timestep, in model_output's dtype; and `pred_original_sample`, x0.
         """
+        tokens, known = given.pop("per_token_timesteps", None), given.pop("pred_original_sample", None)
+        if given:
+            raise TypeError(f"KDiffusionScheduler.step takes no {', '.join(given)}")
         i = self._next(timestep)
         here, after = self._evaluations[i : i + 2]
         if model_output.shape[:2] == (len(sample), 2 * sample.shape[1]):
             model_output = model_output.chunk(2, dim=1)[0]  # the other half is the variance
         dtype = torch.promote_types(torch.promote_types(sample.dtype, model_output.dtype), torch.float32)
         x, output = sample.to(dtype), model_output.to(dtype)
-        if self._inverted != (given.get("per_token_timesteps") is not None):
-            output = -output  # LTXCondition turns the sign of its network's, and keeps its own tokens
-        known = given.get("pred_original_sample")  # Cosmos has x0, guided
+        if self._inverted != (tokens is not None):
+            output = -output  # LTXCondition negates the prediction, and restores its own tokens
         denoised = (here.skip * x - here.share * output) / here.norm if known is None else known.to(dtype)
         run = self._run
         if run and run.knows and known is None:  # Cosmos asks for x0 of both sides, and passes x0, guided
@@ -314,11 +314,12 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     def _resume(self, run: Any, i: int, *given: Any) -> torch.Tensor:
         """The sampler goes on until it asks for evaluation i, or ends: its state there."""
-        x, sigma = run.switch(*given)
-        right = run.dead == (i == len(self.timesteps))
-        if right and not run.dead and not self.sampler.is_k_diffusions:  # to look at a sigma on a GPU is to wait for it
-            right = math.isclose(torch.as_tensor(sigma).flatten()[0], self._trial[2][i], rel_tol=1e-4)
-        if not right:
+        grad = torch.is_grad_enabled()
+        with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(grad):
+            x, sigma = run.switch(*given)
+        planned = run.dead or self.sampler.is_k_diffusions  # to look at a sigma on a GPU is to wait for it
+        planned = planned or math.isclose(torch.as_tensor(sigma).flatten()[0], [*self._trial[2], 0.0][i], rel_tol=1e-4)
+        if not planned or run.dead != (i == len(self.timesteps)):
             raise ValueError("`sampler`: it asks for other evaluations than in its trial on a single number")
         return x
 
@@ -348,7 +349,9 @@ def try_out(sampler: Sampler, levels: torch.Tensor) -> list[float]:
             raise ValueError("the network's predictions decide on its steps")
         still = {"noise_sampler": lambda *_: torch.zeros_like(x)} if "noise_sampler" in sampler.arguments else {}
         outside = greenlet(call_sampler)  # of the caller's context, where a pipeline of ours may count steps
-        outside.switch(sampler, model, x, levels, torch.Generator("cpu").manual_seed(0), **still)
+        end = outside.switch(sampler, model, x, levels, torch.Generator("cpu").manual_seed(0), **still)
+        if not asked or getattr(end, "shape", None) != x.shape:
+            raise ValueError("it has to call the network, and to return the latents")
     except Exception as error:
         ours = "use StableDiffusionXLComfyPipeline or FluxComfyPipeline"
         raise ValueError(f"`sampler`: {sampler.name} can't run in a scheduler: {error}; {ours}") from error
@@ -362,25 +365,22 @@ def seeds_of(x: torch.Tensor) -> list[int]:
 
 
 def _sample(x: torch.Tensor, ahead: list[float], call: Callable | None) -> tuple[torch.Tensor, None]:
-    """A run: Euler's steps through the levels `ahead`, then `call(model, x)`. Without the scheduler, it is let go."""
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # the pipeline's
+    """A run: Euler's steps through the levels `ahead`, then `call(model, x)`. GreenletExit ends one that is dropped."""
 
     def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        nonlocal grad, inference
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        with torch.inference_mode():  # on its way back, the sampler's own modes
             try:
                 denoised, state = getcurrent().parent.switch((x, sigma))
-            finally:  # also where a run that was left half way ends
-                grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            except GreenletExit:  # a run that was left half way: what the caller's modes are then
+                modes.enter_context(torch.inference_mode(torch.is_inference_mode_enabled()))
+                raise
         x.copy_(state)
         return denoised
 
-    try:
+    with contextlib.ExitStack() as modes:
         for sigma, after in zip(ahead, ahead[1:]):
             x = x + (x - model(x, x.new_full([len(x)], sigma))) * (after / sigma - 1)
         return (call(model, x) if call else x), None
-    finally:
-        torch.set_grad_enabled(grad)  # the sampler's own no_grad puts back what was when it began
 
 
 # --- shared block: the same text in the three files that are copied alone; `python tests/blocks.py` copies it ---
@@ -522,7 +522,7 @@ def step_noise(sampler: Sampler, x: torch.Tensor, generator: Any) -> Callable:
     if not ("dpmpp" in sampler.name and "_sde" in sampler.name):
         return lambda sigma, sigma_next: white_noise(x, generator)
     generators = generator if isinstance(generator, list) else [generator]
-    generators = generators * (len(x) // len(generators))  # one may be for all images
+    generators = generators * max(1, len(x) // len(generators))  # one may be for all images
     seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in generators]
     return brownian_noise(x, seeds, generators[0].device if generators[0] else x.device)
 
@@ -573,7 +573,7 @@ def call_sampler(sampler: Sampler, model: Callable, x: torch.Tensor, sigmas: tor
         options["eta"] = eta if (eta := named.get("eta") or 0.0) >= 1e-3 else 0.0  # float32 makes NaN of lower ones
     options = {name: value for name, value in options.items() if sampler.takes_any or name in named}
     if "sigma_min" not in named:
-        return function(model, x, sigmas if own else sigmas.to(x), **options)
+        return function(model, x, sigmas if own else sigmas.to(x, copy=True), **options)
     x = function(model, x, **options) if len(positive) > 1 else x
     for _ in sampling.trange(int(sigmas[-1] == 0), disable=True):  # a step like the others
         x = unwrapped(x, positive[-1] * x.new_ones([x.shape[0]]))

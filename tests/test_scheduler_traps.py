@@ -356,7 +356,7 @@ def on_meta(model, x, sigmas):
 
 
 def state() -> tuple:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral", entering])
@@ -373,18 +373,18 @@ def test_nothing_of_the_sampler_is_seen_outside(sampler, grad):
         assert state() == before
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
-def test_a_run_left_half_way_leaves_nothing(sampler):
-    """It began without grad. Its end, which may come with the garbage, must not take that away from whoever has it."""
-    scheduler = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler)
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral", entering])
+@pytest.mark.parametrize("within", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_a_run_left_half_way_leaves_nothing(sampler, within):
+    """Its end, which may come with the garbage, must not change the modes of whoever is running then."""
+    scheduler, x, before = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler), random(1, 2, 4, 4), state()
     scheduler.set_timesteps(4)
-    x = random(1, 2, 4, 4)
-    with torch.no_grad():
-        t = scheduler.timesteps[0]
-        scheduler.step(scheduler.scale_model_input(x, t), t, x)
+    first, second, third = scheduler.timesteps[:3]
+    with within():
+        x = scheduler.step(scheduler.scale_model_input(x, first), first, x).prev_sample
+    x = scheduler.step(scheduler.scale_model_input(x.clone(), second), second, x.clone()).prev_sample
+    assert state() == before
     left = weakref.ref(scheduler._run)
-    before = state()
-    assert before[0]
     del scheduler
     gc.collect()
     assert left() is None and state() == before
@@ -508,6 +508,7 @@ REFUSED = [
     (EULER, {"sampler": "dpm_adaptive"}, "StableDiffusionXLComfyPipeline"),
     (EULER, {"sampler": "eular"}, "there are euler, "),
     (EULER, {"sampler": on_meta}, "another default device"),
+    (EULER, {"sampler": lambda model, x, sigmas: None}, "call the network, and to return"),
     (EULER, {"schedule": "karras"}, "levels, as of sampling.get_sigmas_karras"),
     (EULER, {"sampler_kwargs": {"eta": 1.0}}, "takes no eta"),
     (EULER, {"parameterization": "vp"}, "parameterization"),
@@ -637,6 +638,17 @@ def test_pndm_as_the_base():
     assert relative(draw("sd_text", scheduler, steps=5), draw("sd_text", ddim, steps=5)) < CLOSE
     base.set_timesteps(5)
     assert scheduler.timesteps.tolist() == base.timesteps.unique_consecutive().tolist() == [801, 601, 401, 201, 1]
+    scheduler = KDiffusionScheduler.from_scheduler(diffusers.PNDMScheduler())  # Runge-Kutta's steps have others between
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps.tolist() == [800, 600, 400, 200, 0]
+
+
+def test_what_step_does_not_take_is_refused():
+    """LEDITS++ passes the noise of an inversion, which a sampler would not add."""
+    scheduler = KDiffusionScheduler.from_scheduler(EULER)
+    scheduler.set_timesteps(4)
+    with pytest.raises(TypeError, match="step takes no variance_noise"):
+        scheduler.step(random(1, 2, 4, 4), scheduler.timesteps[0], random(1, 2, 4, 4), variance_noise=None)
 
 
 KNOWN = mixture()
