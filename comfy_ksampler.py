@@ -85,8 +85,8 @@ def ksampler(
             call["schedule"] = torch.linspace(high, low, len(sigmas), dtype=torch.float32, device="cpu")
         return call | {"sampler": {"ddim": "euler", "lms": _lms}.get(sampler_name, sampler_name)}
     if flow or sampler_name not in SDXL_ONLY:
-        samplers = _comfyui(f"`sampler_name`: {sampler_name!r} is ComfyUI's own{' on FLUX' * flow}, and ").samplers
-        theirs = samplers.sampler_object(sampler_name)
+        what = f"{sampler_name!r} is ComfyUI's own{' on FLUX' * (sampler_name in SDXL_ONLY)}"
+        theirs = _comfyui(f"`sampler_name`: {what}, and ").samplers.sampler_object(sampler_name)
         function = comfy_sampler(theirs.sampler_function, pipe, width, height, seed, cfg)
         return call | {"sampler": functools.partial(function, **theirs.extra_options)}
     noise_sampler = _step_noise(sampler_name, latents.shape, device, sigmas, seed)

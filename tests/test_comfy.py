@@ -381,7 +381,8 @@ def test_the_names_are_comfyuis():
     + [("flux", name) for name in comfy_ksampler.SDXL_ONLY],
 )
 def test_comfyuis_own_say_what_to_do(pipes, model, name):
-    with pytest.raises(ImportError, match=f"'{name}' is ComfyUI's own.*, and ComfyUI was not found.*PYTHONPATH"):
+    own = f"'{name}' is ComfyUI's own{' on FLUX' * (name in comfy_ksampler.SDXL_ONLY)}"
+    with pytest.raises(ImportError, match=f"{own}, and ComfyUI was not found.*PYTHONPATH"):
         ksampler(pipes[model], **settings(f"{model}/{name}/simple/4/0"))
 
 
