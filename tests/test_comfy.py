@@ -238,12 +238,16 @@ def test_a_scheduler_has_no_prediction_without_guidance(comfyui, pipes):
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
-def test_a_function_written_for_comfyui(comfyui, pipes, model):
-    """It is k-diffusion's `euler`: its latents agree to float32. On FLUX it sees them unpacked."""
-    pipe, fields = pipes[model], settings(f"{model}/euler/simple/6/0")
-    call = ksampler(pipe, **fields)
-    ours = draw(pipe, **call | {"sampler": comfy_sampler(comfy_like.sample_euler, pipe, **SIZE)})
-    assert relative(ours, draw(pipe, **call)) < 1e-6
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+def test_a_function_written_for_comfyui(comfyui, pipes, model, stock):
+    """It is k-diffusion's `euler`, also where a stock pipeline's callback changes the latents. FLUX's are unpacked."""
+    pipe, fields = parent_of(pipes[model], model) if stock else pipes[model], settings(f"{model}/euler/simple/6/0")
+    change = (
+        {"callback_on_step_end": lambda pipe, i, t, tensors: {"latents": tensors["latents"] * 1.1}} if stock else {}
+    )
+    theirs = {"sampler": comfy_sampler(comfy_like.sample_euler, pipe, **SIZE)}
+    ours, expected = (draw_anywhere(pipe, ksampler(pipe, **fields) | change | other) for other in (theirs, {}))
+    assert relative(ours, expected) < 1e-6
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
@@ -263,9 +267,11 @@ def test_noise_of_a_function_follows_the_generator_or_the_seed(comfyui, pipes, m
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
-def test_callbacks_see_the_steps_of_a_function(comfyui, pipes, model):
-    """They see the state of each evaluation, packed on FLUX, also of ipndm, which always reports its first x."""
-    pipe, call, seen = pipes[model], ksampler(pipes[model], **settings(f"{model}/ipndm/simple/6/0")), []
+@pytest.mark.parametrize("name", ["ipndm", "stand_in"])
+def test_callbacks_see_the_steps_of_a_function(comfyui, pipes, model, name):
+    """The state of each evaluation, once, packed on FLUX. ipndm reports its first x, stand_in the last step twice."""
+    load_custom_nodes("stand_in")
+    pipe, call, seen = pipes[model], ksampler(pipes[model], **settings(f"{model}/{name}/simple/6/0")), []
 
     def look(pipe, step, timestep, tensors):
         seen.append((step, float(timestep), tensors["latents"], tensors["denoised"].shape))
