@@ -205,7 +205,10 @@ def comfy_sampler(
 
 
 def _guider(comfy: Any, denoiser: Callable, sampling: Any, cfg: float | None, device: Any) -> Any:
-    """ComfyUI's `CFGGuider` of a `BaseModel` whose network is the pipeline's denoiser, which guides."""
+    """ComfyUI's `CFGGuider` of a `BaseModel` whose network is the pipeline's denoiser, of unpacked latents.
+
+    The pipeline guides, and no model is moved.
+    """
 
     def predict(x: torch.Tensor, sigma: torch.Tensor, **options: bool) -> Any:
         packed = sampling.packed(x)
@@ -243,7 +246,7 @@ def _guider(comfy: Any, denoiser: Callable, sampling: Any, cfg: float | None, de
     base._apply_model, base.last = apply_model, None  # last: x and sigma of an evaluation, until it is reported
     base.diffusion_model, base.memory_usage_factor = torch.nn.Identity(), 0  # so that both sides fit into one call
     base.diffusion_model.dtype = torch.float32
-    patcher = comfy.model_patcher.ModelPatcher(base, device, device)  # no model is moved
+    patcher = comfy.model_patcher.ModelPatcher(base, device, device)
     patcher.pre_run()
     guider, prompt = Guider(patcher), [[torch.zeros(1, 1, 1, device=device), {}]]
     guider.set_conds(prompt, prompt)
@@ -266,7 +269,7 @@ def _base_model(sampling: Any, device: Any) -> Any:
 
 
 def _comfyui(wanted: str = "") -> Any:
-    """ComfyUI's package `comfy`, or an ImportError that says what to do. Without a GPU it runs as with --cpu."""
+    """ComfyUI's package `comfy`, without a GPU as with --cpu. ImportError: it can't be imported, and what to do."""
     try:
         sys.dont_write_bytecode |= importlib.util.find_spec("comfy") is not None  # ComfyUI's folder stays as it is
         importlib.import_module("comfy.cli_args").args.cpu |= not torch.accelerator.is_available()
@@ -316,7 +319,7 @@ def _step_noise(sampler_name: str, shape: tuple[int, ...], device: Any, sigmas: 
 
 
 class Discrete:
-    """ComfyUI's `model_sampling` for a table of levels, rising, float64 in `exact`, and their timesteps."""
+    """ComfyUI's `model_sampling` for a table of levels, rising, float64 in `exact`; timesteps count them."""
 
     def __init__(self, exact: torch.Tensor, v_prediction: bool):
         self.model_type, self.exact = "V_PREDICTION" if v_prediction else "EPS", exact
@@ -354,18 +357,14 @@ class Flow:
 
 
 def model_sampling(pipe: Any, width: int = 0, height: int = 0) -> Any:
-    """ComfyUI's `model_sampling` for a pipeline's scheduler: `Discrete` for betas, `Flow`, or EDM's levels and times.
+    """ComfyUI's `model_sampling` for a pipeline's scheduler: `Discrete` for betas and EDM, or `Flow`.
 
     ValueError: another kind of scheduler, or a shift that depends on more than the size of a picture.
     """
     base = getattr(pipe.scheduler, "base", pipe.scheduler)
-    config = base.config
+    config, kind = base.config, type(base).__name__
     with torch.device("cpu"):
-        if (
-            config.get("use_flow_sigmas")
-            or "FlowMatch" in type(base).__name__
-            or config.get("prediction_type") == "flow_prediction"
-        ):
+        if config.get("use_flow_sigmas") or "FlowMatch" in kind or config.get("prediction_type") == "flow_prediction":
             rows, columns = _sizes(pipe, width, height)[2:] if hasattr(pipe, "vae_scale_factor") else (0, 0)
             # `set_shift` leaves the config alone
             shift = base.shift if hasattr(type(base), "shift") else config.get("flow_shift", config.get("shift", 1.0))
