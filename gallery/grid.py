@@ -7,7 +7,6 @@ import itertools
 import json
 import sys
 import time
-import warnings
 import zlib
 from argparse import Namespace
 from datetime import timedelta
@@ -278,13 +277,7 @@ def _arguments(pipe: Any, settings: dict[str, str]) -> dict[str, Any]:
             return arguments | {"schedule": _levels(pipe, schedule, steps, [*size.values()], "discard" in settings)}
         return arguments | {"num_inference_steps": steps, "schedule": schedule}
     node = {"seed": int(settings["seed"]), "cfg": float(settings.get("true_cfg", settings["guidance"]))} | size
-    with warnings.catch_warnings(record=True) as caught:  # of how far k-diffusion's latents are from ComfyUI's
-        warnings.simplefilter("always")
-        scheduler = listed(schedule) or schedule
-        arguments = ksampler(pipe, **node, steps=steps, sampler_name=sampler, scheduler=scheduler)
-    for warning in caught:
-        print(warning.message, file=sys.stderr)
-    return arguments
+    return ksampler(pipe, **node, steps=steps, sampler_name=sampler, scheduler=listed(schedule) or schedule)
 
 
 def _kept(picture: Picture, wanted: dict[str, str]) -> Drawn:

@@ -295,8 +295,9 @@ class Session:
 
         sampler, options = side.target, dict(side.options)
         parameters = inspect.signature(sampler).parameters
-        if side.file is not None and not ve and {"extra_args", "callback", "disable"} <= {*parameters}:
-            sampler = comfy_sampler(sampler, self.pipe, self.width, self.height)  # it may look up what ComfyUI's do
+        if not ve and side.is_for_comfyui and {"extra_args", "callback", "disable"} <= {*parameters}:
+            with contextlib.suppress(ImportError):  # without ComfyUI it runs as it is
+                sampler = comfy_sampler(sampler, self.pipe, self.width, self.height)
         if "noise_sampler" in parameters and (ours.noise, ours.noise_sampler) != (None, None):
             options["noise_sampler"] = noise_sampler
         bound, given = self.module.find_sampler(functools.partial(sampler, **options)), {"callback": called_back}

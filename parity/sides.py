@@ -36,6 +36,11 @@ class Side:
     def is_scheduler(self) -> bool:
         return inspect.isclass(self.target)
 
+    @property
+    def is_for_comfyui(self) -> bool:
+        """Whether its file looks up what ComfyUI's functions do, or has imported ComfyUI."""
+        return self.file is not None and ("comfy" in sys.modules or b"inner_model" in Path(self.file).read_bytes())
+
     def check_family(self, family: Family, flag: str = "--against") -> None:
         """Refuses a scheduler of diffusers that is made for the other kind of model."""
         if not self.is_scheduler or not self.target.__module__.startswith("diffusers."):
@@ -53,7 +58,9 @@ class Side:
         if isinstance(error, Refused):
             return str(error)
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
-        return f"{self.text}: {reason(error)}" + (f" ({self.file}, line {lines[-1]})" if lines else "")
+        why = "; the function needs ComfyUI: put its folder on the path, PYTHONPATH=..., and install its requirements"
+        needs = why * (getattr(error, "name", None) == "inner_model")
+        return f"{self.text}: {reason(error)}{needs}" + (f" ({self.file}, line {lines[-1]})" if lines else "")
 
     @property
     def eta(self) -> float | None:

@@ -6,14 +6,10 @@ def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None,
     sampling = model.inner_model.inner_model.model_sampling
     assert sampling is model.inner_model.model_patcher.get_model_object("model_sampling")
     assert float(sampling.sigma_min) < float(sigmas[0]) <= float(sampling.sigma_max) * 1.001
-    assert abs(float(sampling.sigma(sampling.timestep(sigmas[0]))) / float(sigmas[0]) - 1) < 0.01
-    assert model.inner_model.model_options == {}
-    assert set(extra_args) >= {"seed", "model_options"} and (x.ndim == 4 or x.numel() == 1)
-    assert sampling.percent_to_sigma(0.0) >= sampling.sigma_max
-    assert sampling.percent_to_sigma(0.2) > sampling.percent_to_sigma(0.8) > sampling.percent_to_sigma(1.0) == 0
+    assert set(extra_args) >= {"seed", "model_options"} and x.ndim == 4
     ones = x.new_ones([x.shape[0]])
     for i in range(len(sigmas) - 1):
-        denoised = model(x, sigmas[i] * ones, **(extra_args or {}))
+        denoised = model(x, sigmas[i] * ones, **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
         share = 0.5 if i == half else 1.0
@@ -26,7 +22,7 @@ def sample_lcm(model, x, sigmas, extra_args=None, callback=None, disable=None, n
     sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
     ones, amount = x.new_ones([x.shape[0]]), s_noise * getattr(sampling, "noise_scale", 1.0)
     for i in range(len(sigmas) - 1):
-        denoised = model(x, sigmas[i] * ones)
+        denoised = model(x, sigmas[i] * ones, **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
         x = denoised

@@ -47,6 +47,17 @@ def flux():
     return load(FluxComfyPipeline, "flux")
 
 
+@pytest.fixture
+def comfyui(monkeypatch):
+    """The stand-in of tests/comfyui on the path, in ComfyUI's place."""
+    monkeypatch.delitem(sys.modules, "comfy", raising=False)
+    monkeypatch.syspath_prepend(ROOT / "tests" / "comfyui")
+    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] in ("comfy", "custom_nodes", "server")]:
+        del sys.modules[name]
+
+
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype):
     torch.set_default_dtype(dtype)

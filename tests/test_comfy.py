@@ -48,7 +48,7 @@ def no_comfyui(monkeypatch):
     "model, sampler_name",
     [
         *itertools.product(["sdxl", "flux"], comfy_ksampler.K_DIFFUSIONS),
-        *(("sdxl", name) for name in comfy_ksampler.FLUX_DISTANCES),
+        *(("sdxl", name) for name in comfy_ksampler.SDXL_ONLY),
     ],
 )
 @pytest.mark.filterwarnings("error::UserWarning")  # torchsde's, of times beyond its ends
@@ -65,29 +65,19 @@ def test_latents_are_comfyuis(pipes, record_property, model, sampler_name):
     assert worst < {"sdxl": 1e-6, "flux": 5e-7}[model]
 
 
-@pytest.mark.parametrize("sampler_name", comfy_ksampler.FLUX_DISTANCES)
-def test_flux_samplers_that_comfyui_rewrites(pipes, record_property, sampler_name):
-    """Without ComfyUI, k-diffusion's samplers run, with one warning that gives at least their distance."""
-    worst, apart = 0.0, comfy_ksampler.FLUX_DISTANCES[sampler_name]
-    for key in references("flux", sampler_name):
-        with pytest.warns(UserWarning, match=f"{sampler_name} is k-diffusion's, {apart} off") as caught:
-            call = ksampler(pipes["flux"], **settings(key))
-        assert len(caught) == 1
-        worst = max(worst, relative(draw(pipes["flux"], **call), LATENTS.get_tensor(key)))
-    record_property("distance", f"flux {sampler_name} {worst:.0e} (k-diffusion's)")
-    assert 0.8 * apart < worst < 1.1 * apart
-
-
 @pytest.mark.parametrize("key", comfy_references.BEFORE.keys())
 def test_latents_of_comfyui_before_0_7(pipes, key):
-    """ComfyUI 0.3.64's, whose white step noise comes from the seed itself. They have all levels, dpm_2's too.
+    """ComfyUI 0.3.64's, whose white step noise comes from the seed itself: docs/comfyui.md has the recipe.
 
-    Two versions of ComfyUI are 3e-6 apart, in lms.
+    They have all levels, dpm_2's too. Two versions of ComfyUI are 3e-6 apart, in lms.
     """
-    pipe, fields = pipes[key.split("/")[0]], settings(key, noise="before 0.7")
-    call = ksampler(pipe, **fields) | {"schedule": levels(pipe, fields["scheduler"], fields["steps"], **SIZE)}
-    latents = draw(pipe, **call)
-    assert relative(latents, comfy_references.BEFORE.get_tensor(key)) < 5e-6
+    pipe, fields = pipes[key.split("/")[0]], settings(key)
+    call = ksampler(pipe, **fields)
+    if "ancestral" in key:
+        older = ksampler(pipe, **fields | {"seed": fields["seed"] - 1})
+        call = older | {name: call[name] for name in ("latents", "generator")}
+    call |= {"schedule": levels(pipe, fields["scheduler"], fields["steps"], **SIZE)}
+    assert relative(draw(pipe, **call), comfy_references.BEFORE.get_tensor(key)) < 5e-6
 
 
 def test_one_seed_draws_a_batch_at_once(pipes):
@@ -127,9 +117,14 @@ def test_churn_continues_after_the_initial_noise(pipes):
     assert draw(pipes["sdxl"], **call).equal(expected)
 
 
-@pytest.mark.parametrize("model", ["sdxl", "flux"])
-@pytest.mark.parametrize("sampler_name", ["euler", "dpm_fast", "euler_ancestral", "dpmpp_2m_sde"])
-@pytest.mark.filterwarnings("ignore:.*is k-diffusion's")
+@pytest.mark.parametrize(
+    "model, sampler_name",
+    [
+        ("sdxl", "euler_ancestral"),
+        ("sdxl", "dpmpp_2m_sde"),
+        *itertools.product(["sdxl", "flux"], ["euler", "dpm_fast"]),
+    ],
+)
 def test_a_float64_network_gets_the_same_noise(pipes, model, sampler_name):
     """It is drawn in float32 and then converted, so that a comparison in float64 is of the same picture."""
     exact = sdxl_pipeline(mixture(4)) if model == "sdxl" else flux_pipeline(mixture(16), mu=SHIFT, channels=64)
@@ -152,18 +147,6 @@ def test_no_float64_on_the_latents_device(pipes):
     assert draws(*map(placed, times)).equal(draws(*times))
 
 
-@pytest.fixture
-def comfyui(monkeypatch):
-    """The stand-in of tests/comfyui on the path, in ComfyUI's place."""
-    monkeypatch.delitem(sys.modules, "comfy")
-    monkeypatch.syspath_prepend(STAND_IN)
-    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] in ("comfy", "custom_nodes", "server")]:
-        del sys.modules[name]
-    comfy_ksampler._folders.cache_clear()
-
-
 @pytest.mark.parametrize(
     "model, name", [("sdxl", name) for name in ON_BOTH] + [("flux", name) for name in ON_BOTH | ON_FLUX]
 )
@@ -178,16 +161,6 @@ def test_comfyuis_functions_give_its_latents(comfyui, pipes, record_property, mo
     # float32, with sums in another order: a Brownian tree depends on the last digits of its times, and a guidance
     # of 7 multiplies them
     assert worst < (1e-5 if "_sde" in name or "cfg_pp" in name else 1e-6)
-
-
-@pytest.mark.parametrize("name", ["lcm", "euler_ancestral"])
-def test_comfyuis_functions_with_the_older_noise(comfyui, pipes, name):
-    """Today's noise of a seed is the older noise of the next seed."""
-    pipe, calls = pipes["flux"], []
-    for seed, noise in ((3, "today"), (4, "before 0.7"), (3, "before 0.7")):
-        call = ksampler(pipe, **settings(f"flux/{name}/simple/5/{seed}", noise=noise))
-        calls.append(draw(pipe, **call | {"latents": torch.ones_like(call["latents"])}))
-    assert calls[0].equal(calls[1]) and not calls[0].equal(calls[2])
 
 
 def test_custom_nodes(comfyui, pipes, tmp_path):
@@ -265,16 +238,20 @@ def test_a_scheduler_has_no_prediction_without_guidance(comfyui, pipes):
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
-def test_a_function_written_for_comfyui(pipes, model):
-    """It is k-diffusion's `euler`: its latents agree to float32. On FLUX it sees them unpacked."""
-    pipe, fields = pipes[model], settings(f"{model}/euler/simple/6/0")
-    call = ksampler(pipe, **fields)
-    ours = draw(pipe, **call | {"sampler": comfy_sampler(comfy_like.sample_euler, pipe, **SIZE)})
-    assert relative(ours, draw(pipe, **call)) < 1e-6
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+def test_a_function_written_for_comfyui(comfyui, pipes, model, stock):
+    """It is k-diffusion's `euler`, also where a stock pipeline's callback changes the latents. FLUX's are unpacked."""
+    pipe, fields = parent_of(pipes[model], model) if stock else pipes[model], settings(f"{model}/euler/simple/6/0")
+    change = (
+        {"callback_on_step_end": lambda pipe, i, t, tensors: {"latents": tensors["latents"] * 1.1}} if stock else {}
+    )
+    theirs = {"sampler": comfy_sampler(comfy_like.sample_euler, pipe, **SIZE)}
+    ours, expected = (draw_anywhere(pipe, ksampler(pipe, **fields) | change | other) for other in (theirs, {}))
+    assert relative(ours, expected) < 1e-6
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
-def test_noise_of_a_function_follows_the_generator_or_the_seed(pipes, model):
+def test_noise_of_a_function_follows_the_generator_or_the_seed(comfyui, pipes, model):
     """Without a seed, `noise_sampler` draws from the caller's generator; with a seed the function makes its noise."""
     pipe = pipes[model]
     call = ksampler(pipe, **settings(f"{model}/euler/simple/6/0"))
@@ -290,9 +267,11 @@ def test_noise_of_a_function_follows_the_generator_or_the_seed(pipes, model):
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
-def test_callbacks_see_the_steps_of_a_function(comfyui, pipes, model):
-    """They see the state of each evaluation, packed on FLUX, also of ipndm, which always reports its first x."""
-    pipe, call, seen = pipes[model], ksampler(pipes[model], **settings(f"{model}/ipndm/simple/6/0")), []
+@pytest.mark.parametrize("name", ["ipndm", "stand_in"])
+def test_callbacks_see_the_steps_of_a_function(comfyui, pipes, model, name):
+    """The state of each evaluation, once, packed on FLUX. ipndm reports its first x, stand_in the last step twice."""
+    load_custom_nodes("stand_in")
+    pipe, call, seen = pipes[model], ksampler(pipes[model], **settings(f"{model}/{name}/simple/6/0")), []
 
     def look(pipe, step, timestep, tensors):
         seen.append((step, float(timestep), tensors["latents"], tensors["denoised"].shape))
@@ -312,7 +291,7 @@ def test_callbacks_see_the_steps_of_a_function(comfyui, pipes, model):
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 @pytest.mark.parametrize("reported", [[], ["sigma"], ["sigma", "sigma_hat"]], ids=len)
-def test_what_a_callback_gets_of_two_evaluations_per_step(pipes, model, reported):
+def test_what_a_callback_gets_of_two_evaluations_per_step(comfyui, pipes, model, reported):
     """The last evaluation's prediction with its x, packed on FLUX; sigma and sigma_hat as the function reports them.
 
     As RES4LYF's functions do, this one reports the step's sigma and its last evaluation's sigma_hat.
@@ -322,8 +301,8 @@ def test_what_a_callback_gets_of_two_evaluations_per_step(pipes, model, reported
     def midpoint(model, x, sigmas, extra_args=None, callback=None, disable=None):
         for i, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:])):
             middle, ones = (sigma + after) / 2, x.new_ones([len(x)])
-            x_2 = x + (x - model(x, sigma * ones)) / sigma * (middle - sigma)
-            denoised = model(x_2, middle * ones)
+            x_2 = x + (x - model(x, sigma * ones, **extra_args)) / sigma * (middle - sigma)
+            denoised = model(x_2, middle * ones, **extra_args)
             info = {"x": x, "i": i, "sigma": sigma, "sigma_hat": middle, "denoised": denoised}
             callback({key: value for key, value in info.items() if key in reported or "sigma" not in key})
             x = x + (x_2 - denoised) / middle * (after - sigma)
@@ -342,7 +321,7 @@ def test_what_a_callback_gets_of_two_evaluations_per_step(pipes, model, reported
         assert float(info["sigma_hat"]) == (sigma if reported == ["sigma"] else middle)
 
 
-def test_post_cfg_functions(pipes):
+def test_post_cfg_functions(comfyui, pipes):
     """They get the network's input and replace the guided prediction. What they get: `euler_cfg_pp`'s references."""
     pipe = pipes["sdxl"]
 
@@ -360,10 +339,10 @@ def test_post_cfg_functions(pipes):
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
-def test_uncond_denoised_needs_guidance(pipes, model):
+def test_uncond_denoised_needs_guidance(comfyui, pipes, model):
     def cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None):
         options = {"sampler_post_cfg_function": [lambda arguments: arguments["denoised"]]}
-        return model(x, sigmas[0] * x.new_ones([1]), model_options=options)
+        return model(x, sigmas[0] * x.new_ones([1]), denoise_mask=None, model_options=options)
 
     pipe = pipes[model]
     call = ksampler(pipe, **settings(f"{model}/euler/simple/4/0"))
@@ -372,7 +351,7 @@ def test_uncond_denoised_needs_guidance(pipes, model):
 
 
 @pytest.mark.parametrize("model, scale", [("sdxl", 1.0), ("flux", 1 / 0.999)])
-def test_levels_are_a_copy_and_the_last_one_counts(pipes, model, scale):
+def test_levels_are_a_copy_and_the_last_one_counts(comfyui, pipes, model, scale):
     """uni_pc writes 0.001 into its levels; ComfyUI then divides FLUX's latents by 1 - 0.001."""
     pipe = pipes[model]
 
@@ -386,7 +365,7 @@ def test_levels_are_a_copy_and_the_last_one_counts(pipes, model, scale):
     assert call["schedule"][-1] == 0
 
 
-def test_flux_needs_the_pictures_size(pipes):
+def test_flux_needs_the_pictures_size(comfyui, pipes):
     call = ksampler(pipes["flux"], **settings("flux/euler/simple/4/0"))
     with pytest.raises(ValueError, match="give comfy_sampler the picture's `width` and `height`"):
         draw(pipes["flux"], **call | {"sampler": comfy_sampler(comfy_like.sample_euler, pipes["flux"], 256, 128)})
@@ -402,11 +381,27 @@ def test_the_names_are_comfyuis():
     assert set(SCHEDULERS) == set(SIGMAS["sdxl"]) and set(ON_BOTH) < set(comfy_ksampler.COMFYUI_ONLY)
 
 
-@pytest.mark.parametrize("model", ["sdxl", "flux"])
-@pytest.mark.parametrize("name", comfy_ksampler.COMFYUI_ONLY)
+@pytest.mark.parametrize(
+    "model, name",
+    [*itertools.product(["sdxl", "flux"], comfy_ksampler.COMFYUI_ONLY)]
+    + [("flux", name) for name in comfy_ksampler.SDXL_ONLY],
+)
 def test_comfyuis_own_say_what_to_do(pipes, model, name):
-    with pytest.raises(ImportError, match=f"'{name}' is ComfyUI's own, and .*PYTHONPATH"):
+    own = f"'{name}' is ComfyUI's own{' on FLUX' * (name in comfy_ksampler.SDXL_ONLY)}"
+    with pytest.raises(ImportError, match=f"{own}, and ComfyUI was not found.*PYTHONPATH"):
         ksampler(pipes[model], **settings(f"{model}/{name}/simple/4/0"))
+
+
+def test_functions_written_for_comfyui_need_comfyui(monkeypatch, pipes):
+    with pytest.raises(ImportError, match="comfy_sampler needs ComfyUI, but ComfyUI was not found.*PYTHONPATH"):
+        comfy_sampler(comfy_like.sample_euler, pipes["sdxl"])
+
+
+def test_what_comfyui_lacks_is_named(comfyui, monkeypatch, pipes, tmp_path):
+    (tmp_path / "comfy.py").write_text("import not_installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="ComfyUI was found, but can't be imported: .*'not_installed'.*requirements"):
+        comfy_sampler(comfy_like.sample_euler, pipes["sdxl"])
 
 
 @pytest.mark.parametrize(
@@ -414,7 +409,6 @@ def test_comfyuis_own_say_what_to_do(pipes, model, name):
     [
         ({"sampler_name": "eular"}, "`sampler_name`: there is no 'eular'; did you mean euler"),
         ({"scheduler": "beta57"}, "`scheduler`: there is no 'beta57'; did you mean beta.*ComfyUI was not found"),
-        ({"noise": "tomorrow"}, "`noise`: there is no 'tomorrow'"),
         ({"cfg": 0.5}, "`cfg` has to be at least 1"),
         ({"steps": 0}, "`steps` has to be at least 1"),
         ({"denoise": 0.0}, "`denoise` above 0"),
@@ -438,21 +432,6 @@ def test_levels_are_comfyuis(pipes, model, scheduler):
             expected = [SIGMAS[model][scheduler]["2"][0], 0.0]
         assert ours.dtype == torch.float32 and ours.device.type == "cpu"
         torch.testing.assert_close(ours, torch.tensor(expected), rtol=2e-6, atol=0, msg=steps)
-
-
-def test_levels_by_share(pipes):
-    """`percent_to_sigma`: log sigma is linear between SDXL's timesteps; FLUX's time is shifted."""
-    sdxl, flux = (model_sampling(pipes[name], **SIZE) for name in ("sdxl", "flux"))
-    trained = np.log(sdxl.sigmas.double().numpy())
-    for percent in (0.2, 0.25, 0.8):
-        assert sdxl.percent_to_sigma(percent) == pytest.approx(
-            np.exp(np.interp((1 - percent) * 999, range(1000), trained))
-        )
-        shift, t = math.exp(SHIFT), 1 - percent
-        assert flux.percent_to_sigma(percent) == pytest.approx(shift * t / (1 + (shift - 1) * t))
-    assert sdxl.sigma(torch.tensor(2000.0)).isclose(sdxl.sigma_max)  # as ComfyUI's, beyond the last timestep
-    assert sdxl.percent_to_sigma(0.0) > 1e6 and flux.percent_to_sigma(0.0) == 1
-    assert sdxl.percent_to_sigma(1.0) == flux.percent_to_sigma(1.0) == 0
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,7 +271,7 @@ def test_samplers_that_place_their_own_levels():
     assert result.cause.what.startswith("ours takes ") and result.cause.what.endswith(" steps, theirs 6")
 
 
-def test_functions_of_a_file():
+def test_functions_of_a_file(comfyui):
     """They find ComfyUI's look-ups, agree with the sampler that they repeat, and diverge where they don't."""
     for family in ("sdxl", "flux"):
         assert compared("euler", f"{COMFY}:sample_euler", family).largest == 0
@@ -279,11 +280,10 @@ def test_functions_of_a_file():
     assert compared("euler", f"{COMFY}:sample_euler(half=2)").cause.step == 3
 
 
-def test_a_file_of_a_package_is_loaded_as_the_package_s(tmp_path, monkeypatch):
+def test_a_file_of_a_package_is_loaded_as_the_package_s(comfyui, tmp_path, monkeypatch):
     """With relative imports, as ComfyUI's, and `model_sampling` is then a `CONST` of ComfyUI's for a flow alone."""
-    folder = tmp_path / "comfy" / "k_diffusion"
-    folder.mkdir(parents=True)
-    (tmp_path / "comfy" / "model_sampling.py").write_text("class CONST: pass\n")
+    folder = Path(shutil.copytree(ROOT / "tests" / "comfyui" / "comfy", tmp_path / "comfy")) / "k_diffusion"
+    folder.mkdir()
     (folder / "utils.py").write_text("ONE = 1\n")
     docstring = '"""Euler\'s method, with a second look at the model\'s range. Step `half` goes half as far."""'
     looks = "isinstance(model.inner_model.inner_model.model_sampling, comfy.model_sampling.CONST)"
@@ -291,14 +291,10 @@ def test_a_file_of_a_package_is_loaded_as_the_package_s(tmp_path, monkeypatch):
     assert docstring in source
     source = source.replace(docstring, f"assert {looks} == (float(sigmas[0]) <= 1)")
     (folder / "sampling.py").write_text("from . import utils\nimport comfy.model_sampling\n" + source)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    try:
-        for family in ("sdxl", "flux"):
-            assert compared("euler", f"{folder}/sampling.py:sample_euler", family).largest == 0
-        assert "comfy.k_diffusion.sampling" in sys.modules
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "comfy"]:
-            del sys.modules[name]
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.endswith("comfyui")])
+    for family in ("sdxl", "flux"):
+        assert compared("euler", f"{folder}/sampling.py:sample_euler", family).largest == 0
+    assert "comfy.k_diffusion.sampling" in sys.modules
 
 
 # --- the truth -------------------------------------------------------------------------------------------------------
@@ -402,6 +398,10 @@ BAD = [
     (["--against", "heun(eta=1)"], "takes no eta"),
     (["--sampler", "DDIMScheduler", "--against", "euler"], "has to be a sampler"),
     (["--against", "nowhere.py:sample"], "there is no file nowhere.py"),
+    (
+        ["--against", f"{COMFY}:sample_euler"],
+        "'inner_model'; the function needs ComfyUI: put its folder on",
+    ),
     (["--against", f"{COMFY}:sample_none"], "there are sample_euler, sample_lcm\n"),
     (["--against", f"{ROOT}/tests/blocks.py:expected"], "sampler(model, x, sigmas"),
     (["--against", "no.such.module:f"], "can't be imported"),

@@ -149,7 +149,7 @@ def test_any_settings_come_back(prompt, negative, model, sampler, schedule, true
         (SDXL, ("--samplers", "dpmpp_2m_sde_gpu", "--comfy")),
         (SDXL, ("--samplers", "ddim", "--comfy", "--guidance", 4, "--width", 96)),
         (FLUX, ("--samplers", "heun", "--schedule", "simple", "--height", 96)),
-        (FLUX, ("--samplers", "euler_ancestral", "--schedule", "beta", "--comfy", "--guidance", 2)),
+        (FLUX, ("--samplers", "dpm_2", "--schedule", "beta", "--comfy", "--guidance", 2)),
         (FLUX, ("--samplers", "dpmpp_2m", "--negative-prompt", "a cat", "--true-cfg", 1.5)),
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else value.name,

@@ -14,8 +14,6 @@ for name in ("cli_args", "model_base", "model_patcher", "model_sampling", "sampl
     globals()[name] = sys.modules[f"comfy.{name}"] = sys.modules["comfy"]
 
 args = SimpleNamespace(cpu=False, base_directory=None, front_end_root=None)
-EPS, CONST = type("EPS", (), {}), type("CONST", (), {})
-V_PREDICTION = type("V_PREDICTION", (EPS,), {})
 ModelType = enum.Enum("ModelType", "EPS V_PREDICTION FLUX")
 SDXL, Flux = (type(name, (SimpleNamespace,), {"unet_config": {"image_model": name}}) for name in ("SDXL", "Flux"))
 for config in (SDXL, Flux):
@@ -35,17 +33,24 @@ def calculate_sigmas(model_sampling, scheduler_name, steps):
     return SCHEDULER_HANDLERS[scheduler_name](model_sampling, steps)
 
 
+class EPS:
+    def noise_scaling(self, sigma, noise, latent_image):
+        return sigma * noise + latent_image
+
+
+class V_PREDICTION(EPS): ...
+
+
+class CONST:
+    def noise_scaling(self, sigma, noise, latent_image):
+        return sigma * noise + (1 - sigma) * latent_image
+
+
 class ModelSamplingDiscrete:
     sigma_min, sigma_max = (property(lambda self, end=end: self.sigmas[end]) for end in (0, -1))
 
     def set_sigmas(self, sigmas):
         self.sigmas = sigmas.float()
-
-    def percent_to_sigma(self, percent):
-        return self.sigmas[round((1 - percent) * 999)].item()
-
-    def noise_scaling(self, sigma, noise, latent_image):
-        return sigma * noise + latent_image
 
 
 class ModelSamplingFlux(Flow):
@@ -53,6 +58,9 @@ class ModelSamplingFlux(Flow):
 
     def set_parameters(self, shift, timesteps):
         super().__init__(math.exp(shift), 0, 0, timesteps)
+
+    def percent_to_sigma(self, percent):
+        return self.sigma(1 - percent)
 
 
 class BaseModel(torch.nn.Module):
@@ -76,7 +84,7 @@ class ModelPatcher:
 
 class CFGGuider:
     def __init__(self, model_patcher):
-        self.model_patcher = model_patcher
+        self.model_patcher, self.model_options = model_patcher, model_patcher.model_options
 
     def set_conds(self, positive, negative):
         self.original_conds = {"positive": positive, "negative": negative}
@@ -91,8 +99,9 @@ class CFGGuider:
         both = self.inner_model._apply_model(*two, None, None, None, {"cond_or_uncond": [1, 0]})
         sides = dict(zip(("uncond_denoised", "cond_denoised"), both.chunk(2)))
         denoised = sides["uncond_denoised"] + (sides["cond_denoised"] - sides["uncond_denoised"]) * self.cfg
+        given = {"model": self.inner_model, "model_options": model_options, "input": x, "sigma": timestep, **sides}
         for function in model_options["sampler_post_cfg_function"]:
-            denoised = function({"denoised": denoised, "input": x, "sigma": timestep, **sides})
+            denoised = function({**given, "denoised": denoised})
         return denoised
 
 
@@ -100,5 +109,5 @@ class KSamplerX0Inpaint:
     def __init__(self, model, sigmas):
         self.inner_model = model
 
-    def __call__(self, x, sigma, denoise_mask, model_options, seed):
+    def __call__(self, x, sigma, denoise_mask, model_options={}, seed=None):  # noqa: B006
         return self.inner_model.predict_noise(x, sigma, model_options, seed)
