@@ -30,7 +30,7 @@ sys.path.append(str(ROOT / "tests"))
 from closed_form import PassesVelocity, evaluations, solve_ode  # noqa: E402
 
 from gallery.pictures import write_whole  # noqa: E402
-from parity.exact import flux_pipeline, mixture, patched, sdxl_pipeline, sliced_wasserstein  # noqa: E402
+from parity.exact import KNOWN, flux_pipeline, patched, sdxl_pipeline, sliced_wasserstein  # noqa: E402
 from sdxl_comfy_pipeline import sampler_names  # noqa: E402
 
 MODELS = {"closed-form": ("closed-form SDXL", "closed-form FLUX"), "sdxl": ("demo SDXL",), "flux": ("demo FLUX",)}
@@ -51,7 +51,7 @@ class ClosedForm:
     """4,000 samples of the mixture in one picture, the true ones, and the ODE solved to ten digits."""
 
     def __init__(self, name: str, **network: Any):
-        self.known, self.sdxl, self.key = mixture(), "SDXL" in name, name
+        self.known, self.sdxl, self.key = KNOWN, "SDXL" in name, name
         self.pipe = (sdxl_pipeline if self.sdxl else flux_pipeline)(self.known, torch.float32, **network)
 
     def draw(self, sampler: str, steps: int, seed: int = 0, **options: Any) -> tuple[int, torch.Tensor]:
@@ -124,7 +124,7 @@ class Demo:
             ).images
         finally:
             hook.remove()
-        latents = patched(latents, mixture(16)) if latents.ndim == 4 else latents
+        latents = patched(latents, KNOWN) if latents.ndim == 4 else latents
         return len(counted), latents.flatten(0, 1)
 
     @functools.cached_property

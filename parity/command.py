@@ -148,4 +148,4 @@ def _judge(options: argparse.Namespace, family: Family, sides: tuple[Any, Any], 
     if sides[0].is_scheduler and options.schedule is not None:
         raise Refused("--schedule: a scheduler has its own levels; name them by its options, as use_karras_sigmas=True")
     answer = judge(Subject(sides[0], family, options.schedule, options.parameterization), show)
-    return answer.as_json(), lambda: answer_page(answer), int(not answer.right)
+    return answer.as_json(), lambda: answer_page(answer), int(bool(answer.wrong))

@@ -66,19 +66,10 @@ class Mixture:
         x0 = (weight - alpha**2 * inner) @ self.means + alpha * inner.sum(-1, keepdim=True) * x
         return x0, sigma * (precision.sum(-1, keepdim=True) * x - alpha * (precision @ self.means))
 
-    def denoised(self, y: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
-        """E[x0 | y] for y = x0 + sigma noise, of shape (..., d); sigma is a number or of shape (..., 1)."""
-        return self.split(y, 1.0, sigma)[0]
 
-
-def mixture(dimensions: int = 16, components: int = 8, seed: int = 0) -> Mixture:
-    """The one that tests and benchmarks use: means from N(0, 1), a fifth of that spread in each component."""
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.randn(components, dimensions, generator=generator, dtype=torch.float64)
-    return Mixture(means, torch.full([components], 0.2))
-
-
-KNOWN = mixture()
+# the one that is used throughout: means from N(0, 1), and a fifth of that spread in each component
+MEANS = torch.randn(8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+KNOWN = Mixture(MEANS, torch.full([8], 0.2))
 
 
 class UNet(ModelMixin, ConfigMixin):
@@ -128,10 +119,6 @@ class Transformer(ModelMixin, ConfigMixin, CacheMixin):
     def __init__(self, in_channels=16, guidance_embeds=False, joint_attention_dim=1, pooled_projection_dim=1):
         super().__init__()
         self.parameter = torch.nn.Parameter(torch.zeros(()))
-
-    def answering(self, mixture: Mixture) -> Transformer:
-        self.mixture = mixture
-        return self
 
     def velocity(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """noise - x0 at t of shape (b, 1, 1)."""
@@ -183,7 +170,8 @@ def flux_pipeline(
     from flux_comfy_pipeline import FluxComfyPipeline
 
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=mu, max_shift=mu)
-    transformer = torch.nn.Module.to(network(in_channels=channels), dtype).answering(known)
+    transformer = torch.nn.Module.to(network(in_channels=channels), dtype)
+    transformer.mixture = known
     pipe = FluxComfyPipeline(transformer=transformer, scheduler=scheduler, **MISSING)
     pipe.set_progress_bar_config(disable=True)
     return pipe

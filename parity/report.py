@@ -55,7 +55,7 @@ def answer_page(answer: Answer) -> str:
         keys = {"sampler": "error", **{name: name for name in DETERMINISTIC}}
         points = {name: [(row["evaluations"], row[key]) for row in answer.rows] for name, key in keys.items()}
         ticks = [row["evaluations"] for row in answer.rows]
-        parts.append(f"<h2>Error over evaluations{', with eta=0' if answer.subject.stochastic else ''}</h2>")
+        parts.append(f"<h2>Error over evaluations{', with eta=0' if answer.stochastic else ''}</h2>")
         parts += [_curves("Error over evaluations of the network", points, ticks, math.log10), _numbers(answer.rows)]
     if len(answer.samples):
         parts.append("<h2>True and drawn samples, in the plane of the first two principal axes</h2>")
@@ -68,9 +68,9 @@ def answer_page(answer: Answer) -> str:
         for rule in answer.rules
     ]
     parts.append(f"<h2>Rules</h2>{_table(['', 'rule', 'found'], rules, 'words')}")
-    family = answer.subject.family.name.upper()
+    family = answer.family.upper()
     about = f"{family}: a mixture of eight Gaussians in 16 dimensions, with its exact denoiser as network"
-    return _page(answer.subject.side.text, about, answer.verdict, answer.right, parts)
+    return _page(answer.name, about, answer.verdict, not answer.wrong, parts)
 
 
 def _page(title: str, about: str, verdict: str, good: bool, parts: list[str]) -> str:

@@ -13,50 +13,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from gallery.models import reason
-from gallery.refused import Refused
 from parity.exact import KNOWN, solve
 from parity.result import relative
-from parity.subject import Run, Subject, mixed, reference, start
+from parity.subject import Run, Subject, mixed, start
 
-SMALL, SEVERAL = (1, 2, 2), (3, 2, 2)  # images, rows and columns of patches
 STEPS = 10
-
-
-class NotKept(Exception):
-    """The rule is broken. The message says why."""
-
-
-class NotJudged(Exception):
-    """This kind of sampler can't keep the rule by design, or two runs can't show it. The message says why."""
+Found = tuple[bool | None, str]  # None: not judged, or a rule that this kind of sampler can't keep by design
 
 
 @dataclass
 class Rule:
-    """One rule. None: not judged, or a rule that this kind of sampler can't keep by design."""
+    """One rule, whether it is kept, and what is seen."""
 
     name: str
     kept: bool | None
-    words: str = ""
+    words: str
 
 
 def rules(subject: Subject) -> Iterator[Rule]:
     """All of them that apply to a function or to a scheduler."""
-    differs = False  # where two runs differ anyway, comparing runs decides nothing
-    mixes = any(hasattr(subject.side.target, name) for name in ("add_noise", "scale_noise"))
+    unjudged = dict[Callable, str]()
+    if not any(hasattr(subject.side.target, name) for name in ("add_noise", "scale_noise")):
+        unjudged |= dict.fromkeys((_part_way, _add_noise), "it has neither add_noise nor scale_noise")
     for name, check in {**ALL, **(OF_SCHEDULERS if subject.stock else OF_FUNCTIONS)}.items():
         try:
-            if differs and check in (_batch, _precision, _copies):
-                raise NotJudged("not judged: two runs differ anyway")
-            if not mixes and check in (_part_way, _add_noise):
-                raise NotJudged("it has neither add_noise nor scale_noise")
-            rule = Rule(name, True, check(subject) or "")
-        except NotJudged as why:
-            rule = Rule(name, None, str(why))
+            kept, words = (None, unjudged[check]) if check in unjudged else check(subject)
         except Exception as error:
-            rule = Rule(name, False, str(error) if isinstance(error, (NotKept, Refused)) else reason(error))
-            differs |= check is _generator
-        yield rule
+            kept, words = False, subject.side.failure(error)
+        if check is _generator and not kept:
+            unjudged |= dict.fromkeys((_batch, _precision, _copies), "not judged: two runs differ anyway")
+        yield Rule(name, kept, words)
 
 
 def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
@@ -64,210 +50,174 @@ def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
     return ((x - exact).norm(dim=-1) / exact.norm(dim=-1)).median().item()
 
 
-def need(kept: Any, words: str) -> None:
-    """NotKept with these words where the rule is broken."""
-    if not kept:
-        raise NotKept(words)
+def _generator(subject: Subject) -> Found:
+    first, again, other = (subject.run(STEPS, seed=seed).end for seed in (3, 3, 4))
+    if not (apart := relative(first, again)) <= 1e-9:
+        return False, f"two runs with the same generator are {apart:.1e} apart: it has randomness of its own"
+    if subject.stochastic and relative(first, other) <= 1e-9:
+        return False, "another generator gives the same noise: it has randomness of its own"
+    return True, "another gives another" if subject.stochastic else ""
 
 
-def _generator(subject: Subject) -> str | None:
-    first, again, other = (subject.run(STEPS, shape=SMALL, seed=seed).end for seed in (3, 3, 4))
-    apart = relative(first, again)
-    need(apart <= 1e-9, f"two runs with the same generator are {apart:.1e} apart: it has randomness of its own")
-    if not subject.stochastic:
-        return None
-    need(relative(first, other) > 1e-9, "another generator gives the same noise: it has randomness of its own")
-    return "another gives another"
+def _global(subject: Subject) -> Found:
+    states: dict[str, Callable] = {"Python's random": random.getstate, "numpy.random": np.random.get_state}
+    before = {name: str(state()) for name, state in states.items()}
+    subject.run(STEPS)
+    drawn = [name for name, state in states.items() if str(state()) != before[name]]
+    return not drawn, f"draws from {' and '.join(drawn)}" if drawn else ""
 
 
-def _global(subject: Subject) -> None:
-    states = {"Python's random": lambda: str(random.getstate()), "numpy.random": lambda: str(np.random.get_state())}
-    before = {name: state() for name, state in states.items()}
-    subject.run(STEPS, shape=SMALL)
-    drawn = [name for name, state in states.items() if state() != before[name]]
-    need(not drawn, f"draws from {' and '.join(drawn)}")
-
-
-def _batch(subject: Subject) -> None:
-    x, other = (start(float(subject.ts(STEPS)[0]), 3, 4, seed=seed) for seed in (1, 2))
+def _batch(subject: Subject) -> Found:
+    x, other = (start(float(subject.ts(STEPS)[0]), 3, 64, seed=seed) for seed in (1, 2))
     other[1] = x[1]  # the same image among others
-    together, among = (subject.run(STEPS, x=batch, shape=SEVERAL, seed=[5, 6, 7]).end[1:2] for batch in (x, other))
-    alone = subject.run(STEPS, x=x[1:2], shape=SMALL, seed=[6]).end
-    apart, streams = relative(together, among), relative(together, alone)
-    worst = max(apart, streams)
-    if worst > 1e-6 and subject.own_steps:
-        raise NotJudged(f"{worst:.1e} apart: its step sizes depend on the whole batch, by design")
-    if apart <= 1e-6 < streams and not subject.stock and "noise_sampler" not in subject.parameters:
-        raise NotJudged("its noise is one stream for the whole batch; with a noise_sampler each image has its own")
-    need(worst <= 1e-6, f"an image alone or among others ends {worst:.1e} apart")
+    together, among = (subject.run(STEPS, x=batch, shape=(3, 8, 8), seed=5).end[1:2] for batch in (x, other))
+    apart = relative(together, among)
+    if subject.stock or not subject.stochastic or "noise_sampler" in subject.parameters:  # else one stream for all
+        apart = max(apart, relative(together, subject.run(STEPS, x=x[1:2], seed=6).end))
+    if apart > 1e-6 and subject.own_steps:
+        return None, f"{apart:.1e} apart: its step sizes depend on the whole batch, by design"
+    return apart <= 1e-6, f"an image alone or among others ends {apart:.1e} apart"
 
 
-class Observed:
-    """One run of a function, which notes what it asks the model, calls back with and writes on."""
+def _observed(subject: Subject) -> tuple[Run, list[dict[str, Any]]]:
+    """A run of a function, with what it writes on, and the data of its callbacks."""
+    infos, written, function = list[dict[str, Any]](), list[str](), subject.side.target
 
-    def __init__(self, subject: Subject):
-        self.asked = list[tuple[torch.Tensor, float, torch.Tensor]]()  # x, sigma and the prediction
-        self.callbacks, self.written, function = list[dict[str, Any]](), list[str](), subject.side.target
+    @functools.wraps(function)
+    def sampler(model: Any, *given: torch.Tensor, **options: Any) -> torch.Tensor:
+        before = copy.deepcopy(given)
+        if "callback" in options:
+            options["callback"] = lambda info: infos.append(copy.deepcopy(info))
+        end = function(model, *given, **options)
+        written.extend(n for n, now, old in zip(("latents", "levels"), given, before) if not now.equal(old))
+        return end
 
-        @functools.wraps(function)
-        def sampler(model: Any, x: torch.Tensor, *levels: Any, callback: Any = None, **options: Any) -> torch.Tensor:
-            def called_back(info: dict[str, Any]) -> None:
-                self.callbacks.append(copy.deepcopy(info))
-                callback(info)
-
-            self.model, before = model, copy.deepcopy([x, *levels])
-            options |= {} if callback is None else {"callback": called_back}
-            end = function(self, x, *levels, **options)
-            pairs = zip(("latents", "levels"), (x, *levels), before)
-            self.written += [name for name, now, old in pairs if torch.is_tensor(now) and not now.equal(old)]
-            return end
-
-        subject.run(STEPS, shape=SMALL, function=sampler)
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **given: Any) -> torch.Tensor:
-        """The model."""
-        before, denoised = x.clone(), self.model(x, sigma, **given)
-        self.asked.append((before, float(sigma.flatten()[0]), denoised.clone()))
-        return denoised
-
-    def __getattr__(self, name: str) -> Any:  # functions written for ComfyUI look into the model
-        return getattr(vars(self)["model"], name)
+    run = subject.run(STEPS, instead=sampler)
+    run.written.extend(written)
+    return run, infos
 
 
-def _written(subject: Subject) -> None:
-    written = subject.run(STEPS, shape=SMALL).written if subject.stock else Observed(subject).written
-    need(not written, f"writes on {', '.join(written)}")
+def _written(subject: Subject) -> Found:
+    run = subject.run(STEPS) if subject.stock else _observed(subject)[0]
+    return not run.written, f"writes on {', '.join(run.written)}" if run.written else ""
 
 
-def _last_level(subject: Subject) -> None:
-    """Where the levels end above zero, at sigma 0.3 or so, and for a scheduler that its own list ends at zero."""
+def _levels(subject: Subject) -> Found:
+    """A scheduler begins at its first level and its list ends at zero. A function may have to end above zero."""
     if subject.stock:
-        last = subject.run(STEPS, shape=SMALL).last
-        words = f"its levels end at sigma {last / (1 - last):.3g}, not at zero"
-        if last > 0 and subject.side.options.get("final_sigmas_type") == "sigma_min":
-            raise NotJudged(words)
-        return need(last == 0, words)
-    levels = subject.levels(50)
-    ts = subject.t(levels)
-    sigmas = ts / (1 - ts)
-    kept, last = int((sigmas > 0.6).sum()), int((sigmas > 0.3).sum())  # the last step is a large one
-    cut = torch.cat([levels[:kept], levels[last - 1 : last]])
-    where = f"with levels that end at sigma {sigmas[last - 1]:.2g}"
-    if subject.stochastic and not subject.quiet:
-        spread = KNOWN.within((run := subject.run(0, levels=cut, shape=(1, 50, 80))).end[0], run.last)
-        return need(abs(spread - 1) < 0.15, f"{where} its samples spread {spread:.2f} times as far as true ones")
-    run = subject.run(0, levels=cut, **subject.quiet)
-    above, exact, zero = solve(KNOWN, run.begin, run.first, [float(ts[kept - 1]), run.last, 0.0])
-    error = distance(run.end, exact)
-    near = error < 0.5 * min(distance(one, exact) for one in (above, zero))
-    return need(near, f"{where} it is {error:.1%} from the exact state there")
+        run = subject.run(STEPS)
+        ratio, sigma = (run.begin.norm() / start(run.first, 1, 64).norm()).item(), run.last / (1 - run.last)
+        if abs(ratio - 1) > 0.05:
+            return False, f"its first latents are {ratio:.3g} times as large as its first level asks"
+        by_option = sigma > 0 and subject.side.options.get("final_sigmas_type") == "sigma_min"
+        return None if by_option else sigma == 0, f"its levels end at sigma {sigma:.3g}"
+    levels, ts = subject.levels(50), subject.ts(50)
+    cut = torch.cat([levels[ts > 0.37], levels[ts > 0.23][-1:]])  # the last step is a large one, from sigma 0.6 to 0.3
+    run = subject.run(len(cut) - 1, levels=cut, shape=(1, 50, 80), **subject.quiet)
+    spread, sigma = KNOWN.within(run.end[0], run.last), run.last / (1 - run.last)
+    words = f"with levels that end at sigma {sigma:.2g} its samples spread {spread:.2f} times as far as true ones"
+    return abs(spread - 1) < 0.15, words
 
 
-def _one_step(subject: Subject) -> None:
-    run = subject.run(1, shape=SMALL)
+def _one_step(subject: Subject) -> Found:
+    run = subject.run(1)
     far = (run.end - KNOWN.mean).square().sum(-1).mean().sqrt().item() / KNOWN.covariance.trace().sqrt().item()
-    need(far < 3, f"it ends {far:.3g} times as far from the mean as true samples")  # not for NaN
+    return far < 3, f"it ends {far:.3g} times as far from the mean as true samples"  # not for NaN
 
 
-def _precision(subject: Subject) -> None:
+def _precision(subject: Subject) -> Found:
     """In float64 a small change of the latents makes a change of the end in proportion, above float64's rounding."""
     quiet = subject.quiet
     if quiet or not subject.stochastic:
-        apart, euler = (
-            relative(one.run(STEPS, dtype=torch.float32, **one.quiet).end, one.run(STEPS, **one.quiet).end)
-            for one in (subject, reference("euler", subject.family))
-        )
-        need(apart < 100 * max(euler, 1e-6), f"{apart:.1e} apart, Euler's method {euler:.1e}")
-    x = start(float(subject.ts(STEPS)[0]), 1, 4)
-    base = subject.run(STEPS, x=x, shape=SMALL, **quiet).end
-    slopes = [(subject.run(STEPS, x=x * (1 + step), shape=SMALL, **quiet).end - base) / step for step in (1e-8, 1e-6)]
-    kept, inside = relative(*slopes) < 0.05, "its state is rounded to float32 or less although latents and levels are"
-    if not kept and subject.stock:
-        raise NotJudged(f"{inside} float64, as in many of diffusers'")
-    need(kept, f"{inside} float64")
+        single, double = (subject.run(STEPS, dtype=dtype, **quiet).end for dtype in (torch.float32, torch.float64))
+        if not (apart := relative(single, double)) < 1e-4:
+            return False, f"{apart:.1e} apart"
+    x = start(float(subject.ts(STEPS)[0]), 1, 64)
+    base = subject.run(STEPS, x=x, **quiet).end
+    slopes = [(subject.run(STEPS, x=x * (1 + step), **quiet).end - base) / step for step in (1e-8, 1e-6)]
+    kept = relative(*slopes) < 0.05 or (None if subject.stock else False)  # many of diffusers' schedulers round
+    return kept, "" if kept else "its state is rounded to float32 or less although latents and levels are float64"
 
 
-def _evaluations(subject: Subject) -> str:
+def _evaluations(subject: Subject) -> Found:
     if subject.own_steps:
-        raise NotJudged("it chooses its steps by itself")
-    few, many = (len(subject.run(steps, shape=SMALL).asked) for steps in (STEPS // 2, STEPS))
-    each = 2 * (many - few) / STEPS
-    need(each >= 1 and many > each * (STEPS - 1), f"{many} in {STEPS} steps, {few} in {STEPS // 2}")
-    if not subject.stock:
-        run = subject.run(20, shape=SMALL)
-        ts = [max(run.first, *(t for t, *_ in run.asked)), *subject.ts(20).tolist()[1:]]  # s_churn begins above
-        missing = [i for i, t in enumerate(ts) if t > 0 and not any(abs(t - one) <= 1e-4 * t for one, *_ in run.asked)]
-        if 0 < len(missing) < 5:
-            level = subject.levels(20)[missing[0]].item()
-            raise NotKept(f"the model is never asked at level {missing[0] + 1} of 20 ({level:.3g})")
-    return f"{each:.3g} per step"
+        return None, "it chooses its steps by itself"
+    few, many = (len(subject.run(steps).asked) for steps in (STEPS, 2 * STEPS))
+    each = (many - few) / STEPS
+    return each >= 1 and few > each * (STEPS - 1), f"{few} in {STEPS} steps, {many} in {2 * STEPS}"
 
 
-def _callback(subject: Subject) -> str | None:
+def _callback(subject: Subject) -> Found:
     if "callback" not in subject.parameters:
-        raise NotJudged("it takes no callback")
-    seen = Observed(subject)
-    count = len(seen.callbacks)
-    if subject.own_steps or "sigma_min" in subject.parameters:
-        need(count, "never called")
-        return f"{count} times"
-    need(count == STEPS, f"called {count} times in {STEPS} steps")
-    levels = subject.session().sampler_sigmas(subject.levels(STEPS), subject.options.parameterization == "ve").tolist()
-    for i, (info, level) in enumerate(zip(seen.callbacks, levels)):
-        missing = sorted({"x", "i", "sigma", "denoised"} - info.keys())
-        need(not missing, f"lacks {', '.join(missing)}")
-        need(int(info["i"]) == i, f"step {i + 1} calls itself i={info['i']}")
+        return None, "it takes no callback"
+    run, infos = _observed(subject)
+    own_levels = subject.own_steps or "sigma_min" in subject.parameters
+    if own_levels or len(infos) != STEPS:
+        return own_levels and len(infos) > 0, f"called {len(infos)} times in {STEPS} steps"
+    levels = subject.session().sampler_sigmas(subject.levels(STEPS), subject.ve).tolist()
+    for i, (info, level) in enumerate(zip(infos, levels)):
         sigma, at = float(info["sigma"]), float(info.get("sigma_hat", info["sigma"]))
-        need(abs(sigma - level) <= 1e-5 * level, f"step {i + 1} has sigma {sigma:.5g}, its level is {level:.5g}")
-        here = [(x, denoised) for x, sigma, denoised in seen.asked if abs(sigma - at) <= 1e-5 * at]
-        for which, name in enumerate(("x", "denoised")):
-            same = any(relative(info[name], one[which]) < 1e-9 for one in here)
-            need(same, f"its {name} is not that of step {i + 1}")
-    return None
+        scale = 1 + at if subject.ve else 1.0
+        shown = {"x": subject.state(info["x"] / scale, at / scale), "denoised": subject.state(info["denoised"], 0.0)}
+        here = [states for t, *states in run.asked if abs(t - subject.t(at / scale)) <= 1e-5 * t]
+        wrong = [name for n, name in enumerate(shown) if not any(relative(shown[name], x[n]) < 1e-9 for x in here)]
+        wrong += ["i"] * (int(info["i"]) != i) + ["sigma"] * (not abs(sigma - level) <= 1e-5 * level)
+        if wrong:
+            return False, f"step {i + 1} is shown with another {' and '.join(wrong)}"
+    return True, ""
 
 
-def _part_way(subject: Subject) -> None:
+def _part_way(subject: Subject) -> Found:
     """From a true state in the middle of 40 steps to the end, with and without `set_begin_index`."""
 
     def off(run: Run) -> float:
         if subject.stochastic:
             return abs(KNOWN.within(run.end[0], run.last) - 1)
-        return distance(run.end, solve(KNOWN, run.begin, run.first, [0.0])[0])
+        return distance(run.end, solve(KNOWN, run.begin, run.first, [run.last])[0])
 
-    most = 0.4 if subject.stochastic else 2 * off(subject.run(40)) + 0.01
-    for named, words in ((True, "with set_begin_index"), (False, "found by its first timestep")):
-        error = off(subject.run_part((1, 20, 40) if subject.stochastic else (1, 8, 8), 20, 40, named))
-        need(error < most, f"{words}, {error:.1%} off (a whole run {most / 2 - 0.005:.1%})")
+    shape = (1, 20, 40) if subject.stochastic else (1, 8, 8)
+    whole, *parts = (
+        off(subject.run(40, shape=shape)),
+        *(off(subject.run_part(shape, 40, named)) for named in (True, False)),
+    )
+    most = 0.4 if subject.stochastic else 2 * whole + 0.01
+    words = "with set_begin_index {:.1%} off, found by its first timestep {:.1%}, a whole run {:.1%}"
+    return all(part < most for part in parts), words.format(*parts, whole)
 
 
-def _add_noise(subject: Subject) -> None:
-    scheduler = subject.listed(STEPS)[0]
-    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+def _add_noise(subject: Subject) -> Found:
+    scheduler, session = subject.scheduler(STEPS), subject.session()
+    x0, noise = torch.eye(2, dtype=torch.float64).view(2, 2, 1, 1, 1)  # one without noise, and noise alone
     for timestep in scheduler.timesteps[:: getattr(scheduler, "order", 1)]:
-        alpha, sigma = (float(mixed(scheduler, *shares, timestep.reshape(1))) for shares in ((one, zero), (zero, one)))
-        level, (low, high) = sigma / max(alpha, 1e-12), subject.near(float(timestep))
-        words = f"at timestep {float(timestep):.5g} it mixes sigma {level:.4g}, the network takes"
-        need(low <= level <= high, f"{words} {(low * high) ** 0.5:.4g}")
+        alpha, sigma = mixed(scheduler, x0, noise, timestep.repeat(2)).flatten().tolist()
+        level, t = sigma / (alpha + sigma if subject.flux else alpha), float(timestep)
+        low, given, high = (session.level_of(t + near) for near in (-1, 0, 1))
+        if not low * 0.999 <= level <= high * 1.001:
+            return (
+                False,
+                f"at timestep {t:.5g} it mixes {session.level_name} {level:.4g}, the network takes {given:.4g}",
+            )
+    return True, ""
 
 
-def _copies(subject: Subject) -> None:
-    expected = subject.run(STEPS, shape=SMALL).end
+def _copies(subject: Subject) -> Found:
+    expected = subject.run(STEPS).end
     scheduler, used = (subject.session().scheduler(subject.side) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
         scheduler.save_config(folder)
         saved = type(scheduler).from_config(type(scheduler).load_config(folder))
-    subject.run(STEPS, shape=SMALL, scheduler=used)
-    for words, other in (("saved and loaded", saved), ("copied after a run", copy.deepcopy(used))):
-        apart = relative(subject.run(STEPS, shape=SMALL, scheduler=other).end, expected)
-        need(apart < 1e-6, f"{words}, it ends {apart:.1e} away")
+    subject.run(STEPS, instead=used)
+    ends = (subject.run(STEPS, instead=other).end for other in (saved, copy.deepcopy(used)))
+    apart = [relative(end, expected) for end in ends]
+    return all(one < 1e-6 for one in apart), "saved and loaded {:.1e} apart, copied after a run {:.1e}".format(*apart)
 
 
-ALL: dict[str, Callable[[Subject], str | None]] = {
+ALL: dict[str, Callable[[Subject], Found]] = {
     "the same generator gives the same result": _generator,
     "nothing is drawn from numpy's or Python's state": _global,
     "an image does not depend on its batch": _batch,
     "latents and levels are not written on": _written,
-    "it ends at the last level": _last_level,
+    "it begins at the first level and ends at the last": _levels,
     "one step works": _one_step,
     "float32 and float64 agree": _precision,
     "as many evaluations as the steps ask": _evaluations,

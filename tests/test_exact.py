@@ -31,7 +31,7 @@ def subject(text: str, family=SDXL, parameterization: str = "auto") -> Subject:
     "text, family, words",
     [
         ("multistep", SDXL, "right. Order 2.0;"),
-        ("multistep(weight=0.5)", SDXL, "Order 1.0, as Euler's method has, although it uses earlier predictions in"),
+        ("multistep(weight=0.5)", SDXL, "right. Order 1.0; at 20 evaluations 5.3 times the error of dpmpp_2m"),
         ("rk4", SDXL, "right. Order 4.0;"),
         ("churn", SDXL, "right. Distance from true samples"),
         ("ancestral", SDXL, "right. Distance from true samples"),
@@ -42,7 +42,7 @@ def subject(text: str, family=SDXL, parameterization: str = "auto") -> Subject:
 )
 def test_right_ones(text, family, words):
     answer = judge(subject(text, family))
-    assert answer.right and words in answer.verdict, answer.verdict
+    assert not answer.wrong and words in answer.verdict, answer.verdict
 
 
 def test_flow_is_wrong_for_a_sampler_that_adds_noise():
@@ -57,20 +57,20 @@ def test_flow_is_wrong_for_a_sampler_that_adds_noise():
         ("multistep(sign=-1.0)", "from the exact end however many steps it takes"),
         ("multistep(history='zeros')", "step 1 of 160 has an error that does not fall as its length squared"),
         ("ancestral(strong=1.1)", "1.10 times the noise that its levels leave room for"),
-        ("ancestral(early=1.3)", "in the first third of the steps: too much noise"),
+        ("ancestral(early=1.3)", "times the noise that its levels leave room for: too much noise"),
         ("churn(strong=1.1)", "too much noise"),
         ("ancestral(after=True)", "noise is added after it"),
     ],
 )
 def test_planted_faults_are_wrong_for_their_reason(fault, reason):
     answer = judge(subject(fault))
-    assert not answer.right and reason in answer.verdict, answer.verdict
+    assert answer.wrong and reason in answer.verdict, answer.verdict
 
 
 @pytest.mark.parametrize(
     "fault, rule, words",
     [
-        ("euler(skip=1)", "evaluations", "9 in 10 steps, 4 in 5"),
+        ("euler(skip=1)", "evaluations", "9 in 10 steps, 19 in 20"),
         ("euler(skip=-2)", "callback", "called 9 times in 10 steps"),
         ("euler(mixes=0.02)", "batch", "an image alone or among others"),
         ("ancestral(draws='numpy')", "numpy", "draws from numpy.random"),
@@ -78,7 +78,7 @@ def test_planted_faults_are_wrong_for_their_reason(fault, reason):
         ("ancestral(draws='fixed')", "generator", "another generator gives the same noise"),
         ("euler(writes='levels')", "written", "writes on levels"),
         ("euler(writes='latents')", "written", "writes on latents"),
-        ("euler(shows='first')", "callback", "its x is not that of step 2"),
+        ("euler(shows='first')", "callback", "step 2 is shown with another x"),
         ("euler(rounds=True)", "float64", "rounded to float32"),
         ("IgnoresBegin", "part-way", "with set_begin_index"),
         ("WrongAddNoise", "add_noise", "it mixes sigma"),

@@ -20,7 +20,7 @@ from conftest import ROOT, parent_of, relative, seeded
 from small_pipelines import random
 from test_scheduler import BETAS, CLOSE, SAMPLERS, draw, made, ours
 
-from parity.exact import flux_pipeline, mixture, sliced_wasserstein
+from parity.exact import KNOWN, flux_pipeline, sliced_wasserstein
 from scheduling_k_diffusion import KDiffusionScheduler, find_sampler, sampling
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -651,7 +651,6 @@ def test_what_step_does_not_take_is_refused():
         scheduler.step(random(1, 2, 4, 4), scheduler.timesteps[0], random(1, 2, 4, 4), variance_noise=None)
 
 
-KNOWN = mixture()
 STOCHASTIC = {name: {} for name in SAMPLERS if "noise_sampler" in find_sampler(name).arguments}
 STOCHASTIC |= {"dpm_fast": {"eta": 1.0}} | {name: {"s_churn": 5.0} for name in ("euler", "heun", "dpm_2")}
 
