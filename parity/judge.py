@@ -28,11 +28,6 @@ Row = dict[str, Any]
 Show = Callable[[str], Any]  # gets each line as it is known
 
 
-def number(value: float) -> str:
-    """For a cell of a table."""
-    return "" if math.isnan(value) else str(value) if isinstance(value, int) else f"{value:.3g}"
-
-
 @dataclass
 class Answer:
     """What was found."""
@@ -88,8 +83,9 @@ def _table(answer: Answer, rows: list[Row], counts: Sequence[int], row: Callable
                 raise
             answer.found.append(str(refused))
             break
-        for line in [[*rows[0]], list(map(number, rows[-1].values()))][len(rows) > 1 :]:
-            show("".join(f"{cell:>12}" for cell in line))
+        if len(rows) == 1:
+            show("".join(f"{name:>12}" for name in rows[0]))
+        show("".join(f"{value:>12.4g}" for value in rows[-1].values()).replace("nan", "   "))
 
 
 def _deterministic(subject: Subject, answer: Answer, show: Show) -> None:
@@ -99,13 +95,12 @@ def _deterministic(subject: Subject, answer: Answer, show: Show) -> None:
     def row(steps: int) -> Row:
         tolerances: Row = {"rtol": 10 / steps**2, "atol": 1.5 / steps**2} if "rtol" in subject.parameters else {}
         runs.append(run := subject.run(20 if tolerances else steps, **subject.quiet, **tolerances))
-        t, x, _ = next((one for one in reversed(run.asked) if one[0] >= shared * (1 - 1e-3)), run.asked[-1])
-        ends = sorted({min(t, run.first), run.last}, reverse=True)
-        exact = solve(KNOWN, run.begin, run.first, ends)
+        t, x, *_ = next((one for one in reversed(run.asked) if one[0] >= shared * (1 - 1e-3)), run.asked[-1])
+        exact = solve(KNOWN, run.begin, run.first, sorted({min(t, run.first), run.last}, reverse=True))
         error, above = distance(run.end, exact[-1]), max(distance(x, exact[0]), 1e-15)
         n, order = len(run.asked), math.nan
         if rows and n != rows[-1]["evaluations"]:
-            order = math.log(rows[-1]["above"] / above) / math.log(n / rows[-1]["evaluations"])
+            order = (math.log(rows[-1]["above"]) - math.log(above)) / math.log(n / rows[-1]["evaluations"])
         found = {**(tolerances or {"steps": steps}), "evaluations": n, "error": error, "above": above, "order": order}
         for name in DETERMINISTIC:
             levels = subject.levels((n + 1) // 2 if name == "heun" else n)
@@ -121,37 +116,37 @@ def _deterministic(subject: Subject, answer: Answer, show: Show) -> None:
     if math.isnan(orders[-1]):  # as many evaluations whatever the steps
         least = 2 * last["euler"]
     if last["above"] > least and not max(orders[-2:]) >= 0.5:
-        stays = max(last["error"], last["above"])
-        answer.wrong.append(f"stays {stays:.1%} from the exact end however many steps it takes")
+        answer.wrong.append(
+            f"stays {max(last['error'], last['above']):.1%} from the exact end however many steps it takes"
+        )
     near = min(rows, key=lambda row: abs(row["evaluations"] - 20))
     words = f"at {near['evaluations']} evaluations {near['error'] / near['dpmpp_2m']:.2g} times the error of dpmpp_2m"
     if not subject.own_steps:
         words = f"order {max(orders[-3:]) if subject.stock else orders[-1]:.1f}; {words}"
-        answer.wrong += _judge_steps(runs[-3], runs[-1])
+        answer.wrong += _judge_steps(subject, runs[-3], runs[-1])
     answer.found.append(words)
 
 
-def _judge_steps(coarse: Run, fine: Run) -> list[str]:
+def _judge_steps(subject: Subject, coarse: Run, fine: Run) -> list[str]:
     """What is wrong with a step of the finer run, which takes four times as many.
 
     A step's own error is a bounded multiple of that of Euler's step for any method that is consistent. A step that is
     not consistent has an error of order h and not h^2, and so a share that grows as the number of steps.
     """
-    few, many = _shares(coarse), _shares(fine)
-    n, less, most, wrong = len(many), max(few[:-1]), max(many[:-1]), list[str]()
+    few, many = _shares(subject, coarse), _shares(subject, fine)
+    less, most, wrong = max(few[:-1]), max(many[:-1]), list[str]()
     if most > max(5, 2 * less):
-        grows = f"with {len(few)} steps {less:.3g}, with {n} {most:.3g} times that of Euler's step"
-        wrong.append(
-            f"step {many.index(most) + 1} of {n} has an error that does not fall as its length squared: {grows}"
-        )
+        step = f"step {many.index(most) + 1} of {len(many)}"
+        grows = f"with {len(few)} steps {less:.3g}, with {len(many)} {most:.3g} times that of Euler's step"
+        wrong.append(f"{step} has an error that does not fall as its length squared: {grows}")
     if many[-1] > 3:
         wrong.append(f"the last step has {many[-1]:.2g} times the error of Euler's step to the same level")
     return wrong
 
 
-def _shares(run: Run) -> list[float]:
+def _shares(subject: Subject, run: Run) -> list[float]:
     """The error of each step over that of Euler's step. Of several evaluations at one level the last begins a step."""
-    states = [*run.asked, (run.last, run.end, run.end)]
+    states = [*run.asked, (run.last, run.end, run.end, 0.0)]
     states = [one for one, after in zip(states, states[1:]) if abs(one[0] - after[0]) > 1e-9] + states[-1:]
     t = torch.tensor([state[0] for state in states], dtype=torch.float64)[:, None, None]
     x = torch.stack([state[1][0, :64] for state in states])
@@ -159,6 +154,11 @@ def _shares(run: Run) -> list[float]:
     (exact,) = solve(KNOWN, begin, high, [low])
     x0, noise = KNOWN.split(begin, 1 - high, high)
     own, euler = ((end - exact).flatten(1).norm(dim=1) for end in (x[1:], begin + (low - high) * (noise - x0)))
+    if subject.stock:  # many of diffusers' schedulers round their timesteps: what a timestep more changes
+        more = [subject.t(subject.session().level_of(timestep + 1)) for *_, timestep in states[:-1]]
+        t_more = torch.tensor(more, dtype=torch.float64)[:, None, None]
+        x0_more, noise_more = KNOWN.split(begin, 1 - t_more, t_more)
+        euler += ((low - high) * (noise_more - x0_more - noise + x0)).flatten(1).norm(dim=1)
     return (own / (euler + 1e-7)).tolist()  # which is more than the rounding of float32
 
 
@@ -196,17 +196,17 @@ def _stochastic(subject: Subject, answer: Answer, show: Show) -> None:
     run, answer.samples = runs[-1], runs[-1].end[0]
     others = [draws(name, DRAWS[: len(rows)], functools.partial(other, name)) for name in STOCHASTIC]
     wrong = _judge_samples(rows, others, answer.true)
-    if len(run.asked) <= DRAWS[-1] and abs((factor := _noise(run)) - 1) > 0.03:
+    if len(run.asked) <= DRAWS[-1] and abs((factor := _noise(run)) - 1) > 0.02:
         wrong.append(f"{factor:.2f} times the noise that its levels leave room for: {MUCH[factor > 1]}")
-    if (share := _shares(run)[-1]) > 3:
+    if (share := _shares(subject, run)[-1]) > 3:
         wrong.append(f"the last step has {share:.2g} times the error of Euler's: noise is added after it")
     ends = [f"{row['distance']:.3f} at {row['steps']} steps" for row in (rows[0], rows[-1])]
     answer.found.append(f"distance from true samples {', '.join(ends)}")
     if subject.flux and not subject.stock:
-        way = "flow" if subject.ve else "ve"
-        second = Subject(subject.side, subject.family, subject.schedule, way)
-        rows = draws(f"{answer.name}, parameterization {way}", DRAWS, functools.partial(own, second))
-        if wrong and way == "ve" and not _judge_samples(rows, others, answer.true):
+        other_way = Subject(subject.side, subject.family, subject.schedule, "flow" if subject.ve else "ve")
+        name = f"{answer.name}, parameterization {other_way.options.parameterization}"
+        rows = draws(name, DRAWS, functools.partial(own, other_way))
+        if wrong and other_way.ve and not _judge_samples(rows, others, answer.true):
             wrong.append('parameterization "flow" adds its noise to the wrong process; with "ve" its samples are right')
     answer.wrong += wrong
 
@@ -241,7 +241,7 @@ def _noise(run: Run) -> float:
     """
     added = room = 0.0
     for i in range(1, len(run.asked) - 1):
-        (t, x, _), (s, after, _) = run.asked[i : i + 2]
+        (t, x, *_), (s, after, *_) = run.asked[i : i + 2]
         terms = torch.stack([x, *(state[2] for state in run.asked[max(i - 2, 0) : i + 1])]).flatten(1).T
         weights = torch.linalg.lstsq(terms, after.flatten()[:, None], driver="gelsd").solution[:, 0]
         added += (after.flatten() - terms @ weights).square().mean().item() / s**2

@@ -17,7 +17,7 @@ from PIL import Image, ImageChops
 
 from parity.exact import KNOWN
 from parity.follow import Session
-from parity.judge import DETERMINISTIC, Answer, number
+from parity.judge import DETERMINISTIC, Answer
 from parity.result import Result, Trajectory
 
 WIDTH, HEIGHT = 600, 280  # of a diagram
@@ -68,8 +68,9 @@ def answer_page(answer: Answer) -> str:
         for rule in answer.rules
     ]
     parts.append(f"<h2>Rules</h2>{_table(['', 'rule', 'found'], rules, 'words')}")
-    family = answer.family.upper()
-    about = f"{family}: a mixture of eight Gaussians in 16 dimensions, with its exact denoiser as network"
+    about = (
+        f"{answer.family.upper()}: a mixture of eight Gaussians in 16 dimensions, with its exact denoiser as network"
+    )
     return _page(answer.name, about, answer.verdict, not answer.wrong, parts)
 
 
@@ -92,7 +93,7 @@ def _table(heads: Iterable[str], rows: Iterable[tuple[str, list[str]]], kind: st
 
 
 def _numbers(rows: Sequence[Mapping[str, float]]) -> str:
-    return _table(rows[0], [("", [number(value) for value in row.values()]) for row in rows])
+    return _table(rows[0], [("", [f"{value:.4g}".replace("nan", "") for value in row.values()]) for row in rows])
 
 
 def _curves(

@@ -159,7 +159,7 @@ def _callback(subject: Subject) -> Found:
         sigma, at = float(info["sigma"]), float(info.get("sigma_hat", info["sigma"]))
         scale = 1 + at if subject.ve else 1.0
         shown = {"x": subject.state(info["x"] / scale, at / scale), "denoised": subject.state(info["denoised"], 0.0)}
-        here = [states for t, *states in run.asked if abs(t - subject.t(at / scale)) <= 1e-5 * t]
+        here = [states for t, *states, _ in run.asked if abs(t - subject.t(at / scale)) <= 1e-5 * t]
         wrong = [name for n, name in enumerate(shown) if not any(relative(shown[name], x[n]) < 1e-9 for x in here)]
         wrong += ["i"] * (int(info["i"]) != i) + ["sigma"] * (not abs(sigma - level) <= 1e-5 * level)
         if wrong:
@@ -176,10 +176,8 @@ def _part_way(subject: Subject) -> Found:
         return distance(run.end, solve(KNOWN, run.begin, run.first, [run.last])[0])
 
     shape = (1, 20, 40) if subject.stochastic else (1, 8, 8)
-    whole, *parts = (
-        off(subject.run(40, shape=shape)),
-        *(off(subject.run_part(shape, 40, named)) for named in (True, False)),
-    )
+    whole = off(subject.run(40, shape=shape))
+    parts = [off(subject.run_part(shape, 40, named)) for named in (True, False)]
     most = 0.4 if subject.stochastic else 2 * whole + 0.01
     words = "with set_begin_index {:.1%} off, found by its first timestep {:.1%}, a whole run {:.1%}"
     return all(part < most for part in parts), words.format(*parts, whole)
@@ -207,8 +205,7 @@ def _copies(subject: Subject) -> Found:
         scheduler.save_config(folder)
         saved = type(scheduler).from_config(type(scheduler).load_config(folder))
     subject.run(STEPS, instead=used)
-    ends = (subject.run(STEPS, instead=other).end for other in (saved, copy.deepcopy(used)))
-    apart = [relative(end, expected) for end in ends]
+    apart = [relative(subject.run(STEPS, instead=other).end, expected) for other in (saved, copy.deepcopy(used))]
     return all(one < 1e-6 for one in apart), "saved and loaded {:.1e} apart, copied after a run {:.1e}".format(*apart)
 
 

@@ -18,7 +18,7 @@ from parity.result import Ours
 from parity.sides import Side, levels_of, prepared
 
 Shape = tuple[int, int, int]  # images, rows and columns of patches
-State = tuple[float, torch.Tensor, torch.Tensor]  # t, x = (1 - t) x0 + t noise, and the prediction of x0
+State = tuple[float, torch.Tensor, torch.Tensor, float]  # t, x, the prediction of x0, and the timestep
 
 
 @dataclass
@@ -47,8 +47,7 @@ class Subject:
     """
 
     def __init__(self, side: Side, family: Family, schedule: str | None = None, parameterization: str = "auto"):
-        self.side, self.family, self.flux = side, family, family is FLUX
-        self.stock = side.is_scheduler  # in the stock pipeline
+        self.side, self.family, self.flux, self.stock = side, family, family is FLUX, side.is_scheduler
         self.schedule = schedule or (None if self.flux else "karras")
         self.parameters = inspect.signature(side.target).parameters
         self.options = Namespace(seed=0, steps=10, guidance=1.0, parameterization=parameterization)
@@ -97,10 +96,8 @@ class Subject:
     @functools.cache  # noqa: B019
     def ts(self, steps: int) -> torch.Tensor:
         """The levels of the steps and their end, in t."""
-        if not self.stock:
-            return self.t(self.levels(steps))
-        listed = levels_of(self.scheduler(steps), self.session().level_of)[1]
-        return self.t(torch.tensor(listed, dtype=torch.float64))
+        listed = levels_of(self.scheduler(steps), self.session().level_of)[1] if self.stock else self.levels(steps)
+        return self.t(torch.as_tensor(listed, dtype=torch.float64))
 
     def levels(self, steps: int) -> torch.Tensor:
         """For a function, and for k-diffusion's beside a scheduler: in sigma, on FLUX in t, falling to zero."""
@@ -150,9 +147,12 @@ class Subject:
         else:
             side = replace(side, target=instead or side.target)
             found = session.follow_sampler(side, Ours(levels, latents), generator=generator)
-        asked = [(self.t(e.level), self.state(e.x, e.level), self.state(e.denoised, 0.0)) for e in found.evaluations]
+        asked = [
+            (self.t(one.level), self.state(one.x, one.level), self.state(one.denoised, 0.0), one.timestep)
+            for one in found.evaluations
+        ]
         if self.stock or self.ve:  # the pipeline begins near that
-            first, begin, _ = asked[0]
+            first, begin, *_ = asked[0]
         return Run(begin, first, asked, self.state(found.final, found.levels[-1]), last, found.written)
 
     def run_part(self, shape: Shape, steps: int, named: bool) -> Run:
