@@ -196,7 +196,7 @@ def _stochastic(subject: Subject, answer: Answer, show: Show) -> None:
     run, answer.samples = runs[-1], runs[-1].end[0]
     others = [draws(name, DRAWS[: len(rows)], functools.partial(other, name)) for name in STOCHASTIC]
     wrong = _judge_samples(rows, others, answer.true)
-    if len(run.asked) <= DRAWS[-1] and abs((factor := _noise(run)) - 1) > 0.02:
+    if len(run.asked) <= DRAWS[-1] and abs((factor := _noise(run)) - 1) > 0.03:
         wrong.append(f"{factor:.2f} times the noise that its levels leave room for: {MUCH[factor > 1]}")
     if (share := _shares(subject, run)[-1]) > 3:
         wrong.append(f"the last step has {share:.2g} times the error of Euler's: noise is added after it")
