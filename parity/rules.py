@@ -142,9 +142,12 @@ def _precision(subject: Subject) -> Found:
 def _evaluations(subject: Subject) -> Found:
     if subject.own_steps:
         return None, "it chooses its steps by itself"
-    few, many = (len(subject.run(steps).asked) for steps in (STEPS, 2 * STEPS))
+    asked, twice = ([t for t, *_ in subject.run(steps).asked] for steps in (STEPS, 2 * STEPS))
+    few, many = len(asked), len(twice)
     each = (many - few) / STEPS
-    return each >= 1 and few > each * (STEPS - 1), f"{few} in {STEPS} steps, {many} in {2 * STEPS}"
+    if each > 2 and few == each * (STEPS - 1):  # as heunpp2, whose last two steps have 2 and 1 in place of 3
+        few += all(any(abs(t - one) <= 1e-4 * t for one in asked) for t in subject.ts(STEPS).tolist() if t > 0)
+    return each >= 1 and few > each * (STEPS - 1), f"{len(asked)} in {STEPS} steps, {many} in {2 * STEPS}"
 
 
 def _callback(subject: Subject) -> Found:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from comfy_ksampler import names
 from gallery.models import reason
 from gallery.options import FLUX, SDXL, Family, unknown
 from gallery.refused import Refused, refusing
@@ -149,6 +150,8 @@ def _load_file(path: Path) -> ModuleType:
     packages = [folder for folder in path.parents if folder.name in imported] + [path.parent] * ("." in imported)
     if packages:
         sys.path.append(str(packages[0].parent))
+        if packages[0].name == "comfy":
+            names()  # imports ComfyUI as it is told to: without a GPU on the CPU
         return importlib.import_module(".".join(path.relative_to(packages[0].parent).with_suffix("").parts))
     name = "side_" + re.sub(r"\W", "_", path.stem)
     sys.modules[name] = loaded = ModuleType(name)  # where dataclasses look for it
