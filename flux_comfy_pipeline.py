@@ -197,8 +197,8 @@ class FluxComfyPipeline(FluxPipeline):
                 raise ValueError("`sampler` needs both sides of true CFG: pass `negative_prompt`, `true_cfg_scale`")
             sigma = sigma.view(-1, 1, 1)
             x, t = (y / (1 + sigma), sigma / (1 + sigma)) if ve else (y, sigma)
-            self._current_timestep = t.flatten()[0] * 1000
             named = {"hidden_states": x.to(prompt.dtype), "timestep": t.flatten(), **shared}
+            self._current_timestep = named["timestep"][0] * 1000
             velocities: dict[str, Any] = {}  # noise - x0, predicted for either side
             for side, text in conditioning.items():
                 named["joint_attention_kwargs"] = {**self.joint_attention_kwargs, **adapters.get(side, {})}
@@ -308,8 +308,8 @@ def find_sampler(sampler: Any, sampler_kwargs: dict[str, Any] | None = None) -> 
     while isinstance(sampler, functools.partial) and not sampler.args:
         options, sampler = {**sampler.keywords, **options}, sampler.func
     try:
-        parameters = [*inspect.signature(sampler).parameters.values()]
-        inspect.signature(sampler).bind_partial("model", "x", "sigmas")
+        (taken := inspect.signature(sampler)).bind_partial("model", "x", "sigmas")
+        parameters = [*taken.parameters.values()]
     except (TypeError, ValueError):
         signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
@@ -373,7 +373,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
         total = normal(0) * ((sigma - low) / math.sqrt(high - low))
         for _ in range(20):
             middle = math.sqrt(low * high)
-            hat = min((sigma - low) / (middle - low), (high - sigma) / (high - middle))  # 1 in the middle
+            hat = (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
             total.add_(normal(node), alpha=math.sqrt((middle - low) * (high - middle) / (high - low)) * hat)
             low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
         return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))

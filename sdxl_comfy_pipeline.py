@@ -365,8 +365,8 @@ def find_sampler(sampler: Any, sampler_kwargs: dict[str, Any] | None = None) -> 
     while isinstance(sampler, functools.partial) and not sampler.args:
         options, sampler = {**sampler.keywords, **options}, sampler.func
     try:
-        parameters = [*inspect.signature(sampler).parameters.values()]
-        inspect.signature(sampler).bind_partial("model", "x", "sigmas")
+        (taken := inspect.signature(sampler)).bind_partial("model", "x", "sigmas")
+        parameters = [*taken.parameters.values()]
     except (TypeError, ValueError):
         signature = "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, ...)"
         raise TypeError(f"`sampler` has to be a name or a callable, {signature}, but is {sampler!r}") from None
@@ -430,7 +430,7 @@ def brownian_noise(x: torch.Tensor, seeds: Sequence[int], device: torch.device |
         total = normal(0) * ((sigma - low) / math.sqrt(high - low))
         for _ in range(20):
             middle = math.sqrt(low * high)
-            hat = min((sigma - low) / (middle - low), (high - sigma) / (high - middle))  # 1 in the middle
+            hat = (sigma - low) / (middle - low) if sigma < middle else (high - sigma) / (high - middle)
             total.add_(normal(node), alpha=math.sqrt((middle - low) * (high - middle) / (high - low)) * hat)
             low, high, node = (low, middle, 2 * node) if sigma < middle else (middle, high, 2 * node + 1)
         return total.add_(normal(node), alpha=math.sqrt((sigma - low) * (high - sigma) / (high - low)))
