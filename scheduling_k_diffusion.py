@@ -86,9 +86,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         if not self._kind or (self._kind != "flow" and self._prediction not in kinds):
             needs = "betas (epsilon, v_prediction, sample), flow or EDM, and step(model_output, timestep, sample)"
             raise ValueError(f"`scheduler`: needs {needs}, but is {kind.__name__} with {self._prediction!r}")
-        for name in {"clip_sample", "thresholding"} & inspect.signature(kind.__init__).parameters.keys():
-            if config.get(name):
-                warnings.warn(f"{kind.__name__}'s `{name}` is ignored: x0 is left as it is predicted", stacklevel=3)
+        for name in filter(config.get, {"clip_sample", "thresholding"} & inspect.signature(kind).parameters.keys()):
+            warnings.warn(f"{kind.__name__}'s `{name}` is ignored: x0 is left as it is predicted", stacklevel=3)
         self._plan(check_sigmas([0.8, 0.4, 0.2, 0.1, 0.0]), {})  # some ask for `order` before they set timesteps
         self.timesteps = self.base.timesteps
         self.num_inference_steps: int | None = None
@@ -113,6 +112,7 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     __class__ = property(lambda me: type(me.base))  # type: ignore[assignment]
     _internal_dict = property(lambda me: me.base._internal_dict, lambda me, d: vars(me.base).update(_internal_dict=d))
     step_index = property(lambda me: me._step_index, doc="The evaluation that comes next.")
+    __repr__: Any = lambda me: f"KDiffusionScheduler(sampler={me.sampler.name!r}, {me.base!r})"  # noqa: E731
     set_timesteps = property(lambda me: functools.wraps(me.base.set_timesteps)(functools.partial(me._set_timesteps)))
 
     def __getattr__(self, name: str) -> Any:
