@@ -60,7 +60,7 @@ else
     rounds=(--steps 2 --rounds 1)
 fi
 on=(--device "$device" --size "$size")
-files=(tests/test_{sampling,callbacks,modes,member,cuda}.py)
+files=(tests/test_{sampling,callbacks,modes,both_pipelines,cuda}.py)
 
 date -u +%F
 [[ $device == cpu ]] || nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader

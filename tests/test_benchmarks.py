@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -158,6 +159,7 @@ def test_gpu_sh_runs_each_part_and_goes_on_after_one_that_fails(tmp_path):
     whole, one = run(), run("flux")
     parts = ["tests", "precision", "sdxl", "flux", "overhead-sdxl", "overhead-flux"]
     assert [name[3:] for name in whole.stdout.splitlines() if name.startswith("## ")] == parts
+    assert all((ROOT / name).is_file() for name in re.findall(r"\b(?:tests|benchmarks)/\w+\.py", whole.stdout))
     assert "Ended with exit status 3" in whole.stdout and "\nbroken\n" in whole.stdout and whole.returncode == 1
     assert "gpu.py --device cpu --size demo --models flux" in whole.stdout
     assert one.stdout.count("## ") == 1 and "--models flux" in one.stdout and one.returncode == 0
