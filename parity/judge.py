@@ -16,7 +16,7 @@ from gallery.options import Family
 from gallery.refused import Refused
 from parity.exact import KNOWN, sliced_wasserstein, solve
 from parity.result import without_nan
-from parity.rules import Rule, distance, rules
+from parity.rules import Rule, distance, rules, step_noises
 from parity.sides import Side
 from parity.subject import Run, Subject
 
@@ -58,7 +58,8 @@ def judge(subject: Subject, show: Show = lambda words: None) -> Answer:
     """All that can be found out."""
     answer = Answer(subject.side.text, subject.family.name, subject.stochastic)
     if subject.quiet or not subject.stochastic:
-        show(("with eta=0, " if subject.quiet else "") + "relative errors against the exact end of the ODE\n")
+        words = "relative errors against the exact end of the ODE, and above: at the lowest level that all rows share\n"
+        show(("with eta=0, " if subject.quiet else "") + words)
         _deterministic(subject, answer, show)
     if subject.stochastic:
         _stochastic(subject, answer, show)
@@ -227,23 +228,16 @@ def _judge_samples(rows: list[Row], others: list[list[Row]], true: tuple[float, 
     wrong = list[str]()
     explained = max(min(row[-1]["distance"] for row in others), true[0] + 4 * true[1])
     if not rows[-1]["distance"] < 1.5 * explained:
-        wrong.append(f"its samples are {rows[-1]['distance']:.3f} from true ones, two true sets {true[0]:.3f}")
+        wrong.append(
+            f"the distance of its samples from true ones is {rows[-1]['distance']:.3f}, of two true sets {true[0]:.3f}"
+        )
     if not abs(limit - 1) < 4 * math.sqrt(5 / 128000) + max(abs(one - 1) for one in limits):
         wrong.append(f"its samples' standard deviation goes to {limit:.2f} times the true one: {MUCH[limit > 1]}")
     return wrong
 
 
 def _noise(run: Run) -> float:
-    """The noise of all steps over what their levels leave room for.
-
-    A step from t to s makes a x + b_1 D_1 + b_2 D_2 + ... + r noise of the predictions D. Its noise is right if
-    (a t)^2 + r^2 = s^2, whatever b: so much old noise is kept and so much is added. Least squares find a and r.
-    """
-    added = room = 0.0
-    for i in range(1, len(run.asked) - 1):
-        (t, x, *_), (s, after, *_) = run.asked[i : i + 2]
-        terms = torch.stack([x, *(state[2] for state in run.asked[max(i - 2, 0) : i + 1])]).flatten(1).T
-        weights = torch.linalg.lstsq(terms, after.flatten()[:, None], driver="gelsd").solution[:, 0]
-        added += (after.flatten() - terms @ weights).square().mean().item() / s**2
-        room += 1 - (weights[0].item() * t / s) ** 2
+    """The noise of all steps over what their levels leave room for."""
+    noises, rooms = zip(*step_noises(run))
+    added, room = sum(noise.square().mean().item() for noise in noises), sum(rooms)
     return math.sqrt(added / room) if room > 0.01 * len(run.asked) else 1.0

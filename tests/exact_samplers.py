@@ -71,6 +71,8 @@ def ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, no
         "numpy": lambda i: torch.from_numpy(np.random.randn(*x.shape)),
         "python": lambda i: torch.tensor([random.gauss(0, 1) for _ in range(x.numel())]).view(x.shape),
         "fixed": lambda i: torch.randn(x.shape, generator=torch.Generator().manual_seed(i)),
+        "fixed once": lambda i: sources["fixed" if i == 3 else ""](i),
+        "seeded": lambda i: random.seed(i) or sources["python"](i),
         "": lambda i: noise_sampler(sigmas[i], sigmas[i + 1]),
     }
     for i in range(len(sigmas) - 1):
@@ -110,6 +112,13 @@ class IgnoresBegin(EulerDiscreteScheduler):
 class WrongAddNoise(EulerDiscreteScheduler):
     def add_noise(self, original_samples, noise, timesteps):
         return super().add_noise(original_samples, 1.2 * noise, timesteps)
+
+
+class WritesSample(EulerDiscreteScheduler):
+    def step(self, model_output, timestep, sample, **options):
+        found = super().step(model_output, timestep, sample, **options)
+        sample.mul_(2)
+        return found
 
 
 class ForgetsOption(EulerDiscreteScheduler):
