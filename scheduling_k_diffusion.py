@@ -273,8 +273,8 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         Returns `prev_sample`, of the next timestep, in model_output's dtype; and `pred_original_sample`, x0.
         """
         tokens, known = given.pop("per_token_timesteps", None), given.pop("pred_original_sample", None)
-        if given:
-            raise TypeError(f"KDiffusionScheduler.step takes no {', '.join(given)}")
+        if wrong := [name for name, value in given.items() if getattr(value, "ndim", 0) or (name == "eta" and value)]:
+            raise TypeError(f"KDiffusionScheduler.step takes no {', '.join(wrong)}")
         i = self._next(timestep)
         here, after = self._evaluations[i : i + 2]
         if model_output.shape[:2] == (len(sample), 2 * sample.shape[1]):

@@ -644,11 +644,12 @@ def test_pndm_as_the_base():
 
 
 def test_what_step_does_not_take_is_refused():
-    """LEDITS++ passes the noise of an inversion, which a sampler would not add."""
-    scheduler = KDiffusionScheduler.from_scheduler(EULER)
+    """LEDITS++ passes the noise of an inversion, which a sampler would not add. What changes nothing is ignored."""
+    scheduler, x = KDiffusionScheduler.from_scheduler(EULER), random(1, 2, 4, 4)
     scheduler.set_timesteps(4)
-    with pytest.raises(TypeError, match="step takes no variance_noise"):
-        scheduler.step(random(1, 2, 4, 4), scheduler.timesteps[0], random(1, 2, 4, 4), variance_noise=None)
+    with pytest.raises(TypeError, match="step takes no eta, variance_noise"):
+        scheduler.step(x, scheduler.timesteps[0], x, eta=0.5, variance_noise=x, use_clipped_model_output=None)
+    scheduler.step(x, scheduler.timesteps[0], x, eta=0.0, prev_timestep=scheduler.timesteps[1])
 
 
 STOCHASTIC = {name: {} for name in SAMPLERS if "noise_sampler" in find_sampler(name).arguments}
