@@ -201,14 +201,15 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     @property
     def init_noise_sigma(self) -> float:
         """What the pipeline multiplies unit noise by, for the first sample."""
-        base, first = float(getattr(self.base, "init_noise_sigma", 1.0)), self._evaluations[0]
-        if self._kind == "flow" or (base == 1 and self.schedule is None):
-            return base
-        named = self.schedule is not None and self.num_inference_steps  # with churn, the first sigma is above the level
-        return first.noise if named else base * first.sigma / float(self._trial[1][0])
+        unit, first = float(getattr(self.base, "init_noise_sigma", 1.0)), self._evaluations[0]
+        if self._kind == "flow" or (unit == 1 and self.schedule is None):
+            return unit
+        own = self.schedule is None or not self.num_inference_steps  # with churn, the first sigma is above the level
+        return unit * first.sigma / float(self._trial[1][0]) if own else first.noise
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """The run begins with this one of `timesteps`."""
+        """The run begins with this one of `timesteps`. ValueError: the sampler can't."""
+        self._run_from(begin_index)
         self.begin_index = begin_index
 
     def _next(self, timestep: Any) -> int:
@@ -268,10 +269,9 @@ class KDiffusionScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     def step(
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, generator=None, return_dict=True, **given
     ) -> EulerDiscreteSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Goes on with the sampler: the network predicted `model_output` at `sample`.
-
-        Returns `prev_sample`, of the next timestep, in model_output's dtype; and `pred_original_sample`, x0.
-        """
+        """Goes on with the sampler: `model_output` is the network's at `sample`, both of the latents' shape. Returns
+        `prev_sample`, of the next timestep, in model_output's dtype, and `pred_original_sample`, x0. For errors see the
+        class."""
         tokens, known = given.pop("per_token_timesteps", None), given.pop("pred_original_sample", None)
         if wrong := [name for name, value in given.items() if getattr(value, "ndim", 0) or (name == "eta" and value)]:
             raise TypeError(f"KDiffusionScheduler.step takes no {', '.join(wrong)}")

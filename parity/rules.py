@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import random
@@ -84,14 +85,14 @@ def _generator(subject: Subject) -> Found:
 
 def _global(subject: Subject) -> Found:
     states: dict[str, Callable] = {"Python's random": random.getstate, "numpy.random": np.random.get_state}
-    kept = random.getstate(), np.random.get_state()
-    random.seed(2718281828)  # a state that a sampler which seeds them does not leave
-    np.random.seed(2718281828)
-    before = {name: str(state()) for name, state in states.items()}
-    subject.run(STEPS)
-    drawn = [name for name, state in states.items() if str(state()) != before[name]]
-    random.setstate(kept[0])
-    np.random.set_state(kept[1])
+    with contextlib.ExitStack() as restored:
+        restored.callback(random.setstate, random.getstate())
+        restored.callback(np.random.set_state, np.random.get_state())
+        random.seed(2718281828)  # a state that a sampler which seeds them does not leave
+        np.random.seed(2718281828)
+        before = {name: str(state()) for name, state in states.items()}
+        subject.run(STEPS)
+        drawn = [name for name, state in states.items() if str(state()) != before[name]]
     return not drawn, f"draws from {' and '.join(drawn)}" if drawn else ""
 
 

@@ -31,7 +31,7 @@ def subject(text: str, family=SDXL, parameterization: str = "auto") -> Subject:
     "text, family, words",
     [
         ("multistep", SDXL, "right. Order 2.0;"),
-        ("multistep(weight=0.5)", SDXL, "right. Order 1.0; at 20 evaluations 5.3 times the error of dpmpp_2m"),
+        ("multistep(weight=0.5)", SDXL, "right. Order 1.0; at 20 evaluations"),
         ("rk4", SDXL, "right. Order 4.0;"),
         ("churn", SDXL, "right. Distance from true samples"),
         ("ancestral", SDXL, "right. Distance from true samples"),

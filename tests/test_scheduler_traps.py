@@ -379,7 +379,7 @@ def test_a_run_left_half_way_leaves_nothing(sampler, within):
     """Its end, which may come with the garbage, must not change the modes of whoever is running then."""
     scheduler, x, before = KDiffusionScheduler.from_scheduler(EULER, sampler=sampler), random(1, 2, 4, 4), state()
     scheduler.set_timesteps(4)
-    first, second, third = scheduler.timesteps[:3]
+    first, second = scheduler.timesteps[:2]
     with within():
         x = scheduler.step(scheduler.scale_model_input(x, first), first, x).prev_sample
     x = scheduler.step(scheduler.scale_model_input(x.clone(), second), second, x.clone()).prev_sample
